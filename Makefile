@@ -1,0 +1,78 @@
+# Every target brings up the environment it needs: an active conda environment named activation-sparsity is used
+# as it is; otherwise .venv is made from requirements.lock. A second call installs nothing.
+#
+#   PROFILE=laptop       what `make reproduce` trains (default: gpu with a GPU, laptop without)
+#   FROM=build/laptop    whose tables `make figures` draws (default: the recorded study in results/)
+#   PYTHON=python3.12    the Python that makes .venv (default: the first suitable one below)
+#   LAB="--no-browser"   further options of JupyterLab
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help env reproduce figures notebooks test bench lab lock clean
+
+PYTHON ?= python3 python3.13 python3.12 python3.11
+SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+
+ifeq ($(notdir $(CONDA_DEFAULT_ENV)),activation-sparsity)
+PY := $(CONDA_PREFIX)/bin/python
+ENV :=
+else
+PY := .venv/bin/python
+ENV := .venv/.installed
+endif
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+env: $(ENV)  ## bring up the environment alone; every other target does so by itself
+
+reproduce: $(ENV)  ## train, measure and answer the questions of every notebook; PROFILE=smoke is the quick proof
+	$(PY) -m sparsity_utils reproduce $(if $(PROFILE),--profile $(PROFILE))
+
+figures: $(ENV)  ## redraw figures/ from results/, or FROM=build/laptop from your own run
+	$(PY) -m sparsity_utils figures $(if $(FROM),--from $(FROM))
+
+notebooks: $(ENV)  ## execute every notebook at its defaults and store its outputs
+	$(PY) -m sparsity_utils notebooks
+
+test: export CI := 1
+test: $(ENV)  ## ruff, pytest, nbval over the notebooks, and a smoke run of all of them
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest
+	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=120 notebooks
+	$(PY) -m sparsity_utils reproduce --profile smoke
+
+bench: $(ENV)  ## measure training and measurement speed on this machine
+	$(PY) -m sparsity_utils.bench
+
+lab: $(ENV)  ## open JupyterLab on the notebooks
+	$(PY) -m jupyterlab notebooks $(LAB)
+
+lock: $(ENV)  ## resolve the dependencies of pyproject.toml again and write requirements.lock
+	$(PY) -m venv build/lock && build/lock/bin/python -m pip install --quiet uv
+	echo "# Made from pyproject.toml by 'make lock'." > build/requirements.lock
+	build/lock/bin/uv pip compile --quiet --universal --upgrade --no-annotate --no-header pyproject.toml \
+	  | sed "s/ ; sys_platform == 'darwin' or sys_platform == 'linux'$$//" >> build/requirements.lock
+	mv build/requirements.lock requirements.lock
+
+clean:  ## delete build/ (trained runs included) and caches; .venv stays
+	rm -rf build .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/.installed: requirements.lock pyproject.toml
+	@python=; for candidate in $(PYTHON); do \
+	  if $$candidate -c '$(SUITABLE)' > /dev/null 2>&1; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "No suitable Python among: $(PYTHON). Install Python 3.11, 3.12 or 3.13 with its venv module" \
+	    "(on Debian and Ubuntu the package python3-venv), or name one: make env PYTHON=path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	if ! .venv/bin/python -c 'import pip; $(SUITABLE)' > /dev/null 2>&1; then \
+	  echo "Making .venv with $$($$python --version); this takes a few minutes, once."; \
+	  rm -rf .venv && $$python -m venv .venv; \
+	fi
+	.venv/bin/python -m pip install $(if $(CI),--quiet) --requirement requirements.lock
+	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

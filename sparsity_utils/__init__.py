@@ -1,0 +1,23 @@
+"""Measure, train, fit: the helper package of the activation-sparsity notebooks."""
+
+import warnings
+
+# Text progress bars are wanted: tqdm would complain, with an absolute path, that ipywidgets is not installed.
+warnings.filterwarnings("ignore", message="IProgress not found")
+
+from sparsity_utils import laws  # noqa: E402
+from sparsity_utils.errors import InputError  # noqa: E402
+from sparsity_utils.hooks import find_ffns, observe_neurons, sparse_neurons  # noqa: E402
+from sparsity_utils.metrics import SparsityReport, measure_sparsity  # noqa: E402
+from sparsity_utils.study import Study  # noqa: E402
+
+__all__ = [
+    "InputError",
+    "SparsityReport",
+    "Study",
+    "find_ffns",
+    "laws",
+    "measure_sparsity",
+    "observe_neurons",
+    "sparse_neurons",
+]

@@ -1,0 +1,69 @@
+"""Which tokens a training step or a measurement sees: pure functions of the corpus, the seed and the step."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from sparsity_utils.errors import InputError
+
+BATCH_WINDOWS = 32  # of one measurement batch
+
+
+class TrainingBatches:
+    """Batches of windows, each epoch a new permutation of the same windows.
+
+    Step s takes windows [s B, (s + 1) B) of the endless sequence permutation(seed, 0), permutation(seed, 1), ...,
+    so a batch depends on (seed, step) alone and a resumed run sees what it would have seen.
+    """
+
+    def __init__(self, tokens: np.ndarray, context: int, batch_tokens: int, seed: int):
+        self.tokens, self.context, self.seed = tokens, context, seed
+        self.windows = (len(tokens) - 1) // context
+        self.batch_windows = batch_tokens // context
+        if self.batch_windows < 1:
+            raise InputError(f"train.batch_tokens {batch_tokens} is less than one window of {context} tokens; raise it.")
+        if self.windows < self.batch_windows:
+            raise InputError(
+                f"The training text has {len(tokens):,} tokens, less than one batch of {batch_tokens:,}; "
+                f"give more text or lower train.batch_tokens."
+            )
+        self._permutation = lru_cache(maxsize=2)(
+            lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.windows)
+        )
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and next-token targets of `step`, each (windows, context) int64."""
+        places = range(step * self.batch_windows, (step + 1) * self.batch_windows)
+        chosen = [self._permutation(place // self.windows)[place % self.windows] for place in places]
+        return _inputs_and_targets(self.tokens, np.asarray(chosen), self.context)
+
+    def passes(self, steps: int) -> float:
+        """How often `steps` steps read the training text."""
+        return steps * self.batch_windows / self.windows
+
+
+def measurement_batches(tokens: np.ndarray, context: int, part: str, wanted: int) -> list[dict[str, torch.Tensor]]:
+    """About `wanted` validation tokens of one part, as a list of {"input_ids": (windows, context)}.
+
+    part "calibration" is the first third of the validation text, "evaluation" the rest, so that no document (but the
+    one at the seam) is on both sides; within a part the windows lie evenly spaced, so that a small set still visits
+    many documents. Raises InputError when that part of the text is too short.
+    """
+    windows = (len(tokens) - 1) // context
+    first, last = (0, windows // 3) if part == "calibration" else (windows // 3, windows)
+    count = wanted // context
+    if count < 1 or count > last - first:
+        raise InputError(
+            f"{wanted:,} {part} tokens are asked for, but the validation text has {(last - first) * context:,} for it "
+            f"in windows of {context}; give more text, a larger corpus.validation_share, or ask for fewer."
+        )
+    chosen = first + (np.arange(count) * (last - first)) // count
+    groups = np.array_split(chosen, -(-count // BATCH_WINDOWS))
+    return [{"input_ids": _inputs_and_targets(tokens, group, context)[0]} for group in groups]
+
+
+def _inputs_and_targets(tokens: np.ndarray, windows: np.ndarray, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    index = windows[:, None] * context + np.arange(context + 1)  # (windows, context + 1)
+    ids = torch.from_numpy(tokens[index].astype(np.int64))
+    return ids[:, :-1], ids[:, 1:]

@@ -1,0 +1,196 @@
+"""The claims under test, with test, threshold and margin stated before any result; and what a verdict looks like."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from sparsity_utils.trends import Estimate
+
+# "Comparable" loss: 1% is what about 14% more parameters buy, at loss ~ N^-0.076 (arXiv 2001.08361, eq. 1.1).
+LOSS_MARGIN = 0.01
+# Activation ratio per decade of parameters (3 points): just above both published slopes, +1.6 and -2.6 points.
+SLOPE_MARGIN = 0.03
+BREAKPOINT = (114.0, 114.0)  # d_model / n_layers (arXiv 2411.02335, Fig. 5)
+OPTIMUM = (74.0, 282.0)  # d_model / n_layers of the lowest loss (Fig. 6)
+USEFUL_PPL_RATIO = 2.0  # metrics are compared where CETT at most doubles perplexity, the largest p that is measured
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row of a notebook's last table. `here` and its 90% interval are in `unit`; NaN where there is no number."""
+
+    question: str
+    claim: str
+    published: str
+    here: float
+    interval: tuple[float, float]
+    unit: str
+    test: str
+    threshold: str
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published claim and the test that decides it. An estimate times `scale` is in `unit`."""
+
+    question: str
+    claim: str
+    published: str
+    unit: str
+    test: str
+    threshold: str = "90% interval above 0"
+    scale: float = 100.0  # shares are shown in points or percent
+
+    def judged(self, estimate: Estimate, verdict: str, *reasons: str) -> Verdict:
+        """The verdict on this claim, with the reasons that are not empty."""
+        return Verdict(
+            self.question,
+            self.claim,
+            self.published,
+            self.scale * estimate.value,
+            (self.scale * estimate.low, self.scale * estimate.high),
+            self.unit,
+            self.test,
+            self.threshold,
+            verdict,
+            "; ".join(reason for reason in reasons if reason),
+        )
+
+
+def form_claim(activation: str, form: str) -> Claim:
+    """Does the published form describe an activation's curves better than its rivals?"""
+    return Claim(
+        "relu_vs_silu",
+        f"The {form} form describes {activation} best",
+        "fits best",
+        "AICc below the closest form",
+        "t interval over runs of the AICc difference to each of constant, log, exponential and plain power",
+        "90% interval above 0 for every form",
+        scale=1.0,
+    )
+
+
+def scale_claim(what: str, published: str = "none") -> Claim:
+    """Is a quantity insensitive to scale?"""
+    return Claim(
+        "scale_insensitivity",
+        f"{what} does not depend on scale",
+        published,
+        "points per decade",
+        "equivalence (two one-sided t tests) of the slope on log parameters, seeds as blocks",
+        f"90% interval inside +-{100 * SLOPE_MARGIN:.0f} points per decade",
+    )
+
+
+CETT_LOWEST = Claim(
+    "metrics",
+    "At equal activation ratio CETT has the lowest perplexity",
+    "lowest of four",
+    "nats per token below the closest metric",
+    "t interval over runs of the mean loss gap to Top-k and to FAT (plain ReLU is one point, see the next claim)",
+    "90% interval above 0 for both",
+    scale=1.0,
+)
+CETT_CUT = Claim(
+    "metrics",
+    "CETT-PPL-1% keeps fewer neurons active than the zero threshold of ReLU",
+    "61% fewer (0.8B)",
+    "% fewer",
+    "t interval over ReLU runs of the relative cut",
+)
+LOSS_EQUAL = Claim(
+    "relu_vs_silu",
+    "ReLU reaches the loss of SiLU",
+    "comparable",
+    "% of the SiLU loss",
+    "equivalence (paired two one-sided t tests), pairs of equal size, seed and tokens",
+    f"90% interval inside +-{100 * LOSS_MARGIN:.0f}%",
+)
+RELU_FALLS = Claim(
+    "relu_vs_silu",
+    "The ReLU activation ratio falls with data",
+    "falls",
+    "points fewer per decade of tokens",
+    "t interval over runs of each run's slope on log tokens, warm-up dropped",
+)
+SILU_RISES = Claim(
+    "relu_vs_silu",
+    "The SiLU activation ratio rises with data",
+    "rises",
+    "points more per decade of tokens",
+    "t interval over runs of each run's slope on log tokens, warm-up dropped",
+)
+RELU_SPARSER = Claim(
+    "relu_vs_silu",
+    "ReLU ends sparser than SiLU",
+    "7.1% against 39.2% active (0.1B)",
+    "points fewer active",
+    "paired t interval of the last-five means, pairs of equal size and seed",
+)
+RATIO_RISES = Claim(
+    "width_depth_ratio",
+    "The limit rises with the width-depth ratio below the breakpoint",
+    "rises",
+    "points per 100 of d_model / n_layers",
+    "t interval of the slope, seeds as blocks",
+    scale=1e4,
+)
+RATIO_BREAKS = Claim(
+    "width_depth_ratio",
+    "Beyond a width-depth ratio of about 114 the limit is flat",
+    "114",
+    "d_model / n_layers",
+    "profile F interval of the breakpoint, once two segments beat a line by AICc",
+    "114 inside the 90% interval, the interval inside the sampled ratios",
+    scale=1.0,
+)
+RATIO_OPTIMUM = Claim(
+    "width_depth_ratio",
+    "The loss is lowest at a width-depth ratio of 74 to 282",
+    "74 to 282",
+    "d_model / n_layers",
+    "profile F interval of the minimum of a parabola in log ratio",
+    "90% interval inside 74 to 282 and inside the sampled ratios",
+    scale=1.0,
+)
+CLAIMS = (
+    *(CETT_LOWEST, CETT_CUT),
+    *(LOSS_EQUAL, RELU_FALLS, SILU_RISES, RELU_SPARSER, form_claim("relu", "logspace"), form_claim("silu", "power")),
+    *(RATIO_RISES, RATIO_BREAKS, RATIO_OPTIMUM),
+    *(scale_claim("The relu limit", "+1.6 points per decade"), scale_claim("The silu limit", "-2.6 points per decade")),
+    scale_claim("The relu share of non-zero neurons"),
+)
+
+
+def claims_table(question: str) -> pd.DataFrame:
+    """What a notebook states before its results: question, published, test, threshold."""
+    chosen = [claim for claim in CLAIMS if claim.question == question]
+    rows = [(claim.claim, claim.published, claim.test, claim.threshold) for claim in chosen]
+    return pd.DataFrame(rows, columns=["question", "published", "test", "threshold"])
+
+
+def to_table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
+    """The closing table as rounded text: question, published, here, interval, verdict."""
+    rows = []
+    for v in verdicts:
+        known = bool(np.isfinite([v.here, *v.interval]).all())
+        here = f"{_rounded(v.here)} {v.unit}" if known else "none"
+        interval = f"{_rounded(v.interval[0])} to {_rounded(v.interval[1])}" if known else "none"
+        rows.append((v.claim, v.published, here, interval, v.verdict))
+    return pd.DataFrame(rows, columns=["question", "published", "here", "interval", "verdict"])
+
+
+def details(verdicts: Iterable[Verdict]) -> pd.DataFrame:
+    """How each verdict came about: question, test, threshold, reason."""
+    rows = [(v.claim, v.test, v.threshold, v.reason) for v in verdicts]
+    return pd.DataFrame(rows, columns=["question", "test", "threshold", "reason"])
+
+
+def _rounded(value: float) -> str:
+    """About three significant digits, without a negative zero."""
+    text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return text[1:] if text.startswith("-") and not text.strip("-0.") else text

@@ -1,0 +1,97 @@
+"""What a study measures on a finished run: its sparsity along training, and all metrics on its last stable checkpoint."""
+
+import math
+
+import pandas as pd
+import torch
+
+from sparsity_utils.batches import measurement_batches
+from sparsity_utils.calibration import solve_stabilised_cett
+from sparsity_utils.corpus import Corpus
+from sparsity_utils.hooks import observe_neurons
+from sparsity_utils.metrics import measure_sparsity
+from sparsity_utils.profiles import MeasureConfig
+from sparsity_utils.runs import Run
+
+LAST = 5  # checkpoints solved together by the stabilised protocol (arXiv 2411.02335, appendix E)
+RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # wanted activation ratios of Top-k and FAT
+CETTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+def sparsity_curve(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:
+    """CETT-PPL-p% at every checkpoint of a run: step, activation_ratio, nonzero_share, cett, ppl_ratio.
+
+    Stabilised protocol: the CETT is solved once, on the last five stable checkpoints together, and applied to every
+    checkpoint; per-checkpoint protocol: solved on each. Thresholds and CETT come from calibration tokens, the numbers
+    from evaluation tokens.
+    """
+    steps = run.checkpoints.set_index("step")
+    calibration, evaluation = _batches(run, corpus, settings)
+    cett = None
+    if settings.protocol == "stabilised":
+        last = steps.index[steps["role"] == "stable"][-LAST:]
+        cett = solve_stabilised_cett([run.load(step) for step in last], calibration, settings.p).cett
+    rows = []
+    for step in steps.index:
+        how = {"metric": "cett-ppl", "p": settings.p} if cett is None else {"metric": "cett", "cett": cett}
+        report = measure_sparsity(run.load(step), evaluation, calibration=calibration, **how)
+        rows.append(
+            {
+                "step": step,
+                "activation_ratio": report.activation_ratio,
+                "nonzero_share": report.nonzero_share,
+                "cett": report.target_cett,
+                "ppl_ratio": report.ppl_ratio,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def metric_comparison(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:
+    """Perplexity against activation ratio for every metric, on the last stable checkpoint of a run (Fig. 2 and 3).
+
+    One row per metric and setting: step, metric, setting (k, eps, CETT or p), activation_ratio, cett, loss, ppl_ratio.
+    """
+    steps = run.checkpoints
+    step = steps.loc[steps["role"] == "stable", "step"].max()
+    model = run.load(step)
+    calibration, evaluation = _batches(run, corpus, settings)
+    d_ff = model.config.intermediate_size
+    plan = [("relu", {})]
+    plan += [("top-k", {"k": max(1, round(ratio * d_ff))}) for ratio in RATIOS]
+    plan += [("fat", {"eps": eps}) for eps in _gate_quantiles(model, calibration)]
+    plan += [("cett", {"cett": cett}) for cett in CETTS] + [("cett-ppl", {"p": settings.p})]
+    rows, loss_dense = [], None
+    for metric, setting in plan:
+        on = calibration if metric.startswith("cett") else None
+        report = measure_sparsity(model, evaluation, metric, calibration=on, loss_dense=loss_dense, **setting)
+        loss_dense = report.loss_dense
+        rows.append(
+            {
+                "step": step,
+                "metric": metric,
+                "setting": next(iter(setting.values()), math.nan),
+                "activation_ratio": report.activation_ratio,
+                "cett": report.cett,
+                "loss": report.loss_sparse,
+                "ppl_ratio": report.ppl_ratio,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _batches(run: Run, corpus: Corpus, settings: MeasureConfig) -> tuple[list, list]:
+    tokens, context = corpus.tokens("validation"), run.manifest["config"]["model"]["context"]
+    wanted = {"calibration": settings.calibration_tokens, "evaluation": settings.evaluation_tokens}
+    return tuple(measurement_batches(tokens, context, part, count) for part, count in wanted.items())
+
+
+def _gate_quantiles(model, calibration: list) -> list[float]:
+    """The eps at which FAT would keep about each of RATIOS of the neurons: quantiles of |s| over calibration tokens."""
+    sizes = []
+    with torch.inference_mode(), observe_neurons(model, lambda ffn, s, h: sizes.append(s.abs().flatten())):
+        for batch in calibration[:1]:
+            model.base_model(**batch)
+    ordered = torch.cat(sizes).sort().values
+    quantiles = [float(ordered[int((1 - ratio) * (len(ordered) - 1))]) for ratio in RATIOS]
+    return sorted({eps for eps in quantiles if eps > 0})

@@ -1,0 +1,64 @@
+"""Where things live. Nothing else in the project builds a path of its own."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sparsity_utils.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+PROFILES = NOTEBOOKS / "profiles"
+RESULTS = ROOT / "results"
+RECORDED_MODELS = RESULTS / "models"
+FIGURES = ROOT / "figures"
+LOCK = ROOT / "requirements.lock"
+
+
+def build() -> Path:
+    """The folder of everything generated and large; `SPARSITY_BUILD` moves it to another disk."""
+    return Path(os.environ.get("SPARSITY_BUILD", ROOT / "build"))
+
+
+def corpora() -> Path:
+    """One folder per built corpus."""
+    return build() / "corpus"
+
+
+def runs() -> Path:
+    """The run store: one folder per training run, named by its hash."""
+    return build() / "runs"
+
+
+def profile_output(profile: str) -> Path:
+    """Executed notebooks, figures and tables of `make reproduce PROFILE=profile`."""
+    return build() / profile
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; rename it to `target` when the block ends well.
+
+    The temporary path is a file name or, if the block makes it one, a folder. When the block raises,
+    what was written is removed and `target` stays as it was. A full disk becomes an `InputError`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / target.name
+    try:
+        yield aside
+        if target.is_dir() and aside.is_dir():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"The disk is full: {target} could not be written and was left as it was; free some space "
+                f"or point SPARSITY_BUILD at another disk, then run the same command again."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)

@@ -1,0 +1,242 @@
+"""Profiles: every number that decides what a study does, read from one YAML file and checked.
+
+A profile is a file `notebooks/profiles/<name>.yaml` with one section per dataclass below. An unknown key,
+a wrong type or an impossible value is an `InputError` that names the file and the key.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsity_utils import paths
+from sparsity_utils.errors import InputError
+
+ACTIVATIONS = ("relu", "silu", "gelu", "relu2")
+SOURCES = ("python-source", "path", "hub")
+
+
+def _check(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise InputError(sentence)
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Text source and tokenizer."""
+
+    source: str = "python-source"
+    path: str | None = None  # source "path": a file or folder; source "hub": the data set's name
+    revision: str | None = None  # source "hub": a pinned revision (commit hash)
+    text_field: str = "text"  # key of the text in .jsonl, .parquet and hub rows
+    max_megabytes: float = 48.0  # 1e6 bytes of text kept, after duplicates are removed
+    vocabulary: int = 1024  # byte-level BPE entries, the end-of-text token included
+    validation_share: float = 0.02  # share of the kept text
+
+    def __post_init__(self) -> None:
+        _check(self.source in SOURCES, f"corpus.source is {self.source!r}; choose one of {', '.join(SOURCES)}.")
+        if self.source != "python-source":
+            _check(bool(self.path), f"corpus.path is empty; source {self.source!r} needs one.")
+        if self.source == "hub":
+            _check(bool(self.revision), "corpus.revision is empty; a hub data set needs a pinned revision.")
+        _check(257 <= self.vocabulary <= 65536, f"corpus.vocabulary is {self.vocabulary}; choose 257 to 65536.")
+        _check(self.max_megabytes > 0, f"corpus.max_megabytes is {self.max_megabytes}; it must be positive.")
+        _check(0 < self.validation_share <= 0.5, f"corpus.validation_share is {self.validation_share}; choose 0 to 0.5.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a muP decoder (arXiv 2411.02335, section 4 and appendix; muP as in MiniCPM)."""
+
+    d_model: int
+    n_layers: int
+    activation: str = "relu"
+    vocabulary: int = 1024
+    context: int = 256  # tokens
+    head_size: int = 12  # wanted head size; the nearest even divisor of d_model is taken
+    base_width: int = 64  # d_base: the width at which muP's multipliers are one
+    ffn_ratio: float = 2.5  # d_ff / d_model
+
+    def __post_init__(self) -> None:
+        _check(self.activation in ACTIVATIONS, f"model.activation is {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}.")
+        for name in ("d_model", "n_layers", "vocabulary", "context", "head_size", "base_width"):
+            _check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
+        _check(self.head_size % 2 == 0, f"model.head_size is {self.head_size}; rotary attention needs an even one.")
+        _check(self.d_model % 2 == 0, f"model.d_model is {self.d_model}; it must be even, so that heads of an even size divide it.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: AdamW under a warm-up, stable, decay schedule."""
+
+    tokens: int  # tokens of the warm-up and stable stages; the decay comes on top
+    batch_tokens: int = 8192
+    learning_rate: float = 0.01  # peak, before muP's per-group scale
+    warmup_share: float = 0.05  # of `tokens`
+    decay_share: float = 0.1  # of `tokens`, added after the stable stage
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    checkpoints: int = 16  # log-spaced over the stable stage, the last five evenly spaced
+    validation_tokens: int = 49152  # the validation loss at each checkpoint is their mean
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.tokens >= self.batch_tokens > 0, f"train.tokens is {self.tokens}, less than one batch of {self.batch_tokens}.")
+        _check(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}; it must be positive.")
+        _check(0 <= self.warmup_share < 0.5, f"train.warmup_share is {self.warmup_share}; choose 0 to 0.5.")
+        _check(0 <= self.decay_share <= 1, f"train.decay_share is {self.decay_share}; choose 0 to 1.")
+        _check(self.checkpoints >= 6, f"train.checkpoints is {self.checkpoints}; at least 6 are needed (the last five are solved together).")
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How activation sparsity is measured on a checkpoint."""
+
+    p: float = 1.0  # CETT-PPL-p%: the accepted rise of perplexity, in percent
+    protocol: str = "stabilised"  # or "per-checkpoint"
+    calibration_tokens: int = 16384  # thresholds and target are solved on these
+    evaluation_tokens: int = 49152  # and reported on these, disjoint from them
+
+    def __post_init__(self) -> None:
+        _check(0 < self.p <= 100, f"measure.p is {self.p}; choose a rise of perplexity between 0 and 100 percent.")
+        _check(self.protocol in ("stabilised", "per-checkpoint"), f"measure.protocol is {self.protocol!r}; choose stabilised or per-checkpoint.")
+        _check(self.calibration_tokens > 0 < self.evaluation_tokens, "measure.calibration_tokens and evaluation_tokens must be positive.")
+
+
+@dataclass(frozen=True)
+class Size:
+    """One point of the scale line, shape written as d_model x n_layers."""
+
+    shape: str
+    tokens: int
+
+    def __post_init__(self) -> None:
+        self.d_model_and_layers()
+        _check(self.tokens > 0, f"study.sizes: {self.shape} has {self.tokens} tokens; it needs a positive number.")
+
+    def d_model_and_layers(self) -> tuple[int, int]:
+        """`"48x4"` -> (48, 4)."""
+        parts = self.shape.split("x")
+        _check(len(parts) == 2 and all(part.isdigit() for part in parts), f"study.sizes: {self.shape!r} is not of the form 48x4 (d_model x n_layers).")
+        return int(parts[0]), int(parts[1])
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Which runs answer the questions of the notebooks."""
+
+    sizes: tuple[Size, ...]  # one width-depth ratio, rising size: notebooks 01, 02 and 04
+    activations: tuple[str, ...] = ("relu", "silu")
+    seeds: tuple[int, ...] = (0, 1)
+    ratio_parameters: int = 45_000  # non-embedding parameters of the width-depth line: notebook 03
+    ratios: tuple[float, ...] = ()  # d_model / n_layers
+    ratio_tokens: int = 4_500_000
+    ratio_seeds: tuple[int, ...] = (0, 1)
+    tuning_rates: tuple[float, ...] = ()  # learning rates tried at the first size, by validation loss
+    tuning_batches: tuple[int, ...] = ()  # batch sizes in tokens, likewise
+
+    def __post_init__(self) -> None:
+        _check(len(self.sizes) > 0, "study.sizes is empty; name at least one shape.")
+        for activation in self.activations:
+            _check(activation in ACTIVATIONS, f"study.activations has {activation!r}; choose from {', '.join(ACTIVATIONS)}.")
+        _check(len(self.seeds) > 0 and len(self.ratio_seeds) > 0, "study.seeds and study.ratio_seeds need at least one seed.")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything `make reproduce PROFILE=name` needs to know."""
+
+    name: str
+    about: str  # one sentence: for whom, and what it costs
+    corpus: CorpusConfig
+    study: StudyConfig
+    model: dict[str, Any] = field(default_factory=dict)  # ModelConfig fields shared by all runs
+    train: dict[str, Any] = field(default_factory=dict)  # TrainConfig fields shared by all runs
+    measure: MeasureConfig = MeasureConfig()
+    workers: int = 2  # runs side by side
+    threads: int = 1  # torch threads of each
+
+    def model_config(self, d_model: int, n_layers: int, activation: str) -> ModelConfig:
+        """A shape of the study with the profile's shared settings."""
+        return ModelConfig(d_model, n_layers, activation, vocabulary=self.corpus.vocabulary, **self.model)
+
+    def train_config(self, tokens: int, seed: int, **changes: Any) -> TrainConfig:
+        """A run's training settings: the profile's shared ones, then `changes`."""
+        return TrainConfig(tokens=tokens, seed=seed, **{**self.train, **changes})
+
+
+def profile_names() -> list[str]:
+    """The shipped profiles."""
+    return sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
+
+
+def read_profile(name: str) -> Profile:
+    """The profile `name`: a shipped one, or a path to a YAML file of one's own.
+
+    Raises InputError for an unknown profile, an unknown or missing key, a wrong type or an impossible value.
+    """
+    path = paths.PROFILES / f"{name}.yaml" if not name.endswith((".yaml", ".yml")) else Path(name)
+    if not path.is_file():
+        raise InputError(f"There is no profile {name!r}; choose one of {', '.join(profile_names())}, or name a .yaml file.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path.name} is not valid YAML ({str(error).splitlines()[0]}); correct it.") from error
+    try:
+        profile = _read(Profile, {"name": path.stem, **_as_mapping(content, "the profile")}, "")
+        for size in profile.study.sizes:
+            profile.model_config(*size.d_model_and_layers(), profile.study.activations[0])
+            profile.train_config(size.tokens, 0)
+        return profile
+    except InputError as error:
+        raise InputError(f"Profile {path.name}: {error}") from error
+
+
+def _as_mapping(content: Any, where: str) -> dict:
+    _check(isinstance(content, dict), f"{where} should hold 'key: value' lines, not {content!r}.")
+    return content
+
+
+def _read(cls: type, content: dict, where: str) -> Any:
+    """`content` as the dataclass `cls`, keys and types checked; `where` is the dotted place for messages."""
+    hints = typing.get_type_hints(cls)
+    for key in content:
+        _check(key in hints, f"unknown key {where}{key}; known are {', '.join(hints)}.")
+    for each in dataclasses.fields(cls):
+        required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        _check(not required or each.name in content, f"the key {where}{each.name} is missing.")
+    values = {key: _value(value, hints[key], where + key) for key, value in content.items()}
+    if cls is Profile:
+        _check_shared(values.get("model", {}), ModelConfig, {"d_model", "n_layers", "activation", "vocabulary"}, "model")
+        _check_shared(values.get("train", {}), TrainConfig, {"tokens", "seed"}, "train")
+    return cls(**values)
+
+
+def _check_shared(content: dict, cls: type, from_study: set[str], where: str) -> None:
+    """Shared settings are those of `cls` but for the ones the study itself varies."""
+    hints = {key: hint for key, hint in typing.get_type_hints(cls).items() if key not in from_study}
+    for key, value in content.items():
+        _check(key in hints, f"unknown key {where}.{key}; known are {', '.join(hints)}.")
+        _value(value, hints[key], f"{where}.{key}")
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`: a dataclass, tuple, dict, int, float, str or None."""
+    if dataclasses.is_dataclass(hint):
+        return _read(hint, _as_mapping(value, where), where + ".")
+    if typing.get_origin(hint) is tuple:
+        _check(isinstance(value, list), f"{where} is {value!r}; it should be a list.")
+        return tuple(_value(item, typing.get_args(hint)[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if typing.get_origin(hint) is dict:
+        return _as_mapping(value, where)
+    allowed = tuple(t for t in (typing.get_args(hint) or (hint,)))
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    good = isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed)
+    _check(good, f"{where} is {value!r}; it should be of type {' or '.join(t.__name__ for t in allowed)}.")
+    return value

@@ -1,0 +1,193 @@
+"""The run store: one folder per training run, named by what decides its weights, never trained twice.
+
+    build/runs/<key>/             a finished run
+        manifest.json             configuration, versions, device, status, SHA-256 of every checkpoint
+        config.json               the model's, so that a checkpoint opens with transformers
+        checkpoints/<step>.safetensors
+        <measurement>-<key>.csv   what was measured on it
+    build/runs/.<key>.working/    a run under way: it resumes from its last saved state
+    build/runs/.<key>.lock        held by the process that trains it
+
+The key is a hash of the configuration, the corpus, the tokenizer, the recipe version and the thread count.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import transformers
+
+from sparsity_utils import paths
+from sparsity_utils.batches import measurement_batches
+from sparsity_utils.corpus import Corpus
+from sparsity_utils.model import load_model, non_embedding_parameters
+from sparsity_utils.profiles import ModelConfig, TrainConfig
+from sparsity_utils.train import Diverged, checkpoint_file, train
+
+RECIPE = 1  # raise it when the same configuration would train to other weights
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides the weights of a run."""
+
+    model: ModelConfig
+    train: TrainConfig
+    corpus: str  # hash of the tokens
+    tokenizer: str  # hash of the tokenizer
+    threads: int  # torch threads: they decide the order of sums
+    recipe: int = RECIPE
+
+    @property
+    def key(self) -> str:
+        """The name of the run's folder."""
+        return digest(dataclasses.asdict(self))
+
+    @property
+    def title(self) -> str:
+        """The run in a few words, for progress and messages."""
+        return f"{self.model.d_model}x{self.model.n_layers} {self.model.activation} seed {self.train.seed}"
+
+    def cost(self) -> float:
+        """Expected work in arbitrary units, for the progress estimate: fitted by eye on two-core timings."""
+        per_token = self.model.n_layers * (self.model.d_model + 40) + 0.6 * (self.model.d_model + 60)
+        return per_token * self.train.tokens * (1 + self.train.decay_share)
+
+
+def digest(content: dict) -> str:
+    """Sixteen hex digits of the SHA-256 of `content` as canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    manifest: dict
+
+    @property
+    def diverged(self) -> str:
+        """Why training stopped early, or an empty string."""
+        return self.manifest["diverged"]
+
+    @property
+    def checkpoints(self) -> pd.DataFrame:
+        """One row per checkpoint: what it is, its losses and the throughput until then."""
+        model, training = self.manifest["config"]["model"], self.manifest["config"]["train"]
+        table = pd.DataFrame(self.manifest["checkpoints"])
+        about = {
+            "run": self.folder.name,
+            "activation": model["activation"],
+            "d_model": model["d_model"],
+            "n_layers": model["n_layers"],
+            "parameters": non_embedding_parameters(model["d_model"], model["n_layers"], model["ffn_ratio"]),
+            "ratio": model["d_model"] / model["n_layers"],
+            "seed": training["seed"],
+        }
+        for place, (name, value) in enumerate(about.items()):
+            table.insert(place, name, value)
+        # Twice the warm-up: before that the learning rate, not the amount of data, moves the ratio.
+        table["fit"] = (table["role"] == "stable") & (table["tokens"] >= 2 * training["warmup_share"] * training["tokens"])
+        return table
+
+    def load(self, step: int) -> transformers.GraniteForCausalLM:
+        """The model after `step` steps, in evaluation mode."""
+        return load_model(self.folder, str(checkpoint_file(Path(), step)))
+
+    def has_measured(self, name: str, settings: dict) -> bool:
+        """Whether `measured` would only read."""
+        return self._measurement_file(name, settings).exists()
+
+    def _measurement_file(self, name: str, settings: dict) -> Path:
+        return self.folder / f"{name}-{digest(settings)}.csv"
+
+    def measured(self, name: str, settings: dict, measure: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """The table `measure()` gives, computed once per (name, settings) and kept with the run."""
+        file = self._measurement_file(name, settings)
+        if not file.exists():
+            with paths.written_aside(file) as aside:
+                measure().to_csv(aside, index=False)
+        return pd.read_csv(file)
+
+
+def find_run(config: RunConfig) -> Run | None:
+    """The finished run of `config`, or None. A run whose files were altered is removed and said so."""
+    folder = paths.runs() / config.key
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        damaged = [name for name, sha in manifest["files"].items() if _sha256(folder / name) != sha]
+    except FileNotFoundError as error:
+        if not folder.exists():
+            return None
+        damaged = [Path(error.filename).name]
+    except (json.JSONDecodeError, KeyError):
+        damaged = ["manifest.json"]
+    if damaged:
+        warnings.warn(
+            f"The stored run {config.title} ({folder.name}) is damaged: {damaged[0]} is not what was written; "
+            f"it is removed and trained again.",
+            stacklevel=2,
+        )
+        shutil.rmtree(folder)
+        return None
+    return Run(folder, manifest)
+
+
+def train_run(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], None] = lambda share: None) -> Run:
+    """The run of `config`, trained if it is not in the store; another process doing the same is waited for.
+
+    on_progress is called with the share of steps done. Raises InputError for a corpus that is too small.
+    """
+    with _lock(config):
+        return find_run(config) or _train(config, corpus, on_progress)
+
+
+def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], None]) -> Run:
+    validation = measurement_batches(
+        corpus.tokens("validation"), config.model.context, "evaluation", config.train.validation_tokens
+    )
+    working = paths.runs() / f".{config.key}.working"
+    try:
+        diverged, rows = "", train(config.model, config.train, corpus.tokens("train"), validation, working, on_progress)
+    except Diverged as error:
+        diverged, rows = f"{config.title}: {error}", []
+    (working / "state.safetensors").unlink(missing_ok=True)
+    stored = sorted(working.glob("checkpoints/*.safetensors")) + [working / "config.json"]
+    manifest = {
+        "config": dataclasses.asdict(config),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "diverged": diverged,
+        "checkpoints": rows,
+        "files": {str(file.relative_to(working)): _sha256(file) for file in stored},
+    }
+    with paths.written_aside(working / "manifest.json") as aside:
+        aside.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    os.replace(working, paths.runs() / config.key)
+    return Run(paths.runs() / config.key, manifest)
+
+
+@contextmanager
+def _lock(config: RunConfig) -> Iterator[None]:
+    """Hold the run's lock file; the system frees it when the process ends, however it ends."""
+    paths.runs().mkdir(parents=True, exist_ok=True)
+    with (paths.runs() / f".{config.key}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,232 @@
+"""A study: which runs a question needs, which exist, do the rest side by side, return one table.
+
+`Study.from_profile("laptop").table("relu_vs_silu")` trains what is missing; `Study.recorded()` reads the stored tables.
+"""
+
+import multiprocessing
+import os
+import platform
+import threading
+import time
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from sparsity_utils import paths
+from sparsity_utils.corpus import Corpus, build_corpus, open_corpus
+from sparsity_utils.curves import metric_comparison, sparsity_curve
+from sparsity_utils.errors import InputError
+from sparsity_utils.model import solve_shape
+from sparsity_utils.profiles import MeasureConfig, Profile, read_profile
+from sparsity_utils.runs import Run, RunConfig, find_run, train_run
+
+MEASUREMENTS = {"curve": sparsity_curve, "metrics": metric_comparison}
+# question -> (file of its table, what is measured on each of its runs); notebooks 02 and 04 read the same runs
+QUESTIONS = {
+    "metrics": ("metrics.csv", "metrics"),
+    "relu_vs_silu": ("relu_vs_silu.csv", "curve"),
+    "width_depth_ratio": ("width_depth_ratio.csv", "curve"),
+    "scale_insensitivity": ("relu_vs_silu.csv", "curve"),
+    "tuning": ("tuning.csv", None),  # validation losses alone
+}
+
+
+class Study:
+    """The tables of one study, trained on demand or read from a folder."""
+
+    def __init__(self, name: str, folder: Path, profile: Profile | None):
+        self.name, self.folder, self.profile = name, folder, profile
+        self._corpus: Corpus | None = None
+
+    @classmethod
+    def from_profile(cls, name: str) -> "Study":
+        """A study that trains and measures what its profile asks for and the run store lacks."""
+        profile = read_profile(name)
+        return cls(profile.name, paths.profile_output(profile.name) / "results", profile)
+
+    @classmethod
+    def recorded(cls, folder: Path = paths.RESULTS) -> "Study":
+        """The tables stored in `folder`; nothing is trained."""
+        return cls("recorded", folder, None)
+
+    @classmethod
+    def open(cls, source: str, profile: str) -> "Study":
+        """What a notebook opens: `source` "recorded" reads the stored tables, "run" follows `profile`."""
+        if source not in ("recorded", "run"):
+            raise InputError(f"source is {source!r}; choose recorded (the stored tables) or run (train what is missing).")
+        return cls.recorded() if source == "recorded" else cls.from_profile(profile)
+
+    @property
+    def corpus(self) -> Corpus:
+        """The text of the profile, built when first asked for."""
+        if self._corpus is None:
+            self._corpus = build_corpus(self.profile.corpus)
+        return self._corpus
+
+    def table(self, question: str) -> pd.DataFrame:
+        """The table of a question: one row per checkpoint, or for "metrics" one per run, metric and setting.
+
+        Columns are described in results/columns.csv. Raises InputError for an unknown question or, in a recorded
+        study, a table that is not there.
+        """
+        if question not in QUESTIONS:
+            raise InputError(f"There is no question {question!r}; choose one of {', '.join(QUESTIONS)}.")
+        file = self.folder / QUESTIONS[question][0]
+        if self.profile is not None:
+            table = self._measured(question)
+            with paths.written_aside(file) as aside:
+                table.to_csv(aside, index=False, float_format="%.8g")
+        if not file.exists():
+            raise InputError(f"There is no {file.name} in {file.parent}; record a study first, or set source to run.")
+        return pd.read_csv(file)
+
+    def environment(self) -> str:
+        """One line: what computes here, and where the numbers come from."""
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+        versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+        origin = "the recorded study" if self.profile is None else f"profile {self.name}: {self.profile.about}"
+        return f"{versions}, {device}. Numbers from {origin}."
+
+    def keep_verdicts(self, notebook: str, verdicts: pd.DataFrame) -> None:
+        """Store a notebook's verdict table for the closing table of `make reproduce`; a recorded study keeps none."""
+        if self.profile is not None:
+            with paths.written_aside(self.folder.parent / "verdicts" / f"{notebook}.csv") as aside:
+                verdicts.to_csv(aside, index=False)
+
+    def keep_figure(self, figure, name: str) -> None:
+        """Store a figure as PNG and SVG among this profile's; a recorded study's are drawn by `make figures`."""
+        if self.profile is not None:
+            from sparsity_utils.plots import save_figure
+
+            save_figure(figure, self.folder.parent / "figures" / name)
+
+    def configs(self, question: str) -> list[RunConfig]:
+        """The runs that a question needs."""
+        study, sizes, seeds = self.profile.study, self.profile.study.sizes, self.profile.study.seeds
+        if question == "width_depth_ratio":
+            shapes = [solve_shape(study.ratio_parameters, ratio) for ratio in study.ratios]
+            plan = product([((s.d_model, s.n_layers), study.ratio_tokens) for s in shapes], ["relu"], study.ratio_seeds, [{}])
+        elif question == "tuning":
+            tried = product(study.tuning_rates, study.tuning_batches)
+            changes = [{"learning_rate": rate, "batch_tokens": batch} for rate, batch in tried]
+            plan = product([(sizes[0].d_model_and_layers(), sizes[0].tokens)], ["relu"], seeds[:1], changes)
+        else:
+            chosen = sizes[-1:] if question == "metrics" else sizes
+            plan = product([(size.d_model_and_layers(), size.tokens) for size in chosen], study.activations, seeds, [{}])
+        return [
+            RunConfig(
+                self.profile.model_config(*shape, activation),
+                self.profile.train_config(tokens, seed, **changes),
+                self.corpus.hash,
+                self.corpus.tokenizer_hash,
+                self.profile.threads,
+            )
+            for (shape, tokens), activation, seed, changes in plan
+        ]
+
+    def _measured(self, question: str) -> pd.DataFrame:
+        what, configs = QUESTIONS[question][1], self.configs(question)
+        do_jobs([Job(config, self.corpus.folder, self.profile.measure, what) for config in configs], self.profile)
+        tables = []
+        for config in configs:
+            run = find_run(config)
+            if run.diverged:
+                warnings.warn(f"{run.diverged} The study goes on without this run.", stacklevel=3)
+            elif what is None:
+                tried = {"learning_rate": config.train.learning_rate, "batch_tokens": config.train.batch_tokens}
+                tables.append(run.checkpoints.assign(**tried))
+            else:
+                measured = measurement(run, self.corpus, self.profile.measure, what)
+                tables.append(run.checkpoints.merge(measured, on="step"))
+        if not tables:
+            raise InputError(f"Every run of {question} diverged; lower train.learning_rate in profile {self.name}.")
+        return pd.concat(tables, ignore_index=True)
+
+
+def measurement(run: Run, corpus: Corpus, settings: MeasureConfig, what: str) -> pd.DataFrame:
+    """A measurement of a run, computed once and kept with it."""
+    return run.measured(what, asdict(settings), lambda: MEASUREMENTS[what](run, corpus, settings))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to train, if need be, and to measure."""
+
+    config: RunConfig
+    corpus: Path
+    measure: MeasureConfig
+    what: str | None  # a key of MEASUREMENTS, or nothing but the losses of training
+
+    def done(self) -> bool:
+        """Whether nothing is left to compute."""
+        run = find_run(self.config)
+        if run is None or run.diverged or self.what is None:
+            return run is not None
+        return run.has_measured(self.what, asdict(self.measure))
+
+
+def do_jobs(jobs: Iterable[Job], profile: Profile) -> None:
+    """Do what is not done yet, `profile.workers` jobs side by side, behind one progress bar over their expected cost."""
+    todo = [job for job in jobs if not job.done()]
+    if not todo:
+        return
+    todo.sort(key=lambda job: -job.config.cost())  # the longest first, so that no worker is left alone at the end
+    context = multiprocessing.get_context("spawn")
+    shares = context.Array("d", len(todo))
+    costs = [job.config.cost() for job in todo]
+    with ProcessPoolExecutor(profile.workers, context, _start_worker, (shares, profile.threads, os.getpid())) as pool:
+        futures = [pool.submit(_do_job, job, place) for place, job in enumerate(todo)]
+        try:
+            _watch(futures, shares, costs)
+            for future in futures:
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            for process in list(pool._processes.values()):
+                process.terminate()
+            raise
+
+
+def _watch(futures: list[Future], shares, costs: list[float]) -> None:
+    """Show the progress of all jobs until they end or one fails."""
+    names = f"{len(futures)} runs"
+    with tqdm(total=100, desc=names, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}", disable=bool(os.environ.get("CI"))) as bar:
+        pending = set(futures)
+        while pending and not any(future.done() and future.exception() for future in futures):
+            _, pending = wait(pending, timeout=1.0)
+            done = sum(cost * share for cost, share in zip(costs, shares, strict=True)) / sum(costs)
+            bar.update(100 * done - bar.n)
+
+
+def _start_worker(shares, threads: int, parent: int) -> None:
+    """Set up a worker process; a worker whose parent was killed ends at once, its run resumes later."""
+    global _shares
+    _shares = shares
+    torch.set_num_threads(threads)
+
+    def follow_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _do_job(job: Job, place: int) -> None:
+    def report(share: float) -> None:
+        _shares[place] = 0.9 * share  # measuring takes about a tenth
+
+    corpus = open_corpus(job.corpus)
+    run = train_run(job.config, corpus, report)
+    if not run.diverged and job.what is not None:
+        measurement(run, corpus, job.measure, job.what)
+    _shares[place] = 1.0

@@ -1,0 +1,281 @@
+"""Trends across runs: lines, breakpoints, optima, and the tests that turn an interval into a verdict.
+
+The unit of every test is a run (one shape, one seed): checkpoints along a run are correlated and never counted as
+independent. Runs of one seed share initialisation and data order, so seeds enter regressions as fixed effects
+(blocks). Two or three seeds are too few for a random effect or for cluster-robust errors, both of which would come
+out too small; the fixed effects cost one degree of freedom per seed and the interval is an exact t interval.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import statsmodels.api as sm
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from statsmodels.stats.weightstats import DescrStatsW
+
+from sparsity_utils.errors import InputError
+from sparsity_utils.laws import LEVEL, information
+
+SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE = "supported", "not supported", "inconclusive"
+SMALLEST_DOF = 1  # residual degrees of freedom of a t interval: exact at one, if wide (6.3 standard errors at 90%)
+PROFILE_DOF = 3  # of a profile over a breakpoint or an optimum: AICc is defined from here
+GRID = 401  # candidate values of a breakpoint or an optimum
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval at `level` from `n` runs; `reason` says why there is none (values are then NaN)."""
+
+    value: float
+    low: float
+    high: float
+    level: float
+    n: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Two one-sided tests: is `estimate` inside +-margin? `p_value` is the larger of the two."""
+
+    estimate: Estimate
+    margin: float
+    p_value: float
+    verdict: str
+    relative_change: float = float("nan")  # of the fitted line from the smallest to the largest size; slopes only
+
+
+@dataclass(frozen=True)
+class Line:
+    """y = intercept + slope x, with the interval of the slope; the intercept is the mean over the groups' effects."""
+
+    slope: Estimate
+    intercept: float
+    rmse: float
+    aicc: float
+
+    def predict(self, x: ArrayLike) -> Array:
+        return self.intercept + self.slope.value * np.asarray(x, dtype=float)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """y = level_at_breakpoint + slope_before min(x - b, 0) + slope_after max(x - b, 0), slope_after 0 unless asked for.
+
+    `breakpoint.reason` says why the breakpoint must not be used: it is then inconclusive, the numbers stay for a plot.
+    """
+
+    breakpoint: Estimate
+    slope_before: float
+    slope_after: float
+    level_at_breakpoint: float
+    rmse: float
+    aicc: float
+    aicc_line: float
+
+    def predict(self, x: ArrayLike) -> Array:
+        x = np.asarray(x, dtype=float) - self.breakpoint.value
+        return self.level_at_breakpoint + self.slope_before * np.minimum(x, 0) + self.slope_after * np.maximum(x, 0)
+
+
+def supports_positive(estimate: Estimate) -> str:
+    """Verdict of the one-sided claim "> 0": the whole interval above 0 supports it, the whole below speaks against."""
+    if estimate.low > 0:
+        return SUPPORTED
+    return NOT_SUPPORTED if estimate.high < 0 else INCONCLUSIVE
+
+
+def supports_within(estimate: Estimate, margin: float) -> str:
+    """Verdict of an equivalence claim: interval inside +-margin, wholly outside, or neither (also when NaN)."""
+    if -margin < estimate.low and estimate.high < margin:
+        return SUPPORTED
+    return NOT_SUPPORTED if estimate.low > margin or estimate.high < -margin else INCONCLUSIVE
+
+
+def mean_over_runs(values: ArrayLike, level: float = LEVEL) -> Estimate:
+    """Mean of one value per run (or per pair of runs) with its t interval; fewer than two runs give a reason."""
+    values = _finite(values, "values")
+    if values.size < SMALLEST_DOF + 1:
+        return _nothing(values.size, level, f"only {values.size} runs; at least {SMALLEST_DOF + 1} are needed")
+    described = DescrStatsW(values)
+    low, high = described.tconfint_mean(1 - level)
+    return Estimate(float(described.mean), float(low), float(high), level, values.size)
+
+
+def equivalence_of_pairs(differences: ArrayLike, margin: float, level: float = LEVEL) -> Equivalence:
+    """Paired equivalence: is the mean difference, one per pair of runs of equal size and seed, inside +-margin?"""
+    estimate = mean_over_runs(differences, level)
+    if estimate.reason:
+        return Equivalence(estimate, margin, float("nan"), INCONCLUSIVE)
+    with np.errstate(divide="ignore", invalid="ignore"):  # equal differences have no spread
+        p_value = float(DescrStatsW(np.asarray(differences, dtype=float)).ttost_mean(-margin, margin)[0])
+    return Equivalence(estimate, margin, p_value, supports_within(estimate, margin))
+
+
+def equivalence_of_slope(
+    parameters: ArrayLike,
+    limits: ArrayLike,
+    groups: ArrayLike | None = None,
+    margin: float = 0.03,
+    level: float = LEVEL,
+) -> Equivalence:
+    """Is the slope of the limit per decade of parameters inside +-margin (activation ratio, 0.03 = 3 points)?
+
+    One limit per run, `groups` its seed. Ordinary least squares on log10 parameters with seeds as fixed effects;
+    the interval at 90% is the equivalence test at 5% (two one-sided t tests). A missing significance of the slope
+    would not do: it is what a study too small to see anything reports. Fewer than three sizes are inconclusive.
+    """
+    parameters, limits = _finite(parameters, "parameters"), _finite(limits, "limits")
+    if (parameters <= 0).any():
+        raise InputError("parameters must be positive numbers of non-embedding parameters.")
+    decades, sizes = np.log10(parameters), np.unique(parameters).size
+    line = fit_line(decades, limits, groups, level=level)
+    slope = line.slope
+    if sizes < 3:
+        slope = _nothing(limits.size, level, f"only {sizes} sizes; at least 3 are needed")
+    if slope.reason:
+        return Equivalence(slope, margin, float("nan"), INCONCLUSIVE)
+    standard_error = (slope.high - slope.value) / stats.t.ppf((1 + level) / 2, _dof(limits.size, groups))
+    with np.errstate(divide="ignore"):  # an exact line has no spread
+        nearest = np.float64(margin - abs(slope.value)) / standard_error
+    p_value = float(stats.t.sf(nearest, _dof(limits.size, groups)))
+    start, end = line.predict([decades.min(), decades.max()])
+    return Equivalence(slope, margin, p_value, supports_within(slope, margin), float(end / start - 1))
+
+
+def fit_line(
+    x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, weights: ArrayLike | None = None, level: float = LEVEL
+) -> Line:
+    """Straight line by statsmodels OLS, or WLS with `weights` (inverse variances); `groups` become fixed effects."""
+    x, y = _xy(x, y)
+    blocks, dof = _blocks(x.size, groups), _dof(x.size, groups)
+    if np.unique(x).size < 2 or dof < SMALLEST_DOF:
+        reason = f"too few runs: {x.size} at {np.unique(x).size} positions leave {max(dof, 0)} degrees of freedom"
+        return Line(_nothing(x.size, level, reason), np.nan, np.nan, np.nan)
+    design = np.column_stack([x, blocks])  # (n, 1 + groups)
+    model = sm.OLS(y, design) if weights is None else sm.WLS(y, design, weights=_finite(weights, "weights"))
+    result = model.fit()
+    low, high = result.conf_int(1 - level)[0]
+    rss = float(np.sum(np.asarray(result.resid) ** 2))
+    slope = Estimate(float(result.params[0]), float(low), float(high), level, x.size)
+    aicc = information(rss, x.size, design.shape[1])[1]
+    return Line(slope, float(result.params[1:].mean()), float(np.sqrt(rss / x.size)), aicc)
+
+
+def run_slopes(tokens: ArrayLike, values: ArrayLike, runs: ArrayLike) -> dict[object, float]:
+    """Slope of `values` per decade of tokens along each run: {run: slope}; runs of fewer than four points are left out.
+
+    Only the slope is used, never its standard error: the errors along a run are correlated.
+    """
+    tokens, values, runs = _finite(tokens, "tokens"), _finite(values, "values"), np.asarray(runs)
+    lines = {run: fit_line(np.log10(tokens[runs == run]), values[runs == run]) for run in np.unique(runs)}
+    return {run: line.slope.value for run, line in lines.items() if not line.slope.reason}
+
+
+def fit_two_segments(
+    x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, flat_after: bool = True, level: float = LEVEL
+) -> Segments:
+    """Continuous two-segment regression; as published, a slope and then flat (arXiv 2411.02335, Fig. 5).
+
+    The breakpoint runs over a grid inside the sampled x (its second smallest to its largest value); its interval holds
+    the values that a profile F test at `level` does not reject. It is inconclusive with fewer than five positions, when
+    a straight line has no worse an AICc, or when estimate or interval reach an end of the grid: the breakpoint may lie
+    outside the sampled positions.
+    """
+
+    def regressors(position: float) -> Array:
+        after = np.maximum(x - position, 0)
+        return np.column_stack([np.minimum(x - position, 0), *([] if flat_after else [after])])
+
+    x, y = _xy(x, y)
+    positions, line, count = np.unique(x), fit_line(x, y, groups, level=level), 1 if flat_after else 2
+    reason = _too_few(positions, x.size, groups, extra=count)
+    if reason:
+        return Segments(_nothing(x.size, level, reason), *[np.nan] * 5, line.aicc)
+    grid = np.linspace(positions[1], positions[-1 if flat_after else -2], GRID)
+    found, coefficients, rss = _profile(regressors, y, grid, groups, level)
+    aicc = information(rss, x.size, coefficients.size + 1)[1]
+    if not aicc < line.aicc:
+        reason = "a straight line describes the points as well (AICc)"
+    elif found.low <= grid[0] or found.high >= grid[-1]:
+        reason = f"the interval reaches an end of the sampled range, {positions[0]:.3g} to {positions[-1]:.3g}"
+    estimate = Estimate(found.value, found.low, found.high, level, x.size, reason)
+    slopes = [float(slope) for slope in coefficients[:count]] + [0.0] * flat_after
+    level_there, rmse = float(coefficients[count:].mean()), float(np.sqrt(rss / x.size))
+    return Segments(estimate, *slopes, level_there, rmse, aicc, line.aicc)
+
+
+def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Estimate:
+    """Position of the minimum of y by a parabola in log x, with its profile interval; `groups` are fixed effects.
+
+    Inconclusive with fewer than five positions, without a minimum, or when the interval reaches an end of the range.
+    """
+    x, y = _xy(x, y)
+    positions = np.unique(x)
+    reason = _too_few(positions, x.size, groups, extra=1)
+    if reason:
+        return _nothing(x.size, level, reason)
+    grid = np.geomspace(positions[0], positions[-1], GRID)
+    found, coefficients, _ = _profile(lambda at: np.log(x / at)[:, None] ** 2, y, grid, groups, level)
+    if coefficients[0] <= 0:
+        reason = "the parabola has no minimum inside the sampled range"
+    elif found.low <= grid[0] or found.high >= grid[-1]:
+        reason = f"the interval reaches an end of the sampled range, {positions[0]:.3g} to {positions[-1]:.3g}"
+    return Estimate(found.value, found.low, found.high, level, x.size, reason)
+
+
+def _profile(
+    regressors: Callable[[float], Array], y: Array, grid: Array, groups: ArrayLike | None, level: float
+) -> tuple[Estimate, Array, float]:
+    """Profile least squares over one non-linear value: estimate and F interval, linear coefficients, residual sum."""
+    blocks = _blocks(y.size, groups)
+    designs = [np.column_stack([regressors(value), blocks]) for value in grid]
+    solutions = [np.linalg.lstsq(design, y, rcond=None)[0] for design in designs]
+    rss = np.array([np.sum((design @ b - y) ** 2) for design, b in zip(designs, solutions, strict=True)])
+    best = int(np.argmin(rss))
+    dof = y.size - designs[0].shape[1] - 1
+    accepted = grid[rss <= rss[best] * (1 + stats.f.ppf(level, 1, dof) / dof)]
+    found = Estimate(float(grid[best]), float(accepted[0]), float(accepted[-1]), level, y.size)
+    return found, solutions[best], float(rss[best])
+
+
+def _too_few(positions: Array, n: int, groups: ArrayLike | None, extra: int) -> str:
+    if positions.size < 5:
+        return f"only {positions.size} positions; at least 5 are needed"
+    dof = _dof(n, groups) - extra
+    return f"too few runs: {n} leave {max(dof, 0)} degrees of freedom" if dof < PROFILE_DOF else ""
+
+
+def _blocks(n: int, groups: ArrayLike | None) -> Array:
+    """One indicator column per group (a column of ones without groups). (n, groups)"""
+    labels = np.zeros(n) if groups is None else np.asarray(groups)
+    if labels.shape != (n,):
+        raise InputError(f"groups has shape {labels.shape} for {n} points; give one label per point.")
+    return (labels[:, None] == np.unique(labels)).astype(float)
+
+
+def _dof(n: int, groups: ArrayLike | None) -> int:
+    """Residual degrees of freedom of a line with fixed effects."""
+    return n - 1 - _blocks(n, groups).shape[1]
+
+
+def _xy(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
+    x, y = _finite(x, "x"), _finite(y, "y")
+    if x.size != y.size:
+        raise InputError(f"x has {x.size} numbers and y {y.size}; give as many of one as of the other.")
+    return x, y
+
+
+def _finite(values: ArrayLike, name: str) -> Array:
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise InputError(f"{name} must be one row of finite numbers; drop or measure the missing ones first.")
+    return array
+
+
+def _nothing(n: int, level: float, reason: str) -> Estimate:
+    return Estimate(float("nan"), float("nan"), float("nan"), level, n, reason)

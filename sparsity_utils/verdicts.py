@@ -1,0 +1,230 @@
+"""One function per question: table in, verdicts on the claims of claims.py out.
+
+A test whose conditions are not met is inconclusive and says why; only an unusable table is an error.
+"""
+
+import numpy as np
+import pandas as pd
+
+from sparsity_utils import claims
+from sparsity_utils.claims import Claim, Verdict, claims_table, details, form_claim, scale_claim, to_table
+from sparsity_utils.errors import InputError
+from sparsity_utils.laws import compare_forms
+from sparsity_utils.limits import (
+    SHAPE,
+    check_checkpoints,
+    fit_points,
+    last_means,
+    limits_table,
+    published_form,
+    require,
+)
+from sparsity_utils.trends import (
+    INCONCLUSIVE,
+    NOT_SUPPORTED,
+    SUPPORTED,
+    Estimate,
+    equivalence_of_pairs,
+    equivalence_of_slope,
+    fit_line,
+    fit_optimum,
+    fit_two_segments,
+    mean_over_runs,
+    run_slopes,
+    supports_positive,
+)
+
+__all__ = ["claims_table", "details", "metrics", "relu_vs_silu", "scale_insensitivity", "to_table", "width_depth"]
+
+RIVAL_FORMS = ("constant", "log", "exponential", "plain-power")
+RIVAL_METRICS = ("top-k", "fat")
+RATIO_GRID = 9  # activation ratios at which two metrics are compared, over the range both cover
+
+
+def metrics(table: pd.DataFrame) -> list[Verdict]:
+    """Notebook 01: CETT has the lowest perplexity at equal activation ratio, and cuts the ratio of plain ReLU.
+
+    table: run, activation, metric ("relu", "top-k", "fat", "cett", "cett-ppl"), setting, activation_ratio, ppl_ratio.
+    Raises InputError for missing columns, duplicates and NaN.
+    """
+    columns = ["run", "activation", "metric", "setting", "activation_ratio", "ppl_ratio"]
+    require(table, columns, ["run", "metric", "setting"], ["activation_ratio", "ppl_ratio"], "metrics")
+    gaps = {run: _loss_gaps(rows) for run, rows in table.groupby("run", sort=True)}
+    relu = table[table["activation"] == "relu"].pivot_table("activation_ratio", "run", "metric")
+    relu = relu.reindex(columns=["relu", "cett-ppl"]).dropna()
+    return [
+        _best_of_all(claims.CETT_LOWEST, pd.DataFrame.from_dict(gaps, orient="index", columns=RIVAL_METRICS)),
+        _positive(claims.CETT_CUT, mean_over_runs(1 - relu["cett-ppl"] / relu["relu"])),
+    ]
+
+
+def relu_vs_silu(checkpoints: pd.DataFrame) -> list[Verdict]:
+    """Notebook 02: comparable loss, opposite directions with data, ReLU sparser, and the published forms of the law.
+
+    Raises InputError for missing columns, duplicates and NaN.
+    """
+    check_checkpoints(checkpoints)
+    losses = _pairs(_ends(checkpoints), "validation_loss")
+    loss = equivalence_of_pairs((losses["relu"] - losses["silu"]) / losses["silu"], claims.LOSS_MARGIN)
+    means = _pairs(last_means(checkpoints), "last_five_mean")
+    about_loss = loss.estimate.reason or f"{loss.estimate.n} pairs, TOST p = {loss.p_value:.2g}"
+    return [
+        claims.LOSS_EQUAL.judged(loss.estimate, loss.verdict, about_loss),
+        _positive(claims.RELU_FALLS, _direction(checkpoints, "relu", -1)),
+        _positive(claims.SILU_RISES, _direction(checkpoints, "silu", 1)),
+        _positive(claims.RELU_SPARSER, mean_over_runs(means["silu"] - means["relu"])),
+        *(_form_verdict(checkpoints, activation) for activation in ("relu", "silu")),
+    ]
+
+
+def width_depth(checkpoints: pd.DataFrame) -> list[Verdict]:
+    """Notebook 03: the limit rises with d_model / n_layers to a breakpoint, then is flat; the ratio of lowest loss.
+
+    ReLU runs of one size. Raises InputError for missing columns, duplicates, NaN, or a table without ReLU runs.
+    """
+    check_checkpoints(checkpoints)
+    relu = checkpoints[checkpoints["activation"] == "relu"]
+    if relu.empty:
+        raise InputError("The checkpoints table has no relu runs; the width-depth claims are about ReLU models.")
+    values, basis = one_value_per_run(limits_table(relu), "relu")
+    found = fit_two_segments(values["ratio"], values["value"], values["seed"]).breakpoint
+    rising = values if found.reason else values[values["ratio"] <= found.value]
+    slope = fit_line(rising["ratio"], rising["value"], rising["seed"]).slope
+    ends = _ends(relu)
+    optimum = fit_optimum(ends["ratio"], ends["validation_loss"], ends["seed"])
+    sampled = f"sampled ratios {values['ratio'].min():.3g} to {values['ratio'].max():.3g}"
+    return [
+        _positive(claims.RATIO_RISES, slope, f"ratios up to {rising['ratio'].max():.3g}", basis),
+        _located(claims.RATIO_BREAKS, found, claims.BREAKPOINT, sampled, basis),
+        _located(claims.RATIO_OPTIMUM, optimum, claims.OPTIMUM, sampled),
+    ]
+
+
+def scale_insensitivity(checkpoints: pd.DataFrame) -> list[Verdict]:
+    """Notebook 04: the slope of the limit per decade of parameters, tested for equivalence with zero.
+
+    One row per activation, and one for ReLU with the share of non-zero neurons where the table has it: whether
+    sparsity depends on scale may depend on the metric (arXiv 2210.06313 counts non-zeros).
+    Raises InputError for missing columns, duplicates and NaN.
+    """
+    table, known, rows = limits_table(checkpoints), {claim.claim: claim for claim in claims.CLAIMS}, []
+    for activation in sorted(set(checkpoints["activation"])):
+        claim = scale_claim(f"The {activation} limit")
+        rows.append(_slope_verdict(known.get(claim.claim, claim), *one_value_per_run(table, activation)))
+    relu = checkpoints[(checkpoints["activation"] == "relu") & (checkpoints["role"] == "stable")]
+    if len(relu) and "nonzero_share" in relu and relu["nonzero_share"].notna().all():
+        shares = last_means(relu, "nonzero_share").rename(columns={"last_five_mean": "value"})
+        claim = scale_claim("The relu share of non-zero neurons")
+        rows.append(_slope_verdict(claim, shares, "mean of the last five stable checkpoints"))
+    return rows
+
+
+def one_value_per_run(limits: pd.DataFrame, activation: str) -> tuple[pd.DataFrame, str]:
+    """The rows of `limits_table` per seed with the `value` that verdicts rest on, and a sentence that says what it is.
+
+    The limit A0 if every fit of the activation is sound; else, for all of them, the measured mean of the last five
+    stable checkpoints: extrapolated and measured values are never mixed.
+    """
+    rows = limits[limits["activation"] == activation]
+    by_seed, weak = rows[rows["seed"] != "all"], rows[~rows["sound"]]
+    if weak.empty:
+        return by_seed.assign(value=by_seed["limit"]), "rests on the limits A0 of the data law"
+    first = weak.iloc[0]
+    where = f"{first['d_model']}x{first['n_layers']} seed {first['seed']}"
+    basis = (
+        f"rests on the mean of the last five stable checkpoints: {len(weak)} of {len(rows)} fits give no sound limit "
+        f"(first {where}, {first['reason']})"
+    )
+    return by_seed.assign(value=by_seed["last_five_mean"]), basis
+
+
+def _positive(claim: Claim, estimate: Estimate, *notes: str) -> Verdict:
+    return claim.judged(estimate, supports_positive(estimate), estimate.reason or f"{estimate.n} runs", *notes)
+
+
+def _located(claim: Claim, found: Estimate, published: tuple[float, float], *notes: str) -> Verdict:
+    """A position against a published one: a point inside the interval, or the interval inside a published range."""
+    low, high = published
+    inside = found.low <= low <= found.high if low == high else low <= found.low and found.high <= high
+    if found.reason:
+        verdict = INCONCLUSIVE
+    elif found.high < low or found.low > high:
+        verdict = NOT_SUPPORTED
+    else:
+        verdict = SUPPORTED if inside else INCONCLUSIVE
+    return claim.judged(found, verdict, found.reason or f"{found.n} runs", *notes)
+
+
+def _slope_verdict(claim: Claim, values: pd.DataFrame, basis: str) -> Verdict:
+    result = equivalence_of_slope(values["parameters"], values["value"], values["seed"], claims.SLOPE_MARGIN)
+    change = f"{100 * result.relative_change:+.0f}% from the smallest to the largest size"
+    numbers = f"{result.estimate.n} runs, TOST p = {result.p_value:.2g}, {change}"
+    return claim.judged(result.estimate, result.verdict, result.estimate.reason or numbers, basis)
+
+
+def _form_verdict(checkpoints: pd.DataFrame, activation: str) -> Verdict:
+    """AICc is compared run by run: runs are independent, the points of one run are not."""
+    form, points, gaps = published_form(activation), fit_points(checkpoints), {}
+    for run, curve in points[points["activation"] == activation].groupby("run", sort=True):
+        aicc = compare_forms(curve["tokens"], curve["activation_ratio"], (form, *RIVAL_FORMS)).set_index("form")["aicc"]
+        gaps[run] = {rival: aicc[rival] - aicc[form] for rival in RIVAL_FORMS}
+    return _best_of_all(form_claim(activation, form), pd.DataFrame.from_dict(gaps, orient="index", columns=RIVAL_FORMS))
+
+
+def _best_of_all(claim: Claim, gaps: pd.DataFrame) -> Verdict:
+    """Best of all rivals, an intersection-union test: each rival at the full level, no correction needed.
+
+    gaps: one row per run, one column per rival, positive where the claim holds. The row shows the rival that decides.
+    """
+    estimates = {rival: mean_over_runs(gaps[rival].dropna().astype(float)) for rival in gaps.columns}
+    words = {rival: supports_positive(estimate) for rival, estimate in estimates.items()}
+    verdict = next(word for word in (NOT_SUPPORTED, INCONCLUSIVE, SUPPORTED) if word in words.values())
+    deciding = [rival for rival, word in words.items() if word == verdict]
+    closest = min(deciding, key=lambda rival: (not estimates[rival].reason, estimates[rival].low))
+    estimate = estimates[closest]
+    return claim.judged(estimate, verdict, estimate.reason or f"{estimate.n} runs", f"closest: {closest}")
+
+
+def _direction(checkpoints: pd.DataFrame, activation: str, sign: int) -> Estimate:
+    """`sign` times the slope of the activation ratio per decade of tokens, mean over the runs of an activation."""
+    points = fit_points(checkpoints)
+    points = points[points["activation"] == activation]
+    slopes = run_slopes(points["tokens"], points["activation_ratio"], points["run"])
+    return mean_over_runs([sign * slope for slope in slopes.values()])
+
+
+def _loss_gaps(rows: pd.DataFrame) -> dict[str, float]:
+    """Mean loss gap (nats per token) of Top-k and FAT to CETT over the activation ratios that both cover in one run."""
+    ratios, cett = _curve(rows, "cett")
+    useful = np.flatnonzero(cett <= np.log(claims.USEFUL_PPL_RATIO))
+    gaps = dict.fromkeys(RIVAL_METRICS, float("nan"))
+    for rival in RIVAL_METRICS:
+        x, y = _curve(rows, rival)
+        if useful.size and x.size:
+            low, high = max(x[0], ratios[useful[0]]), min(x[-1], ratios[-1])
+            if low < high:
+                grid = np.geomspace(low, high, RATIO_GRID)
+                gaps[rival] = float(np.mean(_at(grid, x, y) - _at(grid, ratios, cett)))
+    return gaps
+
+
+def _curve(rows: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Activation ratios of a metric, rising, and log PPL ratio there: the loss added by sparsity, in nats per token."""
+    rows = rows[(rows["metric"] == metric) & (rows["activation_ratio"] > 0)]
+    means = np.log(rows.groupby("activation_ratio", sort=True)["ppl_ratio"].mean())
+    return means.index.to_numpy(dtype=float), means.to_numpy(dtype=float)
+
+
+def _at(grid: np.ndarray, ratios: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    return np.interp(np.log(grid), np.log(ratios), heights)
+
+
+def _ends(checkpoints: pd.DataFrame) -> pd.DataFrame:
+    """The last checkpoint of each run: after the decay if it has one, else of the stable stage."""
+    return checkpoints.sort_values("tokens").groupby("run", sort=True).tail(1)
+
+
+def _pairs(values: pd.DataFrame, column: str) -> pd.DataFrame:
+    """`column` of ReLU and SiLU runs of equal shape, seed and, where the table has them, tokens: columns relu, silu."""
+    keys = [*SHAPE[1:], "seed", *(["tokens"] if "tokens" in values else [])]
+    return values.pivot_table(column, keys, "activation").reindex(columns=["relu", "silu"]).dropna()

@@ -1,0 +1,172 @@
+"""Sparsity metrics of a Granite model written out from their definitions (arXiv 2411.02335, section 3 and App. E), slowly.
+
+Shares no code with the package: FFN inputs are taken from the model, everything after them is computed here, in
+float64, and a sparse run replaces the FFNs' forward. Bisections are plain ones and run to rounding.
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+
+ACTIVATIONS = {
+    "relu": lambda x: x * (x > 0),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "relu2": lambda x: x * x * (x > 0),
+}
+
+
+def neurons(mlp, act, x):
+    """s, h (tokens, d_ff) and the neuron outputs n (tokens, d_ff, d) of FFN inputs x (tokens, d)."""
+    gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
+    if mlp.gate_proj.bias is not None:
+        gate, up = gate + mlp.gate_proj.bias, up + mlp.up_proj.bias
+    s = ACTIVATIONS[act](gate)
+    h = s * up
+    return s, h, h[:, :, None] * mlp.down_proj.weight.T[None]
+
+
+def inactive(rule, value, s, h, n):
+    """The set D as a bool array (tokens, d_ff), neuron by neuron."""
+    tokens, d_ff = s.shape
+    out = torch.zeros(tokens, d_ff, dtype=torch.bool)
+    for t in range(tokens):
+        sizes = sorted((abs(float(v)) for v in s[t]), reverse=True)
+        for i in range(d_ff):
+            s_i, h_i = float(s[t, i]), float(h[t, i])
+            if rule == "relu":
+                out[t, i] = s_i == 0
+            elif rule == "top-k":
+                out[t, i] = abs(s_i) < sizes[value - 1] or s_i == 0
+            elif rule == "fat":
+                out[t, i] = abs(s_i) < value or s_i == 0
+            else:
+                out[t, i] = math.sqrt(sum(float(v) ** 2 for v in n[t, i])) < value or h_i == 0
+    return out
+
+
+def truncation_error(n, dropped):
+    """Token mean of ||sum_{i in D} n_i|| / ||sum_i n_i||, and the number of tokens skipped for a zero output."""
+    errors, skipped = [], 0
+    for n_t, dropped_t in zip(n, dropped, strict=True):
+        whole = n_t.sum(0).norm()
+        if whole == 0:
+            skipped += 1
+        else:
+            errors.append(float(n_t[dropped_t].sum(0).norm() / whole))
+    return (sum(errors) / len(errors) if errors else math.nan), skipped
+
+
+def ffn_inputs(model, batch):
+    """Inputs of each FFN in a dense run, at the tokens where attention_mask is 1: one (tokens, d) per layer."""
+    seen, handles = {}, []
+    for layer, block in enumerate(model.model.layers):
+        handles.append(block.mlp.register_forward_pre_hook(lambda m, a, layer=layer: seen.__setitem__(layer, a[0])))
+    with torch.no_grad():
+        model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+    for handle in handles:
+        handle.remove()
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    return [seen[layer][real] for layer in range(len(seen))]
+
+
+def all_neurons(model, act, batches):
+    """(s, h, n) of each layer over all real tokens of all batches."""
+    inputs = [ffn_inputs(model, batch) for batch in batches]
+    with torch.no_grad():
+        return [neurons(b.mlp, act, torch.cat([x[i] for x in inputs])) for i, b in enumerate(model.model.layers)]
+
+
+@contextmanager
+def skipping(model, act, rule, values):
+    """The model with the neurons in D left out of every FFN's sum."""
+    saved = []
+    for block, value in zip(model.model.layers, values, strict=True):
+
+        def forward(x, mlp=block.mlp, value=value):
+            s, h, n = neurons(mlp, act, x.flatten(0, 1))
+            if rule == "cett":  # as in `inactive`, in one line, for the many runs of a bisection
+                dropped = (n.norm(dim=-1) < value) | (h == 0)
+            else:
+                dropped = inactive(rule, value, s, h, n)
+            y = (n * ~dropped[:, :, None]).sum(1)
+            if mlp.down_proj.bias is not None:
+                y = y + mlp.down_proj.bias
+            return y.view_as(x)
+
+        saved.append(block.mlp)
+        block.mlp.forward = forward
+    try:
+        yield
+    finally:
+        for mlp in saved:
+            del mlp.forward
+
+
+def loss(model, batches):
+    """Next-token cross-entropy, token by token, averaged over all predicted tokens of all batches."""
+    total, count = 0.0, 0
+    for batch in batches:
+        ids = batch["input_ids"]
+        mask = batch.get("attention_mask", torch.ones_like(ids))
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=batch.get("attention_mask")).logits
+        for row in range(ids.shape[0]):
+            for t in range(1, ids.shape[1]):
+                if "labels" in batch:
+                    label = int(batch["labels"][row, t])
+                else:
+                    label = int(ids[row, t]) if mask[row, t] and mask[row, t - 1] else -100
+                if label != -100:
+                    z = logits[row, t - 1]
+                    total += float(torch.log(torch.exp(z - z.max()).sum()) + z.max() - z[label])
+                    count += 1
+    return total / count
+
+
+def ppl_ratio(model, act, rule, values, batches):
+    """exp(loss_sparse - loss_dense)."""
+    with skipping(model, act, rule, values):
+        sparse = loss(model, batches)
+    return math.exp(sparse - loss(model, batches))
+
+
+def threshold(n, h, cett):
+    """Bisection for the eps at which the truncation error of one layer crosses `cett`."""
+    size = n.norm(dim=-1)
+    low, high = 0.0, float(size.max()) * 1.0001
+    for _ in range(60):
+        middle = (low + high) / 2
+        error, _ = truncation_error(n, size < middle)
+        low, high = (middle, high) if error <= cett else (low, middle)
+    return low
+
+
+def thresholds(layers, cett):
+    """One threshold per layer for a shared CETT; `layers` from `all_neurons`."""
+    return tuple(threshold(n, h, cett) for _, h, n in layers)
+
+
+def solve_cett(models, act, batches, p):
+    """Bisection for the CETT at which the mean PPL ratio of `models` crosses 1 + p/100."""
+    layers = [all_neurons(model, act, batches) for model in models]
+    dense = [loss(model, batches) for model in models]
+    low, high = 0.0, 1.0
+    for _ in range(44):
+        middle = (low + high) / 2
+        ratios = []
+        for model, of_model, dense_loss in zip(models, layers, dense, strict=True):
+            with skipping(model, act, "cett", thresholds(of_model, middle)):
+                ratios.append(math.exp(loss(model, batches) - dense_loss))
+        low, high = (middle, high) if sum(ratios) / len(ratios) <= 1 + p / 100 else (low, middle)
+    return low
+
+
+def measure(model, act, rule, values, batches):
+    """Per layer (activation ratio, cett, skipped tokens), and the PPL ratio, of `batches` under given thresholds."""
+    rows = []
+    for (s, h, n), value in zip(all_neurons(model, act, batches), values, strict=True):
+        dropped = inactive(rule, value, s, h, n)
+        rows.append((1 - float(dropped.double().mean()), *truncation_error(n, dropped)))
+    return rows, ppl_ratio(model, act, rule, values, batches)

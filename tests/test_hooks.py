@@ -1,0 +1,175 @@
+"""FFN discovery, observation and masking on small random models."""
+
+import pytest
+import torch
+from literal_metrics import ffn_inputs, neurons
+from torch import nn
+from transformers import GraniteConfig, GraniteForCausalLM
+
+from sparsity_utils.errors import InputError
+from sparsity_utils.hooks import find_ffns, observe_neurons, sparse_neurons
+from sparsity_utils.thresholds import Thresholds
+
+
+def granite(act="relu", *, d=12, d_ff=30, layers=3, vocabulary=29, bias=False, seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    config = GraniteConfig(
+        vocab_size=vocabulary, hidden_size=d, intermediate_size=d_ff, num_hidden_layers=layers, num_attention_heads=2,
+        hidden_act=act, mlp_bias=bias, initializer_range=0.4, pad_token_id=None, attention_multiplier=0.4,
+    )  # fmt: skip
+    model = GraniteForCausalLM(config).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+IDS = torch.arange(3 * 7).view(3, 7) % 29
+
+
+class PlainFFN(nn.Module):
+    def __init__(self, d, d_ff):
+        super().__init__()
+        self.fc_in, self.act, self.fc_out = nn.Linear(d, d_ff), nn.GELU(), nn.Linear(d_ff, d)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.dropout(self.fc_out(self.act(self.fc_in(x))))
+
+
+def hooks_of(model):
+    return [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("d_ff", [30, 12], ids=["wide", "square"])
+def test_ffns_are_found_in_the_order_of_the_layers(d_ff):
+    model = granite(d_ff=d_ff)
+    ffns = find_ffns(model)
+    assert [ffn.layer for ffn in ffns] == [0, 1, 2]
+    assert [ffn.name for ffn in ffns] == [f"model.layers.{i}.mlp" for i in range(3)]
+    for ffn, block in zip(ffns, model.model.layers, strict=True):
+        assert ffn.down is block.mlp.down_proj and ffn.activation is block.mlp.act_fn
+        assert ffn.d_ff == d_ff and ffn.down_weight.data_ptr() == block.mlp.down_proj.weight.data_ptr()
+
+
+def test_a_model_without_ffns_is_refused_by_naming_what_was_looked_at():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8)))
+    with pytest.raises(InputError, match=r"No FFN was found in Sequential.*Sequential \(the model itself\)"):
+        find_ffns(model)
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_observed_s_and_h_are_those_of_the_definition(act):
+    model, seen = granite(act, bias=True), []
+    with observe_neurons(model, lambda ffn, s, h: seen.append((ffn.layer, s, h))):
+        logits(model)
+    assert [layer for layer, _, _ in seen] == [0, 1, 2]
+    inputs = ffn_inputs(model, {"input_ids": IDS})
+    for (layer, s, h), x in zip(seen, inputs, strict=True):
+        assert s.shape == h.shape == (3, 7, 30)
+        expected_s, expected_h, _ = neurons(model.model.layers[layer].mlp, act, x)
+        torch.testing.assert_close(s.flatten(0, 1), expected_s.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(h.flatten(0, 1), expected_h.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_plain_ffn_has_h_equal_to_s():
+    torch.manual_seed(0)
+    model, seen = nn.Sequential(PlainFFN(6, 15), PlainFFN(6, 11)).eval(), []
+    with observe_neurons(model, lambda ffn, s, h: seen.append((ffn.d_ff, s, h))):
+        model(torch.randn(2, 5, 6))
+    assert [d_ff for d_ff, _, _ in seen] == [15, 11]
+    assert all(torch.equal(s, h) for _, s, h in seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_observing_and_masking_nothing_change_no_bit(dtype):
+    model = granite("silu", dtype=dtype)
+    before = logits(model)
+    with observe_neurons(model, lambda ffn, s, h: h):  # a callback's tensor must not replace h
+        assert torch.equal(logits(model), before)
+    with sparse_neurons(model, Thresholds("cett", (0.0, 0.0, 0.0))):
+        assert torch.equal(logits(model), before)
+    with sparse_neurons(model, Thresholds("top-k", (30, 30, 30))):
+        assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_masking_everything_leaves_the_output_bias(bias):
+    model, outputs = granite("gelu", bias=bias), []
+    handles = [b.mlp.register_forward_hook(lambda m, a, out: outputs.append(out)) for b in model.model.layers]
+    with sparse_neurons(model, Thresholds("cett", (float("inf"),) * 3)):
+        logits(model)
+    for handle in handles:
+        handle.remove()
+    for output, block in zip(outputs, model.model.layers, strict=True):
+        expected = block.mlp.down_proj.bias if bias else torch.zeros(12, dtype=torch.float64)
+        assert torch.equal(output, expected.detach().expand_as(output))
+
+
+def test_a_mask_removes_exactly_its_neurons():
+    model = granite("silu")
+    class Even:
+        values = (0.0, 0.0, 0.0)
+
+        def active(self, ffn, s, h):
+            return (torch.arange(ffn.d_ff) % 2 == 0).expand_as(h)
+
+    with sparse_neurons(model, Even()):
+        masked = logits(model)
+    for block in model.model.layers:
+        block.mlp.down_proj.weight.data[:, 1::2] = 0
+    torch.testing.assert_close(masked, logits(model), rtol=1e-12, atol=1e-12)
+
+
+def test_observing_inside_a_mask_sees_what_the_mask_left():
+    model, kept = granite("silu"), []
+    thresholds = Thresholds("top-k", (4, 4, 4))
+    with sparse_neurons(model, thresholds), observe_neurons(model, lambda f, s, h: kept.append((h != 0).sum(-1))):
+        logits(model)
+    assert all(bool((count == 4).all()) for count in kept)
+
+
+@pytest.mark.parametrize("context", [lambda m, f: observe_neurons(m, f), lambda m, f: sparse_neurons(m, f)])
+def test_hooks_are_gone_after_an_exception(context):
+    model = granite()
+    before = logits(model)
+
+    class Fails:
+        values = (0.0, 0.0, 0.0)
+
+        def __call__(self, ffn, s, h):
+            raise RuntimeError("in layer 1") if ffn.layer == 1 else None
+
+        def active(self, ffn, s, h):
+            return torch.ones_like(h, dtype=torch.bool) if ffn.layer == 0 else self(ffn, s, h)
+
+    with pytest.raises(RuntimeError, match="in layer 1"), context(model, Fails()):
+        assert len(hooks_of(model)) == 6
+        logits(model)
+    assert hooks_of(model) == []
+    with pytest.raises(IndexError), context(model, Fails()):
+        model(input_ids=IDS + 1000)
+    assert hooks_of(model) == []
+    assert torch.equal(logits(model), before)
+
+
+def test_hooks_of_others_stay():
+    model = granite()
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, a: None)
+    with observe_neurons(model, lambda ffn, s, h: None):
+        logits(model)
+    assert len(hooks_of(model)) == 1
+
+
+def test_thresholds_of_another_depth_are_refused():
+    model = granite()
+    with pytest.raises(InputError, match="for 2 layers and the model has 3 FFNs"), sparse_neurons(
+        model, Thresholds("relu", (0.0, 0.0))
+    ):
+        pass

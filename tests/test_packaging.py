@@ -1,0 +1,198 @@
+"""The environment: its three lists agree, and the Makefile brings it up once."""
+
+import os
+import re
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from make import dry, make, targets
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from sparsity_utils import paths
+from sparsity_utils.__main__ import _parser
+
+LOCK_LINE = re.compile(r"[a-zA-Z0-9._-]+==[0-9][0-9a-zA-Z.]*( ; sys_platform == '(linux|darwin)')?")
+
+
+def by_name(lines: list[str]) -> dict[str, Requirement]:
+    """Requirements by canonical name, each name once."""
+    requirements = [Requirement(line) for line in lines]
+    named = {canonicalize_name(requirement.name): requirement for requirement in requirements}
+    assert len(named) == len(requirements)
+    return named
+
+
+def project() -> dict:
+    return tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+
+
+def lock_lines() -> list[str]:
+    return [line for line in paths.LOCK.read_text().splitlines() if not line.startswith("#")]
+
+
+def conda() -> tuple[list[str], list[str]]:
+    """The conda entries and the pip entries of environment.yml."""
+    entries = yaml.safe_load((paths.ROOT / "environment.yml").read_text())["dependencies"]
+    (pip,) = [entry["pip"] for entry in entries if isinstance(entry, dict)]
+    return [entry for entry in entries if isinstance(entry, str)], pip
+
+
+# The three lists
+
+
+def test_the_lock_file_is_pins_alone():
+    """name==version with at most a platform marker: no hash, address or local version, one version for all Pythons."""
+    assert [line for line in lock_lines() if not LOCK_LINE.fullmatch(line)] == []
+    assert len(by_name(lock_lines())) > 100
+
+
+@pytest.mark.parametrize(
+    "line", ["a>=1", "a==1+cpu", "a==1 --hash=sha256:0", "a @ https://x.y/a.whl", "-i https://x.y"]
+)
+def test_the_pattern_of_a_pin_refuses(line):
+    assert not LOCK_LINE.fullmatch(line)
+
+
+def test_the_lock_file_pins_every_dependency_within_its_range():
+    lock = by_name(lock_lines())
+    for name, wanted in by_name(project()["dependencies"]).items():
+        (pin,) = lock[name].specifier
+        assert pin.version in wanted.specifier, f"{wanted} is pinned to {pin.version}"
+        assert str(lock[name].marker) == str(wanted.marker)
+
+
+def test_the_pins_that_a_gpu_machine_needs_together():
+    lock = by_name(lock_lines())
+    assert str(lock["torch"]) == "torch==2.13.0"
+    assert str(lock["triton"].specifier) == "==3.7.1"
+    on = {name: {**default_environment(), "sys_platform": name} for name in ("linux", "darwin")}
+    assert lock["triton"].marker.evaluate(on["linux"]) and not lock["triton"].marker.evaluate(on["darwin"])
+    assert not [name for name in lock if name.startswith(("nvidia", "cuda"))], "a machine without a GPU would fetch it"
+
+
+def test_environment_yml_installs_the_lock_file_and_names_the_dependencies():
+    packages, pip = conda()
+    options = [line for line in pip if line.startswith("-")]
+    named = by_name([line for line in pip if not line.startswith("-")])
+    assert options == ["-r requirements.lock", "-e ."]
+    assert set(named) == set(by_name(project()["dependencies"]))
+    lock = by_name(lock_lines())
+    assert {name: str(line) for name, line in named.items()} == {name: str(lock[name]) for name in named}
+    assert f"python {project()['requires-python']}" in packages
+
+
+def test_the_python_range_is_the_same_everywhere():
+    assert project()["requires-python"] == ">=3.11,<3.14"
+    assert "(3, 11) <= sys.version_info < (3, 14)" in (paths.ROOT / "Makefile").read_text()
+    assert (3, 11) <= sys.version_info < (3, 14)
+
+
+def test_this_environment_holds_the_pinned_versions():
+    """What runs here is what the lock file names, up to a local version such as +cpu."""
+    from importlib.metadata import version
+
+    wanted = {name: pin for name, pin in by_name(lock_lines()).items() if not pin.marker or pin.marker.evaluate()}
+    other = {name: found for name, pin in wanted.items() if (found := version(name).split("+")[0]) not in pin.specifier}
+    assert other == {}
+
+
+# The Makefile
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The files that decide about the environment, in a folder of their own."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(paths.ROOT / name, tmp_path)
+    return tmp_path
+
+
+def stamp(folder: Path, age: float) -> None:
+    """An installed .venv, `age` seconds older than the lock file."""
+    file = folder / ".venv" / ".installed"
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    installed = (folder / "requirements.lock").stat().st_mtime - age
+    os.utime(file, (installed, installed))
+    os.utime(folder / "pyproject.toml", (installed - 60, installed - 60))
+
+
+def test_help_explains_every_target():
+    printed = make("help").stdout.splitlines()
+    assert {line.split()[1] for line in printed} == targets()
+    assert all(len(line.split()) > 3 for line in printed)
+    assert make().stdout.splitlines() == printed
+
+
+def test_every_target_brings_up_the_environment(copy):
+    for target in sorted(targets() - {"help", "clean"}):
+        assert "pip install" in dry(target, cwd=copy), target
+
+
+def test_a_second_call_installs_nothing_until_the_lock_file_changes(copy):
+    stamp(copy, age=-1)
+    assert "pip" not in dry("env", cwd=copy)
+    assert "pip" not in dry("test", cwd=copy)
+    stamp(copy, age=+1)
+    assert "--requirement requirements.lock" in dry("env", cwd=copy)
+
+
+def test_an_active_conda_environment_is_used_as_it_is(copy):
+    commands = dry("test", cwd=copy, CONDA_DEFAULT_ENV="activation-sparsity", CONDA_PREFIX="/conda/envs/one")
+    assert "/conda/envs/one/bin/python -m pytest" in commands
+    assert "pip" not in commands and ".venv" not in commands
+    assert "pip install" in dry("test", cwd=copy, CONDA_DEFAULT_ENV="base", CONDA_PREFIX="/conda")
+
+
+def test_without_a_suitable_python_one_sentence_says_what_to_do(copy):
+    done = make("env", "PYTHON=python2 no-such-python", cwd=copy)
+    assert done.returncode != 0
+    assert "No suitable Python among: python2 no-such-python. Install Python 3.11, 3.12 or 3.13" in done.stderr
+    assert not (copy / ".venv").exists()
+
+
+def test_an_unusable_python_is_passed_over(copy):
+    """A name on the path that does not run, as some version managers leave, does not stop the next candidate."""
+    (copy / "bin").mkdir()
+    broken, good = copy / "bin" / "broken", copy / "bin" / "good"
+    broken.write_text("#!/bin/sh\nexit 127\n")
+    good.write_text(f'#!/bin/sh\n[ "$1" = -m ] && echo "venv by good" && exit 1\nexec {sys.executable} "$@"\n')
+    for file in (broken, good):
+        file.chmod(0o755)
+    assert "venv by good" in make("env", f"PYTHON={broken} {good}", cwd=copy).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["reproduce"], "reproduce"),
+        (["reproduce", "PROFILE=smoke"], "reproduce --profile smoke"),
+        (["figures"], "figures"),
+        (["figures", "FROM=build/laptop"], "figures --from build/laptop"),
+        (["notebooks"], "notebooks"),
+        (["test"], "reproduce --profile smoke"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_targets_call_commands_that_exist(arguments, expected):
+    (command,) = re.findall(r"-m sparsity_utils (\S.*)$", dry(*arguments, "ENV="), re.MULTILINE)
+    assert command.strip() == expected
+    _parser().parse_args(command.split())
+
+
+def test_test_runs_all_four_proofs():
+    commands = dry("test", "ENV=", "PY=python").splitlines()
+    assert [command.split()[2] for command in commands] == ["ruff", "ruff", "pytest", "pytest", "sparsity_utils"]
+    assert "--nbval-lax" in commands[3]
+
+
+def test_ci_calls_make_test():
+    script = paths.ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().splitlines()[-1] == "exec make test"
