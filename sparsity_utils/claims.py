@@ -69,7 +69,7 @@ def form_claim(activation: str, form: str) -> Claim:
         "fits best",
         "AICc below the closest form",
         "t interval over runs of the AICc difference to each of constant, log, exponential and plain power",
-        "90% interval above 0 for every form",
+        "90% interval above 0 for every form; not supported if a form has smaller residuals, parameters not counted",
         scale=1.0,
     )
 

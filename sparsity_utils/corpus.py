@@ -227,8 +227,7 @@ def _pieces(data: bytes) -> Iterator[str]:
             stop = data.rfind(b"\n", start, start + LONGEST) + 1 or start + LONGEST
             while data[stop] & 0xC0 == 0x80:  # inside a character
                 stop -= 1
-        if piece := data[start:stop].decode():
-            yield piece
+        yield data[start:stop].decode()
         start = stop
 
 
@@ -300,14 +299,16 @@ def _write_tokens(folder: Path, sides: dict[str, list[Part]], tokenizer: "Tokeni
         hashes[f"{split}.bin"] = digest.hexdigest()
         stops = np.cumsum(lengths)
         tables.append(
-            pd.DataFrame({
-                "split": split,
-                "start": stops - lengths,
-                "stop": stops,
-                "domain": [part.document.domain for part in parts],
-                "name": [part.document.name for part in parts],
-                "bytes": [part.size for part in parts],
-            })
+            pd.DataFrame(
+                {
+                    "split": split,
+                    "start": stops - lengths,
+                    "stop": stops,
+                    "domain": [part.document.domain for part in parts],
+                    "name": [part.document.name for part in parts],
+                    "bytes": [part.size for part in parts],
+                }
+            )
         )
     table = pd.concat(tables)
     csv = table.drop(columns="bytes").to_csv(index=False, lineterminator="\n")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from sparsity_utils.errors import InputError
-from sparsity_utils.laws import Fit, fit_data_law, seed_spread
+from sparsity_utils.laws import RESAMPLES, Fit, bootstrap_limit, fit_data_law, seed_spread
 
 # The published form of each activation (arXiv 2411.02335, section 4.1); GELU, smooth, and ReLU^2, with exact zeros,
 # are not in the paper and take the form of their neighbour.
@@ -100,7 +100,7 @@ def _entry(fit: Fit) -> dict[str, object]:
 
 
 def _common(fit: Fit) -> dict[str, object]:
-    entry, interval = _entry(fit), fit.interval
+    entry, interval = _entry(fit), bootstrap_limit(fit, RESAMPLES)
     width = interval.high - interval.low
     if fit.sound and width > WIDEST_INTERVAL:
         reason = f"the interval of the limit spans {100 * width:.1f} points, more than {100 * WIDEST_INTERVAL:.0f}"

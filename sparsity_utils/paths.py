@@ -17,6 +17,7 @@ RESULTS = ROOT / "results"
 RECORDED_MODELS = RESULTS / "models"
 FIGURES = ROOT / "figures"
 LOCK = ROOT / "requirements.lock"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def build() -> Path:
@@ -53,8 +54,9 @@ def written_aside(target: Path) -> Iterator[Path]:
         if target.is_dir() and aside.is_dir():
             shutil.rmtree(target)
         os.replace(aside, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own, with the system's words in its text
+        if getattr(error, "errno", None) in FULL or os.strerror(errno.ENOSPC) in str(error):
             raise InputError(
                 f"The disk is full: {target} could not be written and was left as it was; free some space "
                 f"or point SPARSITY_BUILD at another disk, then run the same command again."

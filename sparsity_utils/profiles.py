@@ -161,6 +161,10 @@ class Profile:
     workers: int = 2  # runs side by side
     threads: int = 1  # torch threads of each
 
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads"):
+            _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1 is needed.")
+
     def model_config(self, d_model: int, n_layers: int, activation: str) -> ModelConfig:
         """A shape of the study with the profile's shared settings."""
         return ModelConfig(d_model, n_layers, activation, vocabulary=self.corpus.vocabulary, **self.model)

@@ -48,8 +48,13 @@ class Study:
 
     @classmethod
     def from_profile(cls, name: str) -> "Study":
-        """A study that trains and measures what its profile asks for and the run store lacks."""
+        """A study that trains and measures what its profile asks for and the run store lacks.
+
+        Raises InputError for a profile that cannot be used, its shapes included.
+        """
         profile = read_profile(name)
+        for ratio in profile.study.ratios:
+            solve_shape(profile.study.ratio_parameters, ratio)
         return cls(profile.name, paths.profile_output(profile.name) / "results", profile)
 
     @classmethod
@@ -119,8 +124,7 @@ class Study:
             changes = [{"learning_rate": rate, "batch_tokens": batch} for rate, batch in tried]
             plan = product([(sizes[0].d_model_and_layers(), sizes[0].tokens)], ["relu"], seeds[:1], changes)
         else:
-            chosen = sizes[-1:] if question == "metrics" else sizes
-            plan = product([(size.d_model_and_layers(), size.tokens) for size in chosen], study.activations, seeds, [{}])
+            plan = product([(size.d_model_and_layers(), size.tokens) for size in sizes], study.activations, seeds, [{}])
         return [
             RunConfig(
                 self.profile.model_config(*shape, activation),

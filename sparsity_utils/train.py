@@ -155,7 +155,7 @@ class _Run:
 
     def _keep_checkpoint(self) -> None:
         with paths.written_aside(checkpoint_file(self.folder, self.step)) as aside:
-            save_file(model_tensors(self.model), aside)
+            save_file(model_tensors(self.model), aside, metadata={"format": "pt"})  # as transformers expects
         tokens_per_second = self.step * self.config.batch_tokens / self.seconds
         flops = training_flops_per_token(self.model_config) * tokens_per_second
         self.rows.append(

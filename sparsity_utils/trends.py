@@ -183,8 +183,8 @@ def fit_two_segments(
 
     The breakpoint runs over a grid inside the sampled x (its second smallest to its largest value); its interval holds
     the values that a profile F test at `level` does not reject. It is inconclusive with fewer than five positions, when
-    a straight line has no worse an AICc, or when estimate or interval reach an end of the grid: the breakpoint may lie
-    outside the sampled positions.
+    a straight line has no worse an AICc, when the interval reaches an end of the grid (the breakpoint may lie outside
+    the sampled positions), or with a single position beyond it.
     """
 
     def regressors(position: float) -> Array:
@@ -203,6 +203,8 @@ def fit_two_segments(
         reason = "a straight line describes the points as well (AICc)"
     elif found.low <= grid[0] or found.high >= grid[-1]:
         reason = f"the interval reaches an end of the sampled range, {positions[0]:.3g} to {positions[-1]:.3g}"
+    elif found.value > positions[-2]:
+        reason = f"only one position lies beyond {found.value:.3g}: that the trend changes there is not seen"
     estimate = Estimate(found.value, found.low, found.high, level, x.size, reason)
     slopes = [float(slope) for slope in coefficients[:count]] + [0.0] * flat_after
     level_there, rmse = float(coefficients[count:].mean()), float(np.sqrt(rss / x.size))
@@ -238,8 +240,9 @@ def _profile(
     rss = np.array([np.sum((design @ b - y) ** 2) for design, b in zip(designs, solutions, strict=True)])
     best = int(np.argmin(rss))
     dof = y.size - designs[0].shape[1] - 1
-    accepted = grid[rss <= rss[best] * (1 + stats.f.ppf(level, 1, dof) / dof)]
-    found = Estimate(float(grid[best]), float(accepted[0]), float(accepted[-1]), level, y.size)
+    accepted = np.flatnonzero(rss <= rss[best] * (1 + stats.f.ppf(level, 1, dof) / dof))
+    ends = max(accepted[0] - 1, 0), min(accepted[-1] + 1, grid.size - 1)  # rounded outwards to the grid
+    found = Estimate(float(grid[best]), *(float(grid[end]) for end in ends), level, y.size)
     return found, solutions[best], float(rss[best])
 
 

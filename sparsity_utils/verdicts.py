@@ -163,21 +163,34 @@ def _slope_verdict(claim: Claim, values: pd.DataFrame, basis: str) -> Verdict:
 
 
 def _form_verdict(checkpoints: pd.DataFrame, activation: str) -> Verdict:
-    """AICc is compared run by run: runs are independent, the points of one run are not."""
-    form, points, gaps = published_form(activation), fit_points(checkpoints), {}
+    """Forms are compared run by run: runs are independent, the points of one run are not.
+
+    AICc on a dozen points prefers a simpler form even where the published one is true: that a simpler form does well
+    is not evidence against it. Against it counts a form that fits better before parameters are counted.
+    """
+    form, points, aicc, fit = published_form(activation), fit_points(checkpoints), {}, {}
     for run, curve in points[points["activation"] == activation].groupby("run", sort=True):
-        aicc = compare_forms(curve["tokens"], curve["activation_ratio"], (form, *RIVAL_FORMS)).set_index("form")["aicc"]
-        gaps[run] = {rival: aicc[rival] - aicc[form] for rival in RIVAL_FORMS}
-    return _best_of_all(form_claim(activation, form), pd.DataFrame.from_dict(gaps, orient="index", columns=RIVAL_FORMS))
+        table = compare_forms(curve["tokens"], curve["activation_ratio"], (form, *RIVAL_FORMS)).set_index("form")
+        misfit = np.log(table["rmse"].clip(lower=1e-9))
+        aicc[run] = {rival: table["aicc"][rival] - table["aicc"][form] for rival in RIVAL_FORMS}
+        fit[run] = {rival: misfit[rival] - misfit[form] for rival in RIVAL_FORMS}
+    frames = (pd.DataFrame.from_dict(gaps, orient="index", columns=RIVAL_FORMS) for gaps in (aicc, fit))
+    return _best_of_all(form_claim(activation, form), *frames)
 
 
-def _best_of_all(claim: Claim, gaps: pd.DataFrame) -> Verdict:
+def _best_of_all(claim: Claim, gaps: pd.DataFrame, against: pd.DataFrame | None = None) -> Verdict:
     """Best of all rivals, an intersection-union test: each rival at the full level, no correction needed.
 
-    gaps: one row per run, one column per rival, positive where the claim holds. The row shows the rival that decides.
+    gaps: one row per run, one column per rival, positive where the claim holds. against: gaps that can speak against
+    the claim, if others. The row shows the rival that decides.
     """
-    estimates = {rival: mean_over_runs(gaps[rival].dropna().astype(float)) for rival in gaps.columns}
+    estimates = {rival: mean_over_runs(gaps[rival].dropna().astype(float)) for rival in gaps}
     words = {rival: supports_positive(estimate) for rival, estimate in estimates.items()}
+    if against is not None:
+        better = {rival: mean_over_runs(against[rival].dropna().astype(float)) for rival in against}
+        for rival, word in words.items():
+            worse = supports_positive(better[rival]) == NOT_SUPPORTED
+            words[rival] = NOT_SUPPORTED if worse else INCONCLUSIVE if word == NOT_SUPPORTED else word
     verdict = next(word for word in (NOT_SUPPORTED, INCONCLUSIVE, SUPPORTED) if word in words.values())
     deciding = [rival for rival, word in words.items() if word == verdict]
     closest = min(deciding, key=lambda rival: (not estimates[rival].reason, estimates[rival].low))

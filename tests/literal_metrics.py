@@ -1,4 +1,4 @@
-"""Sparsity metrics of a Granite model written out from their definitions (arXiv 2411.02335, section 3 and App. E), slowly.
+"""Sparsity metrics of a Granite model written out slowly from their definitions (arXiv 2411.02335, section 3, App. E).
 
 Shares no code with the package: FFN inputs are taken from the model, everything after them is computed here, in
 float64, and a sparse run replaces the FFNs' forward. Bisections are plain ones and run to rounding.
@@ -6,6 +6,7 @@ float64, and a sparse run replaces the FFNs' forward. Bisections are plain ones 
 
 import math
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 
@@ -86,10 +87,8 @@ def skipping(model, act, rule, values):
 
         def forward(x, mlp=block.mlp, value=value):
             s, h, n = neurons(mlp, act, x.flatten(0, 1))
-            if rule == "cett":  # as in `inactive`, in one line, for the many runs of a bisection
-                dropped = (n.norm(dim=-1) < value) | (h == 0)
-            else:
-                dropped = inactive(rule, value, s, h, n)
+            fast = rule == "cett"  # as in `inactive`, in one line, for the many runs of a bisection
+            dropped = (n.norm(dim=-1) < value) | (h == 0) if fast else inactive(rule, value, s, h, n)
             y = (n * ~dropped[:, :, None]).sum(1)
             if mlp.down_proj.bias is not None:
                 y = y + mlp.down_proj.bias
@@ -132,35 +131,63 @@ def ppl_ratio(model, act, rule, values, batches):
     return math.exp(sparse - loss(model, batches))
 
 
-def threshold(n, h, cett):
+def error_below(n, eps):
+    """`truncation_error` of D = {||n_i|| < eps} in three lines, for the many steps of a search."""
+    tail, whole = (n * (n.norm(dim=-1) < eps)[:, :, None]).sum(1).norm(dim=-1), n.sum(1).norm(dim=-1)
+    return float((tail / whole)[whole > 0].mean())
+
+
+def threshold(n, cett):
     """Bisection for the eps at which the truncation error of one layer crosses `cett`."""
-    size = n.norm(dim=-1)
-    low, high = 0.0, float(size.max()) * 1.0001
+    low, high = 0.0, float(n.norm(dim=-1).max()) * 1.0001
     for _ in range(60):
         middle = (low + high) / 2
-        error, _ = truncation_error(n, size < middle)
-        low, high = (middle, high) if error <= cett else (low, middle)
+        low, high = (middle, high) if error_below(n, middle) <= cett else (low, middle)
     return low
+
+
+def crossings(n, cett):
+    """How many times the truncation error passes `cett` between eps = 0 and infinity; every step is looked at."""
+    steps = [*n.norm(dim=-1).flatten().unique().tolist(), math.inf]
+    above = [error_below(n, eps) > cett for eps in steps]
+    return sum(before != after for before, after in pairwise(above))
 
 
 def thresholds(layers, cett):
     """One threshold per layer for a shared CETT; `layers` from `all_neurons`."""
-    return tuple(threshold(n, h, cett) for _, h, n in layers)
+    return tuple(threshold(n, cett) for _, _, n in layers)
 
 
-def solve_cett(models, act, batches, p):
-    """Bisection for the CETT at which the mean PPL ratio of `models` crosses 1 + p/100."""
+def mean_ppl_ratio(models, act, batches):
+    """The function CETT -> mean PPL ratio of `models`, thresholds solved on `batches` themselves."""
     layers = [all_neurons(model, act, batches) for model in models]
     dense = [loss(model, batches) for model in models]
+
+    def ratio(cett):
+        ratios = []
+        for model, of_model, dense_loss in zip(models, layers, dense, strict=True):
+            with skipping(model, act, "cett", thresholds(of_model, cett)):
+                ratios.append(math.exp(loss(model, batches) - dense_loss))
+        return sum(ratios) / len(ratios)
+
+    return ratio
+
+
+def solve_cett(ratio, p):
+    """Bisection for the CETT at which `ratio`, from `mean_ppl_ratio`, crosses 1 + p/100."""
     low, high = 0.0, 1.0
     for _ in range(44):
         middle = (low + high) / 2
-        ratios = []
-        for model, of_model, dense_loss in zip(models, layers, dense, strict=True):
-            with skipping(model, act, "cett", thresholds(of_model, middle)):
-                ratios.append(math.exp(loss(model, batches) - dense_loss))
-        low, high = (middle, high) if sum(ratios) / len(ratios) <= 1 + p / 100 else (low, middle)
+        low, high = (middle, high) if ratio(middle) <= 1 + p / 100 else (low, middle)
     return low
+
+
+def is_only_solution(ratio, p, cett):
+    """Whether `ratio` stays on its side of 1 + p/100 below and above `cett`, on a grid that is finer close to it."""
+    steps = [10.0 ** (-k / 2) for k in range(2, 13, 2)]  # 0.1 to 1e-6 of the CETT away, and coarsely further
+    near = [cett * (1 + side * step) for step in steps for side in (-1, 1)]
+    far = [cett * k / 4 for k in range(1, 4)] + [cett + (1 - cett) * k / 4 for k in range(1, 4)]
+    return all((ratio(c) > 1 + p / 100) == (c > cett) for c in (*near, *far))
 
 
 def measure(model, act, rule, values, batches):

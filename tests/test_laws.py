@@ -51,7 +51,9 @@ def test_published_relu_coefficients_come_back(size):
     found = [fit.params[name] for name in ("alpha", "b", "c", "A0")]
     np.testing.assert_allclose(found, coefficients, rtol=2e-3)
     assert fit.limit == fit.params["A0"]
-    np.testing.assert_allclose(relu_law(d, *found), fit.predict(d), rtol=1e-9)  # the reported parameters are the curve's
+    np.testing.assert_allclose(
+        relu_law(d, *found), fit.predict(d), rtol=1e-9
+    )  # the reported parameters are the curve's
 
 
 @pytest.mark.parametrize("size", SILU)
@@ -188,7 +190,9 @@ def test_residuals_are_drawn_within_their_run(monkeypatch):
     fit = laws.fit_data_law(d[order], a[order], "power", g[order])
     seen = []
     solve = laws._solve
-    monkeypatch.setattr(laws, "_solve", lambda shape, u, y, *rest, **kw: seen.append(y) or solve(shape, u, y, *rest, **kw))
+    monkeypatch.setattr(
+        laws, "_solve", lambda shape, u, y, *rest, **kw: seen.append(y) or solve(shape, u, y, *rest, **kw)
+    )
     laws.bootstrap_limit(fit, resamples=5)
     side = np.array(seen) - fit.predict(fit.tokens)
     assert (side[:, fit.groups == 0] > 0.005).all() and (side[:, fit.groups == 1] < -0.005).all()

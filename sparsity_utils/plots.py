@@ -1,0 +1,243 @@
+"""The figures: one style, one function per figure, table in, figure out.
+
+Readable in grey: whatever colour tells apart, marker or line style tells apart as well.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sparsity_utils import paths
+from sparsity_utils.laws import fit_data_law
+from sparsity_utils.limits import fit_points, last_means, limits_table, published_form
+from sparsity_utils.study import Study
+from sparsity_utils.trends import fit_line, fit_two_segments
+from sparsity_utils.verdicts import one_value_per_run
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.markersize": 4,
+    "svg.hashsalt": "activation-sparsity",  # the same table gives the same bytes
+    "figure.dpi": 110,
+}
+COLOURS = sns.color_palette("colorblind").as_hex()
+MARKERS = "osD^vP"
+LINES = ("-", "--", "-.", ":")
+ACTIVATION_NAMES = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "relu2": "ReLU²"}
+METRIC_NAMES = {"top-k": "Top-k", "fat": "FAT-ε", "cett": "CETT", "relu": "non-zero", "cett-ppl": "CETT-PPL-1%"}
+
+
+def styled(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:
+    """Draw under STYLE, whatever style the caller's session has."""
+
+    @wraps(draw)
+    def drawn(table: pd.DataFrame) -> Figure:
+        with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
+            return draw(table)
+
+    return drawn
+
+
+@styled
+def metrics(table: pd.DataFrame) -> Figure:
+    """Rise of perplexity against activation ratio for every metric, at the largest size (compare Fig. 2 and 3)."""
+    largest = table[table["parameters"] == table["parameters"].max()]
+    figure, panels = _panels(len(set(largest["activation"])), share_y=True)
+    for axes, (activation, rows) in zip(panels, largest.groupby("activation", sort=True), strict=True):
+        for number, metric in enumerate(("cett", "fat", "top-k")):
+            for seed, curve in rows[rows["metric"] == metric].groupby("seed"):
+                curve = curve.sort_values("activation_ratio")
+                style = {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": LINES[number]}
+                label = METRIC_NAMES[metric] if seed == rows["seed"].min() else None
+                axes.plot(100 * curve["activation_ratio"], _rise(curve), label=label, **style)
+        for metric, marker in (("cett-ppl", "*"), ("relu", "X")):
+            point = rows[(rows["metric"] == metric) & (rows["activation_ratio"] < 0.99)]  # smooth ones have no zeros
+            shown = {"marker": marker, "s": 90, "color": "black", "zorder": 5, "label": METRIC_NAMES[metric]}
+            axes.scatter(100 * point["activation_ratio"], _rise(point), **shown)
+        axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+        axes.set_yscale("symlog", linthresh=0.5)
+        axes.set_ylim(-0.5, 130)
+        axes.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+        axes.set(xlabel="Active neurons (% of d_ff)", title=f"{ACTIVATION_NAMES[activation]}, {_shape(rows)}")
+    panels[0].set_ylabel("Rise of perplexity (%)")
+    panels[0].legend()
+    return _captioned(figure, f"One line per seed (n = {largest['seed'].nunique()}); last stable checkpoint.")
+
+
+@styled
+def relu_vs_silu(checkpoints: pd.DataFrame) -> Figure:
+    """Activation ratio against training tokens with the fitted law, per activation and size, and the losses (Fig. 4)."""
+    activations = sorted(set(checkpoints["activation"]))
+    figure, panels = _panels(len(activations) + 1)
+    for axes, activation in zip(panels, activations, strict=False):
+        rows = checkpoints[(checkpoints["activation"] == activation) & (checkpoints["role"] == "stable")]
+        for number, (_, size) in enumerate(rows.groupby("parameters", sort=True)):
+            _law(axes, size, activation, COLOURS[number], MARKERS[number], LINES[number])
+        axes.set(xscale="log", xlabel="Training tokens (millions)", ylabel="Active neurons (% of d_ff)")
+        axes.set_title(f"{ACTIVATION_NAMES[activation]} at CETT-PPL-1%")
+    panels[0].legend(fontsize=8)
+    _losses(panels[-1], checkpoints)
+    seeds = checkpoints["seed"].nunique()
+    return _captioned(
+        figure,
+        f"Points: checkpoints of {seeds} seeds, hollow ones (warm-up) not fitted. Lines: published form, "
+        "band: 90% block bootstrap.",
+    )
+
+
+@styled
+def width_depth_ratio(checkpoints: pd.DataFrame) -> Figure:
+    """Activation ratio and loss against the width-depth ratio at one size (Fig. 5 and 6)."""
+    figure, (left, right) = _panels(2)
+    values, _ = one_value_per_run(limits_table(checkpoints), "relu")
+    _seeds(left, values["ratio"], 100 * values["value"], values["seed"])
+    grid = np.geomspace(values["ratio"].min(), values["ratio"].max(), 200)
+    line = fit_line(values["ratio"], values["value"], values["seed"])
+    bent = fit_two_segments(values["ratio"], values["value"], values["seed"])
+    left.plot(grid, 100 * line.predict(grid), color="grey", linestyle="--", label=f"line, AICc {line.aicc:.1f}")
+    if np.isfinite(bent.aicc):
+        label = f"slope, then flat, AICc {bent.aicc:.1f}"
+        left.plot(grid, 100 * bent.predict(grid), color=COLOURS[1], linestyle="-", label=label)
+    left.set(ylabel="Active neurons (% of d_ff)", title=f"ReLU at CETT-PPL-1%, {_parameters(checkpoints)}")
+    final = checkpoints[checkpoints["role"] == "final"]
+    _seeds(right, final["ratio"], final["validation_loss"], final["seed"])
+    right.set(ylabel="Validation loss (nats per token)", title="Loss after the decay")
+    for axes in (left, right):
+        axes.set_xscale("log")
+        ticks = sorted(set(values["ratio"].round(1)))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("Width-depth ratio (d_model / n_layers)")
+        axes.legend(fontsize=8)
+    basis = "limits of the data law" if len(values) and (values["value"] == values["limit"]).all() else "means of the last five stable checkpoints"
+    return _captioned(figure, f"One point per run, {values['seed'].nunique()} seeds; left: {basis}.")
+
+
+@styled
+def scale_insensitivity(checkpoints: pd.DataFrame) -> Figure:
+    """Activation ratio against size by two metrics, with the slope that the equivalence test judges (Fig. 7)."""
+    figure, (left, right) = _panels(2)
+    limits = limits_table(checkpoints)
+    for number, activation in enumerate(sorted(set(checkpoints["activation"]))):
+        values, _ = one_value_per_run(limits, activation)
+        _against_size(left, values, ACTIVATION_NAMES[activation], number)
+    shares = last_means(checkpoints[checkpoints["activation"] == "relu"], "nonzero_share")
+    _against_size(right, shares.rename(columns={"last_five_mean": "value"}), ACTIVATION_NAMES["relu"], 0)
+    left.set(title="CETT-PPL-1%", ylabel="Active neurons (% of d_ff)")
+    right.set(title="Share of non-zero neurons", ylabel="Non-zero neurons (% of d_ff)")
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="Non-embedding parameters")
+        sizes = sorted(set(shares["parameters"]))
+        axes.set_xticks(sizes, [f"{size / 1e3:.3g}k" if size < 1e6 else f"{size / 1e6:.3g}M" for size in sizes])
+        axes.minorticks_off()
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+        axes.legend(fontsize=8)
+    return _captioned(figure, f"One point per run, {checkpoints['seed'].nunique()} seeds; slopes with 90% intervals.")
+
+
+FIGURES = {
+    "01_metrics": ("metrics", metrics),
+    "02_relu_vs_silu": ("relu_vs_silu", relu_vs_silu),
+    "03_width_depth_ratio": ("width_depth_ratio", width_depth_ratio),
+    "04_scale_insensitivity": ("scale_insensitivity", scale_insensitivity),
+}
+
+
+def draw_all(study: Study, folder: Path) -> Iterator[Path]:
+    """Draw every figure of a study into `folder`, PNG and SVG; yield the files."""
+    for name, (question, draw) in FIGURES.items():
+        yield from save_figure(draw(study.table(question)), folder / name)
+
+
+def save_figure(figure: Figure, target: Path) -> list[Path]:
+    """Write `target`.png and `target`.svg, free of dates and versions; return the files."""
+    files = [target.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for file, metadata in zip(files, ({"Software": None}, {"Date": None, "Creator": None}), strict=True):
+        with paths.written_aside(file) as aside, mpl.rc_context({"svg.hashsalt": STYLE["svg.hashsalt"]}):
+            figure.savefig(aside, format=file.suffix[1:], metadata=metadata, dpi=150, bbox_inches="tight")
+    return files
+
+
+def _panels(count: int, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels side by side that no pyplot state keeps alive."""
+    figure = Figure(figsize=(3.7 * count, 3.4), layout="constrained")
+    return figure, list(figure.subplots(1, count, sharey=share_y, squeeze=False)[0])
+
+
+def _captioned(figure: Figure, text: str) -> Figure:
+    figure.supxlabel(text, fontsize=8, x=0.01, ha="left", color="dimgrey")
+    return figure
+
+
+def _law(axes: Axes, size: pd.DataFrame, activation: str, colour: str, marker: str, line: str) -> None:
+    """Checkpoints of one size, the common curve of its seeds and the band of the bootstrap."""
+    fitted = fit_points(size)
+    warm_up = size.drop(fitted.index)
+    million = 1e6
+    axes.plot(fitted["tokens"] / million, 100 * fitted["activation_ratio"], marker, color=colour, alpha=0.7)
+    axes.plot(warm_up["tokens"] / million, 100 * warm_up["activation_ratio"], marker, color=colour, fillstyle="none")
+    fit = fit_data_law(fitted["tokens"], fitted["activation_ratio"], published_form(activation), fitted["seed"])
+    grid = np.geomspace(fitted["tokens"].min(), fitted["tokens"].max(), 100)
+    label = f"{_shape(size)}, {_parameters(size)}"
+    axes.plot(grid / million, 100 * fit.predict(grid), line, color=colour, marker=None, label=label)
+    if fit.limit is not None:
+        band = fit.interval
+        low, high = 100 * band.band_low, 100 * band.band_high
+        axes.fill_between(band.tokens / million, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _losses(axes: Axes, checkpoints: pd.DataFrame) -> None:
+    for number, (_, size) in enumerate(checkpoints.groupby("parameters", sort=True)):
+        for activation, line in (("relu", "-"), ("silu", "--")):
+            rows = size[size["activation"] == activation].groupby("tokens")["validation_loss"].mean()
+            label = ACTIVATION_NAMES[activation] if number == 0 else None
+            axes.plot(rows.index / 1e6, rows, line, color=COLOURS[number], marker=MARKERS[number], markersize=3, label=label)
+    axes.set(xscale="log", xlabel="Training tokens (millions)", ylabel="Validation loss (nats per token)")
+    axes.set_title("Loss, last point after the decay")
+    axes.legend(fontsize=8)
+
+
+def _seeds(axes: Axes, x: pd.Series, y: pd.Series, seeds: pd.Series) -> None:
+    for number, seed in enumerate(sorted(set(seeds))):
+        chosen = (seeds == seed).to_numpy()
+        axes.plot(x[chosen], y[chosen], MARKERS[number], color=COLOURS[0], fillstyle="none" if number else "full", label=f"seed {seed}")
+
+
+def _against_size(axes: Axes, values: pd.DataFrame, name: str, number: int) -> None:
+    """One value per run against size, and the line whose slope is tested."""
+    decades = np.log10(values["parameters"])
+    line = fit_line(decades, values["value"], values["seed"])
+    ends = np.array([decades.min(), decades.max()])
+    slope = [100 * part for part in (line.slope.value, line.slope.low, line.slope.high)]
+    label = f"{name}: {slope[0]:+.1f} [{slope[1]:+.1f}, {slope[2]:+.1f}] points per decade"
+    axes.plot(values["parameters"], 100 * values["value"], MARKERS[number], color=COLOURS[number], alpha=0.8)
+    axes.plot(10**ends, 100 * line.predict(ends), LINES[number], color=COLOURS[number], marker=None, label=label)
+
+
+def _rise(rows: pd.DataFrame) -> pd.Series:
+    return 100 * (rows["ppl_ratio"] - 1)
+
+
+def _shape(rows: pd.DataFrame) -> str:
+    first = rows.iloc[0]
+    return f"{first['d_model']}x{first['n_layers']}"
+
+
+def _parameters(rows: pd.DataFrame) -> str:
+    """`45k parameters`, or the mean where shapes differ a little."""
+    count = rows.drop_duplicates(["d_model", "n_layers"])["parameters"].mean()
+    return f"{count / 1e6:.3g}M parameters" if count >= 1e6 else f"{count / 1e3:.3g}k parameters"

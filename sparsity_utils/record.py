@@ -1,0 +1,73 @@
+"""Copy a finished study into results/: its tables, a manifest of how they came about, and two trained models."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from sparsity_utils import paths
+from sparsity_utils.errors import InputError
+from sparsity_utils.runs import RECIPE, find_run
+from sparsity_utils.study import QUESTIONS, Study
+from sparsity_utils.train import checkpoint_file
+
+SCHEMA = 1  # raise it when a column changes its meaning
+
+
+def record(profile: str) -> Iterator[Path]:
+    """Record the study of `profile` into results/, training whatever is still missing; yield the files written.
+
+    The models are the largest size, first seed, after the decay, one per activation function. Raises InputError when
+    `make reproduce` has not left a table of verdicts to record.
+    """
+    study = Study.from_profile(profile)
+    verdicts = study.folder.parent / "verdicts.csv"
+    if not verdicts.exists():
+        raise InputError(f"There is no {verdicts.name} of profile {study.name}; run make reproduce PROFILE={profile} first.")
+    for file in sorted({QUESTIONS[question][0] for question in filter(study.configs, QUESTIONS)}):
+        question = next(name for name, (table, _) in QUESTIONS.items() if table == file)
+        study.table(question)
+        yield _copy(study.folder / file, paths.RESULTS / file)
+    yield _copy(verdicts, paths.RESULTS / "verdicts.csv")
+    yield _write(paths.RESULTS / "manifest.json", json.dumps(_manifest(study), indent=1) + "\n")
+    for activation in study.profile.study.activations:
+        yield from _models(study, activation)
+
+
+def _manifest(study: Study) -> dict:
+    """What the numbers rest on: profile, text, machine, versions."""
+    run = find_run(study.configs("relu_vs_silu")[0])
+    corpus = study.corpus.manifest
+    return {
+        "schema": SCHEMA,
+        "recipe": RECIPE,
+        "device": run.manifest["device"],
+        "versions": run.manifest["versions"],
+        "profile": asdict(study.profile),
+        "corpus": {"tokens_sha256": study.corpus.hash, "tokenizer_sha256": study.corpus.tokenizer_hash}
+        | {key: corpus[key] for key in ("source", "splits", "duplicates_removed", "skipped")},
+    }
+
+
+def _models(study: Study, activation: str) -> Iterator[Path]:
+    """The last checkpoint of the largest size and first seed, in the form that transformers loads."""
+    configs = [c for c in study.configs("relu_vs_silu") if c.model.activation == activation]
+    largest = max(configs, key=lambda config: (config.train.tokens, -config.train.seed))
+    run, folder = find_run(largest), paths.RECORDED_MODELS / activation
+    step = run.checkpoints["step"].max()
+    yield _copy(run.folder / "config.json", folder / "config.json")
+    yield _copy(checkpoint_file(run.folder, step), folder / "model.safetensors")
+    yield _copy(study.corpus.folder / "tokenizer.json", folder / "tokenizer.json")
+
+
+def _copy(source: Path, target: Path) -> Path:
+    with paths.written_aside(target) as aside:
+        shutil.copyfile(source, aside)
+    return target
+
+
+def _write(target: Path, text: str) -> Path:
+    with paths.written_aside(target) as aside:
+        aside.write_text(text, encoding="utf-8")
+    return target

@@ -1,0 +1,89 @@
+"""Profiles: the shipped ones hold, and every mistake in one is named."""
+
+import copy
+
+import pytest
+from small import profile_content, write_profile
+
+from sparsity_utils import paths
+from sparsity_utils.errors import InputError
+from sparsity_utils.model import head_count, non_embedding_parameters, solve_shape
+from sparsity_utils.profiles import profile_names, read_profile
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_shape_of_a_shipped_profile_can_be_built(name):
+    profile = read_profile(name)
+    assert profile.name == name and profile.about
+    shapes = [size.d_model_and_layers() for size in profile.study.sizes]
+    shapes += [(s.d_model, s.n_layers) for s in (solve_shape(profile.study.ratio_parameters, r) for r in profile.study.ratios)]
+    for d_model, n_layers in shapes:
+        for activation in profile.study.activations:
+            assert head_count(profile.model_config(d_model, n_layers, activation)) >= 1
+    ratios = [d_model / n_layers for d_model, n_layers in shapes[: len(profile.study.sizes)]]
+    assert max(ratios) <= 1.1 * min(ratios), "the scale line has one width-depth ratio"
+
+
+def test_the_laptop_profile_asks_what_its_notebooks_need():
+    study = read_profile("laptop").study
+    assert len(study.sizes) >= 3 and len(study.ratios) >= 5 and {"relu", "silu"} <= set(study.activations)
+    assert min(len(study.seeds), len(study.ratio_seeds)) >= 2
+    for size in study.sizes:
+        assert size.tokens >= 100 * non_embedding_parameters(*size.d_model_and_layers())
+
+
+def test_shared_settings_and_changes_reach_the_run():
+    profile = read_profile("laptop")
+    config = profile.train_config(10**6, 3, learning_rate=0.5)
+    assert (config.tokens, config.seed, config.learning_rate) == (10**6, 3, 0.5)
+    assert config.batch_tokens == profile.train["batch_tokens"]
+    assert profile.model_config(24, 2, "silu").vocabulary == profile.corpus.vocabulary
+
+
+CHANGES = [  # place, value, message
+    (("corpus", "vocabluary"), 3, r"unknown key corpus\.vocabluary; known are source"),
+    (("colour",), 1, r"unknown key colour; known are name"),
+    (("model", "heads"), 4, r"unknown key model\.heads"),
+    (("model", "activation"), "relu", r"unknown key model\.activation"),
+    (("train", "learning_rate"), "fast", r"train\.learning_rate is 'fast'; it should be of type float"),
+    (("train", "learning_rate"), -1.0, r"train\.learning_rate is -1\.0; it must be positive"),
+    (("train", "checkpoints"), 3, r"train\.checkpoints is 3; at least 6"),
+    (("train", "batch_tokens"), 10**9, r"train\.tokens is 5000, less than one batch"),
+    (("corpus", "vocabulary"), 12, r"corpus\.vocabulary is 12; choose 257 to 65536"),
+    (("corpus", "vocabulary"), True, r"corpus\.vocabulary is True; it should be of type int"),
+    (("corpus", "source"), "web", r"corpus\.source is 'web'; choose one of python-source, path, hub"),
+    (("corpus", "path"), None, r"corpus\.path is empty; source 'path' needs one"),
+    (("measure", "p"), 0.0, r"measure\.p is 0\.0"),
+    (("measure", "protocol"), "best", r"measure\.protocol is 'best'"),
+    (("study", "activations"), ["relu", "swish"], r"study\.activations has 'swish'; choose from relu"),
+    (("study", "seeds"), 0, r"study\.seeds is 0; it should be a list"),
+    (("study", "sizes"), [], r"study\.sizes is empty"),
+    (("study", "sizes"), [{"shape": "8by2", "tokens": 5000}], r"'8by2' is not of the form 48x4"),
+    (("study", "sizes"), [{"shape": "9x2", "tokens": 5000}], r"model\.d_model is 9; it must be even"),
+    (("study", "sizes"), [{"shape": "8x2"}], r"the key study\.sizes\[0\]\.tokens is missing"),
+    (("study",), 7, r"study should hold 'key: value' lines"),
+    (("workers",), 0, r"workers is 0; at least 1"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "message"), CHANGES, ids=[f"{'.'.join(p)}={v}"[:40] for p, v, _ in CHANGES])
+def test_a_mistake_is_named(tmp_path, place, value, message):
+    content = copy.deepcopy(profile_content(tmp_path))
+    section = content
+    for key in place[:-1]:
+        section = section[key]
+    section[place[-1]] = value
+    with pytest.raises(InputError, match=rf"^Profile tiny\.yaml: .*{message}"):
+        read_profile(write_profile(tmp_path, content))
+
+
+def test_an_unknown_profile_lists_the_known_ones():
+    with pytest.raises(InputError, match="no profile 'labtop'; choose one of .*laptop.*smoke"):
+        read_profile("labtop")
+    assert {"laptop", "smoke"} <= set(profile_names()) == {file.stem for file in paths.PROFILES.glob("*.yaml")}
+
+
+def test_broken_yaml_is_named(tmp_path):
+    (tmp_path / "bad.yaml").write_text("about: [", encoding="utf-8")
+    with pytest.raises(InputError, match=r"bad\.yaml is not valid YAML"):
+        read_profile(str(tmp_path / "bad.yaml"))

@@ -1,0 +1,127 @@
+"""The study: the runs of each question, interruption, divergence, recorded tables, the command line."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from small import profile_content, write_profile, write_text
+
+from sparsity_utils import paths
+from sparsity_utils.__main__ import main
+from sparsity_utils.errors import InputError
+from sparsity_utils.study import QUESTIONS, Study
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, text):
+    """A store with the tiny study in it, computed once for this file."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSITY_BUILD", str(folder / "build"))
+        study = Study.from_profile(write_profile(folder, profile_content(text)))
+        tables = {question: study.table(question) for question in QUESTIONS if study.configs(question)}
+        yield study, tables
+
+
+def test_each_question_gets_the_runs_it_needs(built):
+    study, tables = built
+    assert {(row.d_model, row.activation) for row in tables["relu_vs_silu"].itertuples()} == {(8, "relu"), (8, "silu"), (16, "relu"), (16, "silu")}
+    assert {(row.d_model, row.n_layers) for row in tables["width_depth_ratio"].itertuples()} == {(16, 1), (8, 4)}
+    pd.testing.assert_frame_equal(tables["scale_insensitivity"], tables["relu_vs_silu"])
+    assert set(tables["metrics"]["metric"]) == {"relu", "top-k", "fat", "cett", "cett-ppl"}
+    assert set(tables["metrics"]["role"]) == {"stable"}
+
+
+def test_a_curve_has_one_stabilised_cett_per_run(built):
+    _, tables = built
+    table = tables["relu_vs_silu"]
+    assert (table.groupby("run")["cett"].nunique() == 1).all()
+    assert table["activation_ratio"].between(0, 1).all() and table["nonzero_share"].between(0, 1).all()
+    assert (table[table["activation"] == "silu"]["nonzero_share"] > 0.999).all()
+    assert table.duplicated(["run", "step"]).sum() == 0 and table.notna().all().all()
+
+
+def test_a_second_call_computes_nothing(built, monkeypatch):
+    study, tables = built
+    monkeypatch.setattr("sparsity_utils.study.ProcessPoolExecutor", lambda *args: pytest.fail("started workers"))
+    pd.testing.assert_frame_equal(study.table("metrics"), tables["metrics"])
+
+
+def test_another_price_reuses_the_runs(built, tmp_path, text):
+    study, tables = built
+    content = copy.deepcopy(profile_content(text)) | {"measure": {"p": 10.0, "calibration_tokens": 256, "evaluation_tokens": 512}}
+    before = {file: file.stat().st_mtime_ns for file in paths.runs().glob("*/manifest.json")}
+    cheap = Study.from_profile(write_profile(tmp_path, content, "cheap")).table("relu_vs_silu")
+    assert {file: file.stat().st_mtime_ns for file in paths.runs().glob("*/manifest.json")} == before
+    assert cheap["activation_ratio"].mean() < tables["relu_vs_silu"]["activation_ratio"].mean()
+
+
+def test_recorded_tables_are_those_that_were_computed(built):
+    study, tables = built
+    recorded = Study.recorded(study.folder)
+    pd.testing.assert_frame_equal(recorded.table("relu_vs_silu"), tables["relu_vs_silu"])
+    recorded.keep_verdicts("01_metrics", pd.DataFrame({"question": []}))  # keeps nothing
+    assert not (study.folder.parent / "verdicts").exists()
+
+
+def test_a_missing_table_question_or_source_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"There is no metrics\.csv in .*; record a study first"):
+        Study.recorded(tmp_path).table("metrics")
+    with pytest.raises(InputError, match="no question 'speed'; choose one of metrics"):
+        Study.recorded(tmp_path).table("speed")
+    with pytest.raises(InputError, match="source is 'web'; choose recorded"):
+        Study.open("web", "laptop")
+
+
+def test_a_diverged_run_does_not_stop_the_study(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
+    content = profile_content(text)
+    content["study"] |= {"tuning_rates": [0.01, 1e6], "tuning_batches": [256]}
+    study = Study.from_profile(write_profile(tmp_path, content))
+    with pytest.warns(UserWarning, match=r"8x1 relu seed 0: Training stopped at step \d+.*learning rate 1e\+06.*The study goes on without this run"):
+        table = study.table("tuning")
+    assert set(table["learning_rate"]) == {0.01}
+    content["study"]["tuning_rates"] = [1e6]
+    with pytest.warns(UserWarning, match="goes on"), pytest.raises(InputError, match="Every run of tuning diverged"):
+        Study.from_profile(write_profile(tmp_path, content)).table("tuning")
+
+
+def test_a_killed_study_redoes_no_finished_run(tmp_path, text):
+    content = profile_content(text)
+    content["study"]["sizes"] = [{"shape": f"{8 * n}x1", "tokens": 20_000} for n in (1, 2, 3)]
+    command = [sys.executable, "-m", "sparsity_utils", "study", "--profile", write_profile(tmp_path, content)]
+    environment = os.environ | {"SPARSITY_BUILD": str(tmp_path / "build"), "PYTHONPATH": str(paths.ROOT)}
+    store = tmp_path / "build" / "runs"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        deadline = time.monotonic() + 90
+        while len(list(store.glob("[!.]*/manifest.json"))) < 2 and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        first.send_signal(signal.SIGKILL)
+    finished = {file: file.stat().st_mtime_ns for file in store.glob("[!.]*/manifest.json")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert 2 <= len(finished) < len(list(store.glob("[!.]*/manifest.json")))
+    assert all(file.stat().st_mtime_ns == written for file, written in finished.items())
+
+
+def test_an_impossible_ratio_is_refused_before_anything_is_trained(tmp_path, text):
+    content = profile_content(text)
+    content["study"]["ratios"] = [16, 4]
+    with pytest.raises(InputError, match="No integer shape has 3,000 parameters at width-depth ratio 4 within 10%"):
+        Study.from_profile(write_profile(tmp_path, content))
+
+
+def test_the_command_line_says_what_is_wrong_in_one_sentence(capsys):
+    assert main(["study", "--profile", "labtop"]) == 2
+    assert capsys.readouterr().err.startswith("Error: There is no profile 'labtop'; choose one of")
