@@ -19,14 +19,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sparsity_utils", description="Reproduce findings on activation sparsity.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sparsity_utils", description="Reproduce findings on activation sparsity."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, about: str, *, profile: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
         sub.set_defaults(run=run)
         if profile:
-            sub.add_argument("--profile", default=default_profile(), help="a shipped profile or a .yaml file (default: %(default)s)")
+            sub.add_argument(
+                "--profile", default=default_profile(), help="a shipped profile or a .yaml file (default: %(default)s)"
+            )
         return sub
 
     command("corpus", _corpus, "build the text of a profile: documents, tokenizer, token files")
@@ -35,7 +39,13 @@ def _parser() -> argparse.ArgumentParser:
     command("record", _record, "copy a finished study of a profile into results/")
     command("notebooks", _notebooks, "refresh the stored outputs of the notebooks", profile=False)
     figures = command("figures", _figures, "draw the figures of a recorded study", profile=False)
-    figures.add_argument("--from", dest="folder", type=Path, default=paths.ROOT, help="the folder that holds results/, such as build/laptop (default: the recorded study)")
+    figures.add_argument(
+        "--from",
+        dest="folder",
+        type=Path,
+        default=paths.ROOT,
+        help="the folder that holds results/, such as build/laptop (default: the recorded study)",
+    )
     return parser
 
 
@@ -50,7 +60,10 @@ def _corpus(options: argparse.Namespace) -> None:
     from sparsity_utils.study import Study
 
     corpus = Study.from_profile(options.profile).corpus
-    counts = ", ".join(f"{name}: {split['tokens']:,} tokens of {split['documents']:,} documents" for name, split in corpus.manifest["splits"].items())
+    counts = ", ".join(
+        f"{name}: {split['tokens']:,} tokens of {split['documents']:,} documents"
+        for name, split in corpus.manifest["splits"].items()
+    )
     print(f"{corpus.folder}\n{counts}")
 
 

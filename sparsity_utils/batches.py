@@ -22,7 +22,9 @@ class TrainingBatches:
         self.windows = (len(tokens) - 1) // context
         self.batch_windows = batch_tokens // context
         if self.batch_windows < 1:
-            raise InputError(f"train.batch_tokens {batch_tokens} is less than one window of {context} tokens; raise it.")
+            raise InputError(
+                f"train.batch_tokens {batch_tokens} is less than one window of {context} tokens; raise it."
+            )
         if self.windows < self.batch_windows:
             raise InputError(
                 f"The training text has {len(tokens):,} tokens, less than one batch of {batch_tokens:,}; "

@@ -1,4 +1,4 @@
-"""What a study measures on a finished run: its sparsity along training, and all metrics on its last stable checkpoint."""
+"""What a study measures on a finished run: sparsity along training, and all metrics on the last stable checkpoint."""
 
 import math
 

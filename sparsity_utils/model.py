@@ -63,7 +63,9 @@ def solve_shape(parameters: int, ratio: float, ffn_ratio: float = 2.5) -> Shape:
     within 10% of both.
     """
     if parameters <= 0 or ratio <= 0:
-        raise InputError(f"A shape needs positive parameters and ratio, not {parameters} and {ratio}; correct the profile.")
+        raise InputError(
+            f"A shape needs positive parameters and ratio, not {parameters} and {ratio}; correct the profile."
+        )
     ideal_layers = (parameters / ((4 + 3 * ffn_ratio) * ratio**2)) ** (1 / 3)
 
     def shape(d_model: int, n_layers: int) -> Shape:
@@ -73,7 +75,8 @@ def solve_shape(parameters: int, ratio: float, ffn_ratio: float = 2.5) -> Shape:
     candidates = [
         shape(d_model, n_layers)
         for n_layers in range(max(1, math.floor(ideal_layers * 0.8)), math.ceil(ideal_layers * 1.25) + 1)
-        for d_model in _widths_near(ratio * n_layers) + _widths_near(math.sqrt(parameters / n_layers / (4 + 3 * ffn_ratio)))
+        for d_model in _widths_near(ratio * n_layers)
+        + _widths_near(math.sqrt(parameters / n_layers / (4 + 3 * ffn_ratio)))
     ]
     best = min(candidates, key=lambda s: abs(math.log1p(s.parameters_error)) + abs(math.log1p(s.ratio_error)))
     if max(abs(best.parameters_error), abs(best.ratio_error)) > SHAPE_TOLERANCE:
@@ -142,7 +145,9 @@ def build_model(config: ModelConfig, seed: int) -> GraniteForCausalLM:
     return model
 
 
-def parameter_groups(model: GraniteForCausalLM, config: ModelConfig, learning_rate: float, weight_decay: float) -> list[dict]:
+def parameter_groups(
+    model: GraniteForCausalLM, config: ModelConfig, learning_rate: float, weight_decay: float
+) -> list[dict]:
     """Optimizer groups under muP: hidden matrices at learning_rate / m, embeddings and norm gains at the full rate."""
     named = list(model.named_parameters())
     embeddings = [p for name, p in named if p.ndim == 2 and _is_embedding(name)]

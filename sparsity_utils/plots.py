@@ -80,7 +80,7 @@ def metrics(table: pd.DataFrame) -> Figure:
 
 @styled
 def relu_vs_silu(checkpoints: pd.DataFrame) -> Figure:
-    """Activation ratio against training tokens with the fitted law, per activation and size, and the losses (Fig. 4)."""
+    """Activation ratio against training tokens with the fitted law, per activation and size, and losses (Fig. 4)."""
     activations = sorted(set(checkpoints["activation"]))
     figure, panels = _panels(len(activations) + 1)
     for axes, activation in zip(panels, activations, strict=False):
@@ -123,7 +123,11 @@ def width_depth_ratio(checkpoints: pd.DataFrame) -> Figure:
         axes.minorticks_off()
         axes.set_xlabel("Width-depth ratio (d_model / n_layers)")
         axes.legend(fontsize=8)
-    basis = "limits of the data law" if len(values) and (values["value"] == values["limit"]).all() else "means of the last five stable checkpoints"
+    basis = (
+        "limits of the data law"
+        if len(values) and (values["value"] == values["limit"]).all()
+        else "means of the last five stable checkpoints"
+    )
     return _captioned(figure, f"One point per run, {values['seed'].nunique()} seeds; left: {basis}.")
 
 
@@ -205,7 +209,9 @@ def _losses(axes: Axes, checkpoints: pd.DataFrame) -> None:
         for activation, line in (("relu", "-"), ("silu", "--")):
             rows = size[size["activation"] == activation].groupby("tokens")["validation_loss"].mean()
             label = ACTIVATION_NAMES[activation] if number == 0 else None
-            axes.plot(rows.index / 1e6, rows, line, color=COLOURS[number], marker=MARKERS[number], markersize=3, label=label)
+            axes.plot(
+                rows.index / 1e6, rows, line, color=COLOURS[number], marker=MARKERS[number], markersize=3, label=label
+            )
     axes.set(xscale="log", xlabel="Training tokens (millions)", ylabel="Validation loss (nats per token)")
     axes.set_title("Loss, last point after the decay")
     axes.legend(fontsize=8)
@@ -214,7 +220,14 @@ def _losses(axes: Axes, checkpoints: pd.DataFrame) -> None:
 def _seeds(axes: Axes, x: pd.Series, y: pd.Series, seeds: pd.Series) -> None:
     for number, seed in enumerate(sorted(set(seeds))):
         chosen = (seeds == seed).to_numpy()
-        axes.plot(x[chosen], y[chosen], MARKERS[number], color=COLOURS[0], fillstyle="none" if number else "full", label=f"seed {seed}")
+        axes.plot(
+            x[chosen],
+            y[chosen],
+            MARKERS[number],
+            color=COLOURS[0],
+            fillstyle="none" if number else "full",
+            label=f"seed {seed}",
+        )
 
 
 def _against_size(axes: Axes, values: pd.DataFrame, name: str, number: int) -> None:

@@ -44,7 +44,9 @@ class CorpusConfig:
             _check(bool(self.revision), "corpus.revision is empty; a hub data set needs a pinned revision.")
         _check(257 <= self.vocabulary <= 65536, f"corpus.vocabulary is {self.vocabulary}; choose 257 to 65536.")
         _check(self.max_megabytes > 0, f"corpus.max_megabytes is {self.max_megabytes}; it must be positive.")
-        _check(0 < self.validation_share <= 0.5, f"corpus.validation_share is {self.validation_share}; choose 0 to 0.5.")
+        _check(
+            0 < self.validation_share <= 0.5, f"corpus.validation_share is {self.validation_share}; choose 0 to 0.5."
+        )
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,17 @@ class ModelConfig:
     ffn_ratio: float = 2.5  # d_ff / d_model
 
     def __post_init__(self) -> None:
-        _check(self.activation in ACTIVATIONS, f"model.activation is {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}.")
+        _check(
+            self.activation in ACTIVATIONS,
+            f"model.activation is {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}.",
+        )
         for name in ("d_model", "n_layers", "vocabulary", "context", "head_size", "base_width"):
             _check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
         _check(self.head_size % 2 == 0, f"model.head_size is {self.head_size}; rotary attention needs an even one.")
-        _check(self.d_model % 2 == 0, f"model.d_model is {self.d_model}; it must be even, so that heads of an even size divide it.")
+        _check(
+            self.d_model % 2 == 0,
+            f"model.d_model is {self.d_model}; it must be even, so that heads of an even size divide it.",
+        )
 
 
 @dataclass(frozen=True)
@@ -86,11 +94,17 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.tokens >= self.batch_tokens > 0, f"train.tokens is {self.tokens}, less than one batch of {self.batch_tokens}.")
+        _check(
+            self.tokens >= self.batch_tokens > 0,
+            f"train.tokens is {self.tokens}, less than one batch of {self.batch_tokens}.",
+        )
         _check(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}; it must be positive.")
         _check(0 <= self.warmup_share < 0.5, f"train.warmup_share is {self.warmup_share}; choose 0 to 0.5.")
         _check(0 <= self.decay_share <= 1, f"train.decay_share is {self.decay_share}; choose 0 to 1.")
-        _check(self.checkpoints >= 6, f"train.checkpoints is {self.checkpoints}; at least 6 are needed (the last five are solved together).")
+        _check(
+            self.checkpoints >= 6,
+            f"train.checkpoints is {self.checkpoints}; at least 6 are needed (the last five are solved together).",
+        )
 
 
 @dataclass(frozen=True)
@@ -104,8 +118,14 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         _check(0 < self.p <= 100, f"measure.p is {self.p}; choose a rise of perplexity between 0 and 100 percent.")
-        _check(self.protocol in ("stabilised", "per-checkpoint"), f"measure.protocol is {self.protocol!r}; choose stabilised or per-checkpoint.")
-        _check(self.calibration_tokens > 0 < self.evaluation_tokens, "measure.calibration_tokens and evaluation_tokens must be positive.")
+        _check(
+            self.protocol in ("stabilised", "per-checkpoint"),
+            f"measure.protocol is {self.protocol!r}; choose stabilised or per-checkpoint.",
+        )
+        _check(
+            self.calibration_tokens > 0 < self.evaluation_tokens,
+            "measure.calibration_tokens and evaluation_tokens must be positive.",
+        )
 
 
 @dataclass(frozen=True)
@@ -122,7 +142,10 @@ class Size:
     def d_model_and_layers(self) -> tuple[int, int]:
         """`"48x4"` -> (48, 4)."""
         parts = self.shape.split("x")
-        _check(len(parts) == 2 and all(part.isdigit() for part in parts), f"study.sizes: {self.shape!r} is not of the form 48x4 (d_model x n_layers).")
+        _check(
+            len(parts) == 2 and all(part.isdigit() for part in parts),
+            f"study.sizes: {self.shape!r} is not of the form 48x4 (d_model x n_layers).",
+        )
         return int(parts[0]), int(parts[1])
 
 
@@ -143,8 +166,14 @@ class StudyConfig:
     def __post_init__(self) -> None:
         _check(len(self.sizes) > 0, "study.sizes is empty; name at least one shape.")
         for activation in self.activations:
-            _check(activation in ACTIVATIONS, f"study.activations has {activation!r}; choose from {', '.join(ACTIVATIONS)}.")
-        _check(len(self.seeds) > 0 and len(self.ratio_seeds) > 0, "study.seeds and study.ratio_seeds need at least one seed.")
+            _check(
+                activation in ACTIVATIONS,
+                f"study.activations has {activation!r}; choose from {', '.join(ACTIVATIONS)}.",
+            )
+        _check(
+            len(self.seeds) > 0 and len(self.ratio_seeds) > 0,
+            "study.seeds and study.ratio_seeds need at least one seed.",
+        )
 
 
 @dataclass(frozen=True)
@@ -186,7 +215,9 @@ def read_profile(name: str) -> Profile:
     """
     path = paths.PROFILES / f"{name}.yaml" if not name.endswith((".yaml", ".yml")) else Path(name)
     if not path.is_file():
-        raise InputError(f"There is no profile {name!r}; choose one of {', '.join(profile_names())}, or name a .yaml file.")
+        raise InputError(
+            f"There is no profile {name!r}; choose one of {', '.join(profile_names())}, or name a .yaml file."
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -216,7 +247,9 @@ def _read(cls: type, content: dict, where: str) -> Any:
         _check(not required or each.name in content, f"the key {where}{each.name} is missing.")
     values = {key: _value(value, hints[key], where + key) for key, value in content.items()}
     if cls is Profile:
-        _check_shared(values.get("model", {}), ModelConfig, {"d_model", "n_layers", "activation", "vocabulary"}, "model")
+        _check_shared(
+            values.get("model", {}), ModelConfig, {"d_model", "n_layers", "activation", "vocabulary"}, "model"
+        )
         _check_shared(values.get("train", {}), TrainConfig, {"tokens", "seed"}, "train")
     return cls(**values)
 

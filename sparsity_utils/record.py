@@ -24,7 +24,9 @@ def record(profile: str) -> Iterator[Path]:
     study = Study.from_profile(profile)
     verdicts = study.folder.parent / "verdicts.csv"
     if not verdicts.exists():
-        raise InputError(f"There is no {verdicts.name} of profile {study.name}; run make reproduce PROFILE={profile} first.")
+        raise InputError(
+            f"There is no {verdicts.name} of profile {study.name}; run make reproduce PROFILE={profile} first."
+        )
     for file in sorted({QUESTIONS[question][0] for question in filter(study.configs, QUESTIONS)}):
         question = next(name for name, (table, _) in QUESTIONS.items() if table == file)
         study.table(question)

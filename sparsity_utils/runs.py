@@ -99,7 +99,9 @@ class Run:
         for place, (name, value) in enumerate(about.items()):
             table.insert(place, name, value)
         # Twice the warm-up: before that the learning rate, not the amount of data, moves the ratio.
-        table["fit"] = (table["role"] == "stable") & (table["tokens"] >= 2 * training["warmup_share"] * training["tokens"])
+        table["fit"] = (table["role"] == "stable") & (
+            table["tokens"] >= 2 * training["warmup_share"] * training["tokens"]
+        )
         return table
 
     def load(self, step: int) -> transformers.GraniteForCausalLM:
@@ -164,11 +166,15 @@ def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], Non
     except Diverged as error:
         diverged, rows = f"{config.title}: {error}", []
     (working / "state.safetensors").unlink(missing_ok=True)
-    stored = sorted(working.glob("checkpoints/*.safetensors")) + [working / "config.json"]
+    stored = [*sorted(working.glob("checkpoints/*.safetensors")), working / "config.json"]
     manifest = {
         "config": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "diverged": diverged,
         "checkpoints": rows,
         "files": {str(file.relative_to(working)): _sha256(file) for file in stored},

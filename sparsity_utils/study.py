@@ -66,7 +66,9 @@ class Study:
     def open(cls, source: str, profile: str) -> "Study":
         """What a notebook opens: `source` "recorded" reads the stored tables, "run" follows `profile`."""
         if source not in ("recorded", "run"):
-            raise InputError(f"source is {source!r}; choose recorded (the stored tables) or run (train what is missing).")
+            raise InputError(
+                f"source is {source!r}; choose recorded (the stored tables) or run (train what is missing)."
+            )
         return cls.recorded() if source == "recorded" else cls.from_profile(profile)
 
     @property
@@ -96,7 +98,9 @@ class Study:
     def environment(self) -> str:
         """One line: what computes here, and where the numbers come from."""
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-        versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+        versions = (
+            f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+        )
         origin = "the recorded study" if self.profile is None else f"profile {self.name}: {self.profile.about}"
         return f"{versions}, {device}. Numbers from {origin}."
 
@@ -118,7 +122,9 @@ class Study:
         study, sizes, seeds = self.profile.study, self.profile.study.sizes, self.profile.study.seeds
         if question == "width_depth_ratio":
             shapes = [solve_shape(study.ratio_parameters, ratio) for ratio in study.ratios]
-            plan = product([((s.d_model, s.n_layers), study.ratio_tokens) for s in shapes], ["relu"], study.ratio_seeds, [{}])
+            plan = product(
+                [((s.d_model, s.n_layers), study.ratio_tokens) for s in shapes], ["relu"], study.ratio_seeds, [{}]
+            )
         elif question == "tuning":
             tried = product(study.tuning_rates, study.tuning_batches)
             changes = [{"learning_rate": rate, "batch_tokens": batch} for rate, batch in tried]
@@ -143,7 +149,7 @@ class Study:
         for config in configs:
             run = find_run(config)
             if run.diverged:
-                warnings.warn(f"{run.diverged} The study goes on without this run.", stacklevel=3)
+                warnings.warn(f"{run.diverged} The study goes on without it.", stacklevel=3)
             elif what is None:
                 tried = {"learning_rate": config.train.learning_rate, "batch_tokens": config.train.batch_tokens}
                 tables.append(run.checkpoints.assign(**tried))
@@ -178,7 +184,7 @@ class Job:
 
 
 def do_jobs(jobs: Iterable[Job], profile: Profile) -> None:
-    """Do what is not done yet, `profile.workers` jobs side by side, behind one progress bar over their expected cost."""
+    """Do what is not done yet, `profile.workers` jobs side by side, behind one progress bar over expected cost."""
     todo = [job for job in jobs if not job.done()]
     if not todo:
         return
@@ -203,7 +209,13 @@ def do_jobs(jobs: Iterable[Job], profile: Profile) -> None:
 def _watch(futures: list[Future], shares, costs: list[float]) -> None:
     """Show the progress of all jobs until they end or one fails."""
     names = f"{len(futures)} runs"
-    with tqdm(total=100, desc=names, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}", disable=bool(os.environ.get("CI"))) as bar:
+    with tqdm(
+        total=100,
+        desc=names,
+        unit="%",
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
+        disable=bool(os.environ.get("CI")),
+    ) as bar:
         pending = set(futures)
         while pending and not any(future.done() and future.exception() for future in futures):
             _, pending = wait(pending, timeout=1.0)

@@ -172,7 +172,8 @@ def test_hooks_of_others_stay():
 
 def test_thresholds_of_another_depth_are_refused():
     model = granite()
-    with pytest.raises(InputError, match="for 2 layers and the model has 3 FFNs"), sparse_neurons(
-        model, Thresholds("relu", (0.0, 0.0))
+    with (
+        pytest.raises(InputError, match="for 2 layers and the model has 3 FFNs"),
+        sparse_neurons(model, Thresholds("relu", (0.0, 0.0))),
     ):
         pass

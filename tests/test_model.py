@@ -22,7 +22,14 @@ from sparsity_utils.model import (
 from sparsity_utils.profiles import ModelConfig
 from sparsity_utils.train import model_tensors
 
-PUBLISHED = [(768, 16, 0.1e9), (1024, 20, 0.2e9), (1280, 24, 0.4e9), (1536, 28, 0.8e9), (1792, 32, 1.2e9), (2304, 40, 2.4e9)]
+PUBLISHED = [
+    (768, 16, 0.1e9),
+    (1024, 20, 0.2e9),
+    (1280, 24, 0.4e9),
+    (1536, 28, 0.8e9),
+    (1792, 32, 1.2e9),
+    (2304, 40, 2.4e9),
+]
 
 
 @pytest.mark.parametrize(("d_model", "n_layers", "name"), PUBLISHED)
@@ -32,7 +39,9 @@ def test_published_shapes_have_the_published_size(d_model, n_layers, name):
     assert count == pytest.approx(name, rel=0.25)  # the names carry one or two digits
 
 
-@pytest.mark.parametrize(("d_model", "n_layers", "activation"), [(12, 1, "relu"), (28, 5, "silu"), (64, 2, "gelu"), (20, 3, "relu2")])
+@pytest.mark.parametrize(
+    ("d_model", "n_layers", "activation"), [(12, 1, "relu"), (28, 5, "silu"), (64, 2, "gelu"), (20, 3, "relu2")]
+)
 def test_counts_equal_what_torch_counts(d_model, n_layers, activation):
     model = build_model(ModelConfig(d_model, n_layers, activation, vocabulary=50, head_size=8), 0)
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
@@ -62,7 +71,12 @@ def test_flops_equal_those_torch_counts():
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "relu2"])
 def test_activation_is_the_one_asked_for(activation):
     x = torch.linspace(-3, 3, 13)
-    wanted = {"relu": torch.relu, "silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, "relu2": lambda x: torch.relu(x) ** 2}
+    wanted = {
+        "relu": torch.relu,
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "relu2": lambda x: torch.relu(x) ** 2,
+    }
     model = build_model(ModelConfig(12, 1, activation, head_size=6), 0)
     assert torch.allclose(model.model.layers[0].mlp.act_fn(x), wanted[activation](x), atol=1e-6)
 
@@ -99,7 +113,9 @@ def residual_rms(d_model: int, mup: bool, steps: int = 10) -> float:
     ids = torch.randint(0, 128, (8, 33))
     for _ in range(steps):
         hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state.flatten(0, 1)
-        linear_cross_entropy(hidden, model.lm_head.weight, ids[:, 1:].flatten(), 1 / model.config.logits_scaling).backward()
+        linear_cross_entropy(
+            hidden, model.lm_head.weight, ids[:, 1:].flatten(), 1 / model.config.logits_scaling
+        ).backward()
         optimizer.step()
         optimizer.zero_grad()
     seen = []
@@ -120,7 +136,10 @@ def test_coordinate_check_residual_stream_does_not_grow_with_width():
     assert slopes[False] > 0.1, slopes  # the check can fail: without muP's rates it does
 
 
-@pytest.mark.parametrize(("parameters", "ratio", "shape"), [(45_000, 12, (36, 3)), (106_000, 12, (48, 4)), (108_000_000, 48, (768, 16)), (45_000, 64, (64, 1))])
+@pytest.mark.parametrize(
+    ("parameters", "ratio", "shape"),
+    [(45_000, 12, (36, 3)), (106_000, 12, (48, 4)), (108_000_000, 48, (768, 16)), (45_000, 64, (64, 1))],
+)
 def test_solver_finds_the_shape(parameters, ratio, shape):
     found = solve_shape(parameters, ratio)
     assert (found.d_model, found.n_layers) == shape
@@ -133,7 +152,9 @@ def test_solver_finds_the_shape(parameters, ratio, shape):
 @pytest.mark.parametrize("ratio", [2, 3.43, 5.6, 8, 12, 22, 64])
 def test_solver_is_as_good_as_trying_every_shape(ratio):
     def miss(d_model, n_layers):
-        return abs(math.log(non_embedding_parameters(d_model, n_layers) / 45_000)) + abs(math.log(d_model / n_layers / ratio))
+        return abs(math.log(non_embedding_parameters(d_model, n_layers) / 45_000)) + abs(
+            math.log(d_model / n_layers / ratio)
+        )
 
     found = solve_shape(45_000, ratio)
     best = min(miss(d_model, n_layers) for d_model in range(4, 200, 4) for n_layers in range(1, 60))
@@ -148,7 +169,9 @@ def test_a_ratio_that_no_integers_meet_is_refused():
         solve_shape(0, 12)
 
 
-@pytest.mark.parametrize(("d_model", "wanted", "heads"), [(24, 16, 2), (36, 16, 2), (48, 16, 3), (20, 16, 1), (768, 64, 12), (10, 16, 1)])
+@pytest.mark.parametrize(
+    ("d_model", "wanted", "heads"), [(24, 16, 2), (36, 16, 2), (48, 16, 3), (20, 16, 1), (768, 64, 12), (10, 16, 1)]
+)
 def test_heads_have_an_even_size_that_divides_the_width(d_model, wanted, heads):
     assert head_count(ModelConfig(d_model, 1, head_size=wanted)) == heads
     assert d_model % heads == 0 and (d_model // heads) % 2 == 0

@@ -16,7 +16,9 @@ def test_every_shape_of_a_shipped_profile_can_be_built(name):
     profile = read_profile(name)
     assert profile.name == name and profile.about
     shapes = [size.d_model_and_layers() for size in profile.study.sizes]
-    shapes += [(s.d_model, s.n_layers) for s in (solve_shape(profile.study.ratio_parameters, r) for r in profile.study.ratios)]
+    shapes += [
+        (s.d_model, s.n_layers) for s in (solve_shape(profile.study.ratio_parameters, r) for r in profile.study.ratios)
+    ]
     for d_model, n_layers in shapes:
         for activation in profile.study.activations:
             assert head_count(profile.model_config(d_model, n_layers, activation)) >= 1
@@ -78,7 +80,7 @@ def test_a_mistake_is_named(tmp_path, place, value, message):
 
 
 def test_an_unknown_profile_lists_the_known_ones():
-    with pytest.raises(InputError, match="no profile 'labtop'; choose one of .*laptop.*smoke"):
+    with pytest.raises(InputError, match=r"no profile 'labtop'; choose one of .*laptop.*smoke"):
         read_profile("labtop")
     assert {"laptop", "smoke"} <= set(profile_names()) == {file.stem for file in paths.PROFILES.glob("*.yaml")}
 

@@ -98,7 +98,7 @@ def test_damage_is_found_said_and_repaired(corpus, damage, what):
     before = last.read_bytes()
     file = last if what == "checkpoint" else run.folder / "manifest.json"
     damage(file)
-    said = rf"8x1 relu seed 0 \({run.folder.name}\) is damaged: .*{file.name} is not what was written; it is removed and trained again"
+    said = rf"8x1 relu seed 0 \({run.folder.name}\) is damaged: .*{file.name} is not what was written; it is removed"
     with pytest.warns(UserWarning, match=said):
         assert find_run(config(corpus)) is None
     train_run(config(corpus), corpus)

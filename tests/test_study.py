@@ -35,8 +35,13 @@ def built(tmp_path_factory, text):
 
 
 def test_each_question_gets_the_runs_it_needs(built):
-    study, tables = built
-    assert {(row.d_model, row.activation) for row in tables["relu_vs_silu"].itertuples()} == {(8, "relu"), (8, "silu"), (16, "relu"), (16, "silu")}
+    _study, tables = built
+    assert {(row.d_model, row.activation) for row in tables["relu_vs_silu"].itertuples()} == {
+        (8, "relu"),
+        (8, "silu"),
+        (16, "relu"),
+        (16, "silu"),
+    }
     assert {(row.d_model, row.n_layers) for row in tables["width_depth_ratio"].itertuples()} == {(16, 1), (8, 4)}
     pd.testing.assert_frame_equal(tables["scale_insensitivity"], tables["relu_vs_silu"])
     assert set(tables["metrics"]["metric"]) == {"relu", "top-k", "fat", "cett", "cett-ppl"}
@@ -59,8 +64,10 @@ def test_a_second_call_computes_nothing(built, monkeypatch):
 
 
 def test_another_price_reuses_the_runs(built, tmp_path, text):
-    study, tables = built
-    content = copy.deepcopy(profile_content(text)) | {"measure": {"p": 10.0, "calibration_tokens": 256, "evaluation_tokens": 512}}
+    _study, tables = built
+    content = copy.deepcopy(profile_content(text)) | {
+        "measure": {"p": 10.0, "calibration_tokens": 256, "evaluation_tokens": 512}
+    }
     before = {file: file.stat().st_mtime_ns for file in paths.runs().glob("*/manifest.json")}
     cheap = Study.from_profile(write_profile(tmp_path, content, "cheap")).table("relu_vs_silu")
     assert {file: file.stat().st_mtime_ns for file in paths.runs().glob("*/manifest.json")} == before
@@ -89,7 +96,10 @@ def test_a_diverged_run_does_not_stop_the_study(tmp_path, monkeypatch, text):
     content = profile_content(text)
     content["study"] |= {"tuning_rates": [0.01, 1e6], "tuning_batches": [256]}
     study = Study.from_profile(write_profile(tmp_path, content))
-    with pytest.warns(UserWarning, match=r"8x1 relu seed 0: Training stopped at step \d+.*learning rate 1e\+06.*The study goes on without this run"):
+    with pytest.warns(
+        UserWarning,
+        match=r"8x1 relu seed 0: Training stopped at step \d+.*learning rate 1e\+06.*The study goes on without it",
+    ):
         table = study.table("tuning")
     assert set(table["learning_rate"]) == {0.01}
     content["study"]["tuning_rates"] = [1e6]

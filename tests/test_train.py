@@ -1,5 +1,6 @@
 """Training: the schedule, determinism, resumption bit for bit, the loss, divergence."""
 
+import itertools
 import math
 
 import numpy as np
@@ -33,7 +34,10 @@ def weights(folder, step):
 
 def test_a_run_is_the_same_twice(tokens, validation, tmp_path):
     first, second = (train(MODEL, TRAIN, tokens, validation, tmp_path / name) for name in "ab")
-    timeless = [[{k: v for k, v in row.items() if k not in ("tokens_per_second", "flops_utilisation")} for row in rows] for rows in (first, second)]
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("tokens_per_second", "flops_utilisation")} for row in rows]
+        for rows in (first, second)
+    ]
     assert timeless[0] == timeless[1]
     step = first[-1]["step"]
     assert all(torch.equal(a, weights(tmp_path / "b", step)[n]) for n, a in weights(tmp_path / "a", step).items())
@@ -60,7 +64,9 @@ def test_a_killed_run_ends_in_the_same_weights(tokens, validation, tmp_path, mon
         train(MODEL, TRAIN, tokens, validation, tmp_path / "cut")
     resumed_from = []
     with monkeypatch.context() as patched:
-        patched.setattr(TrainingBatches, "__call__", lambda self, step: resumed_from.append(step) or original(self, step))
+        patched.setattr(
+            TrainingBatches, "__call__", lambda self, step: resumed_from.append(step) or original(self, step)
+        )
         resumed = train(MODEL, TRAIN, tokens, validation, tmp_path / "cut")
     assert resumed_from[0] == killed_at  # it did not begin again
     assert [row["validation_loss"] for row in resumed] == [row["validation_loss"] for row in whole]
@@ -91,7 +97,7 @@ def test_schedule_warms_up_stays_and_decays():
     factors = [schedule.factor(step) for step in range(1100)]
     assert factors[0] == pytest.approx(1 / 50) and factors[49] == 1.0
     assert set(factors[49:1000]) == {1.0}
-    assert factors[1099] == pytest.approx(0.1) and all(a > b for a, b in zip(factors[999:], factors[1000:], strict=False))
+    assert factors[1099] == pytest.approx(0.1) and all(a > b for a, b in itertools.pairwise(factors))
 
 
 @pytest.mark.parametrize("steps", [6, 37, 366, 5000])
@@ -121,7 +127,10 @@ def test_data_order_is_a_function_of_seed_and_step(tokens):
 
 def test_calibration_and_evaluation_share_no_token(tokens):
     numbered = np.arange(5000, dtype=np.uint16)
-    parts = [torch.cat([b["input_ids"] for b in measurement_batches(numbered, 16, part, 800)]) for part in ("calibration", "evaluation")]
+    parts = [
+        torch.cat([b["input_ids"] for b in measurement_batches(numbered, 16, part, 800)])
+        for part in ("calibration", "evaluation")
+    ]
     assert parts[0].max() < parts[1].min()
     assert all(part.shape == (50, 16) for part in parts)
     with pytest.raises(InputError, match="9,999 calibration tokens are asked for, but the validation text has"):

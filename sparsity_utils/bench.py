@@ -1,0 +1,159 @@
+"""`make bench`: training throughput beside transformers.Trainer, and the price of one measurement, on this machine.
+
+Each comparison alternates the two sides in one process and quotes medians over rounds with their range, beside the
+measured rate of a large matrix product. Before a speed is printed, both sides must reach the same loss.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import pandas as pd
+import torch
+import transformers
+
+from sparsity_utils import paths
+from sparsity_utils.batches import TrainingBatches, measurement_batches
+from sparsity_utils.metrics import measure_sparsity
+from sparsity_utils.model import build_model, load_model, parameter_groups, training_flops_per_token
+from sparsity_utils.profiles import ModelConfig, Profile, TrainConfig
+from sparsity_utils.study import Study
+from sparsity_utils.train import matmul_rate, train, validation_loss
+
+ROUNDS = 5
+STEPS = 30  # optimizer steps of one round
+LOSS_TOLERANCE = 0.02  # nats: float32 sums in another order drift apart by less in STEPS steps
+
+
+def main() -> int:
+    """Measure with the settings of the laptop profile, print the tables and keep them under build/bench."""
+    study = Study.from_profile("laptop")
+    torch.set_num_threads(study.profile.threads)
+    sizes = study.profile.study.sizes
+    speed = pd.concat([training(study, *sizes[place].d_model_and_layers()) for place in (0, -1)])
+    price = measurement(study)
+    about = (
+        f"{date.today()}, torch {torch.__version__}, transformers {transformers.__version__}, {os.cpu_count()} cores"
+    )
+    for name, table in (("training", speed), ("measurement", price)):
+        with paths.written_aside(paths.build() / "bench" / f"{name}.csv") as aside:
+            table.assign(machine=about).to_csv(aside, index=False)
+        print(f"\n{name}, {study.profile.threads} thread(s), {about}\n{table.to_string(index=False)}")
+    return 0
+
+
+def training(study: Study, d_model: int, n_layers: int) -> pd.DataFrame:
+    """Tokens per second of this project's loop and of transformers.Trainer: same model, batches, optimizer, threads."""
+    config = study.profile.model_config(d_model, n_layers, "relu")
+    tokens = STEPS * study.profile.train["batch_tokens"]
+    settings = study.profile.train_config(tokens, 0, warmup_share=0.0, decay_share=0.0, checkpoints=6)
+    sides = {"here": _our_loop, "transformers.Trainer": _their_loop}
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS):
+        losses = {}
+        for name, loop in sides.items():
+            speed, losses[name] = loop(config, settings, study)
+            speeds[name].append(speed)
+        if abs(losses["here"] - losses["transformers.Trainer"]) > LOSS_TOLERANCE:
+            raise SystemExit(f"No speed is reported: after {STEPS} steps the losses differ, {losses}.")
+    ratios = [ours / theirs for ours, theirs in zip(*speeds.values(), strict=True)]
+    peak = matmul_rate("cuda" if torch.cuda.is_available() else "cpu", torch.cuda.is_available())
+    return pd.DataFrame(
+        {
+            "shape": f"{d_model}x{n_layers}",
+            "loop": name,
+            "tokens_per_second": round(statistics.median(values)),
+            "lowest": round(min(values)),
+            "highest": round(max(values)),
+            "flops_utilisation": round(statistics.median(values) * training_flops_per_token(config) / peak, 3),
+            "ratio_here_to_trainer": round(statistics.median(ratios), 2),
+        }
+        for name, values in speeds.items()
+    )
+
+
+def _our_loop(config: ModelConfig, settings: TrainConfig, study: Study) -> tuple[float, float]:
+    validation = _validation(study.profile, study)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = train(config, settings, study.corpus.tokens("train"), validation, Path(folder))
+    return rows[-1]["tokens_per_second"], rows[-1]["validation_loss"]
+
+
+def _their_loop(config: ModelConfig, settings: TrainConfig, study: Study) -> tuple[float, float]:
+    batches = TrainingBatches(study.corpus.tokens("train"), config.context, settings.batch_tokens, settings.seed)
+    # Whole windows as labels: the model shifts them by one, so it predicts context - 1 of context tokens.
+    windows = [ids for step in range(STEPS) for ids in batches(step)[0]]
+    model = build_model(config, settings.seed)
+    groups = parameter_groups(model, config, settings.learning_rate, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=batches.batch_windows,
+            train_sampling_strategy="sequential",
+            max_grad_norm=settings.clip_norm,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        data = [{"input_ids": ids, "labels": ids} for ids in windows]
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=data, optimizers=(optimizer, constant), callbacks=[clock]
+        )
+        trainer.train()
+    seconds = clock.times[-1] - clock.times[0]
+    speed = (STEPS - 1) * settings.batch_tokens / seconds
+    return speed, validation_loss(model.eval(), _validation(study.profile, study))
+
+
+class _Clock(transformers.TrainerCallback):
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.times.append(time.perf_counter())
+
+
+def _validation(profile: Profile, study: Study) -> list:
+    return measurement_batches(study.corpus.tokens("validation"), profile.model["context"], "evaluation", 8192)
+
+
+def measurement(study: Study) -> pd.DataFrame:
+    """One CETT-PPL-1% measurement of each recorded model: seconds, and plain forward passes over the same tokens."""
+    settings, tokens = study.profile.measure, study.corpus.tokens("validation")
+    wanted = {"calibration": settings.calibration_tokens, "evaluation": settings.evaluation_tokens}
+    parts = {part: measurement_batches(tokens, study.profile.model["context"], part, n) for part, n in wanted.items()}
+    rows = []
+    for folder in sorted(path.parent for path in paths.RECORDED_MODELS.glob("*/model.safetensors")):
+        model = load_model(folder)
+        seconds = _median(
+            lambda model=model: measure_sparsity(model, parts["evaluation"], calibration=parts["calibration"])
+        )
+        forward = _median(lambda model=model: [validation_loss(model, part) for part in parts.values()])
+        shape = f"{model.config.hidden_size}x{model.config.num_hidden_layers} {folder.name}"
+        passes = round(seconds / forward, 1)
+        rows.append({"model": shape, **wanted, "seconds": round(seconds, 2), "forward_passes": passes})
+    return pd.DataFrame(rows)
+
+
+def _median(work: Callable[[], object]) -> float:
+    """Median seconds of ROUNDS calls, after one to warm up."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
