@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.trends import Estimate
 
 # "Comparable" loss: 1% is what about 14% more parameters buy, at loss ~ N^-0.076 (arXiv 2001.08361, eq. 1.1).
@@ -65,7 +66,7 @@ def form_claim(activation: str, form: str) -> Claim:
     """Does the published form describe an activation's curves better than its rivals?"""
     return Claim(
         "relu_vs_silu",
-        f"The {form} form describes {activation} best",
+        f"The published {form} law describes {ACTIVATIONS[activation]} best",
         "fits best",
         "AICc below the closest form",
         "t interval over runs of the AICc difference to each of constant, log, exponential and plain power",
@@ -161,8 +162,8 @@ CLAIMS = (
     *(CETT_LOWEST, CETT_CUT),
     *(LOSS_EQUAL, RELU_FALLS, SILU_RISES, RELU_SPARSER, form_claim("relu", "logspace"), form_claim("silu", "power")),
     *(RATIO_RISES, RATIO_BREAKS, RATIO_OPTIMUM),
-    *(scale_claim("The relu limit", "+1.6 points per decade"), scale_claim("The silu limit", "-2.6 points per decade")),
-    scale_claim("The relu share of non-zero neurons"),
+    *(scale_claim("The ReLU limit", "+1.6 points per decade"), scale_claim("The SiLU limit", "-2.6 points per decade")),
+    scale_claim("The ReLU share of non-zero neurons"),
 )
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from sparsity_utils import paths
 from sparsity_utils.laws import fit_data_law
 from sparsity_utils.limits import fit_points, last_means, limits_table, published_form
+from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.study import Study
 from sparsity_utils.trends import fit_line, fit_two_segments
 from sparsity_utils.verdicts import one_value_per_run
@@ -37,7 +38,6 @@ STYLE = {
 COLOURS = sns.color_palette("colorblind").as_hex()
 MARKERS = "osD^vP"
 LINES = ("-", "--", "-.", ":")
-ACTIVATION_NAMES = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "relu2": "ReLU²"}
 METRIC_NAMES = {"top-k": "Top-k", "fat": "FAT-ε", "cett": "CETT", "relu": "non-zero", "cett-ppl": "CETT-PPL-1%"}
 
 
@@ -72,7 +72,7 @@ def metrics(table: pd.DataFrame) -> Figure:
         axes.set_yscale("symlog", linthresh=0.5)
         axes.set_ylim(-0.5, 130)
         axes.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
-        axes.set(xlabel="Active neurons (% of d_ff)", title=f"{ACTIVATION_NAMES[activation]}, {_shape(rows)}")
+        axes.set(xlabel="Active neurons (% of d_ff)", title=f"{ACTIVATIONS[activation]}, {_shape(rows)}")
     panels[0].set_ylabel("Rise of perplexity (%)")
     panels[0].legend()
     return _captioned(figure, f"One line per seed (n = {largest['seed'].nunique()}); last stable checkpoint.")
@@ -88,7 +88,7 @@ def relu_vs_silu(checkpoints: pd.DataFrame) -> Figure:
         for number, (_, size) in enumerate(rows.groupby("parameters", sort=True)):
             _law(axes, size, activation, COLOURS[number], MARKERS[number], LINES[number])
         axes.set(xscale="log", xlabel="Training tokens (millions)", ylabel="Active neurons (% of d_ff)")
-        axes.set_title(f"{ACTIVATION_NAMES[activation]} at CETT-PPL-1%")
+        axes.set_title(f"{ACTIVATIONS[activation]} at CETT-PPL-1%")
     panels[0].legend(fontsize=8)
     _losses(panels[-1], checkpoints)
     seeds = checkpoints["seed"].nunique()
@@ -138,9 +138,9 @@ def scale_insensitivity(checkpoints: pd.DataFrame) -> Figure:
     limits = limits_table(checkpoints)
     for number, activation in enumerate(sorted(set(checkpoints["activation"]))):
         values, _ = one_value_per_run(limits, activation)
-        _against_size(left, values, ACTIVATION_NAMES[activation], number)
+        _against_size(left, values, ACTIVATIONS[activation], number)
     shares = last_means(checkpoints[checkpoints["activation"] == "relu"], "nonzero_share")
-    _against_size(right, shares.rename(columns={"last_five_mean": "value"}), ACTIVATION_NAMES["relu"], 0)
+    _against_size(right, shares.rename(columns={"last_five_mean": "value"}), ACTIVATIONS["relu"], 0)
     left.set(title="CETT-PPL-1%", ylabel="Active neurons (% of d_ff)")
     right.set(title="Share of non-zero neurons", ylabel="Non-zero neurons (% of d_ff)")
     for axes in (left, right):
@@ -208,7 +208,7 @@ def _losses(axes: Axes, checkpoints: pd.DataFrame) -> None:
     for number, (_, size) in enumerate(checkpoints.groupby("parameters", sort=True)):
         for activation, line in (("relu", "-"), ("silu", "--")):
             rows = size[size["activation"] == activation].groupby("tokens")["validation_loss"].mean()
-            label = ACTIVATION_NAMES[activation] if number == 0 else None
+            label = ACTIVATIONS[activation] if number == 0 else None
             axes.plot(
                 rows.index / 1e6, rows, line, color=COLOURS[number], marker=MARKERS[number], markersize=3, label=label
             )

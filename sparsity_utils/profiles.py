@@ -15,7 +15,7 @@ import yaml
 from sparsity_utils import paths
 from sparsity_utils.errors import InputError
 
-ACTIVATIONS = ("relu", "silu", "gelu", "relu2")
+ACTIVATIONS = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "relu2": "ReLU²"}  # as configured -> as written
 SOURCES = ("python-source", "path", "hub")
 
 

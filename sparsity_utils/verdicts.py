@@ -19,6 +19,7 @@ from sparsity_utils.limits import (
     published_form,
     require,
 )
+from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.trends import (
     INCONCLUSIVE,
     NOT_SUPPORTED,
@@ -109,12 +110,12 @@ def scale_insensitivity(checkpoints: pd.DataFrame) -> list[Verdict]:
     """
     table, known, rows = limits_table(checkpoints), {claim.claim: claim for claim in claims.CLAIMS}, []
     for activation in sorted(set(checkpoints["activation"])):
-        claim = scale_claim(f"The {activation} limit")
+        claim = scale_claim(f"The {ACTIVATIONS[activation]} limit")
         rows.append(_slope_verdict(known.get(claim.claim, claim), *one_value_per_run(table, activation)))
     relu = checkpoints[(checkpoints["activation"] == "relu") & (checkpoints["role"] == "stable")]
     if len(relu) and "nonzero_share" in relu and relu["nonzero_share"].notna().all():
         shares = last_means(relu, "nonzero_share").rename(columns={"last_five_mean": "value"})
-        claim = scale_claim("The relu share of non-zero neurons")
+        claim = scale_claim("The ReLU share of non-zero neurons")
         rows.append(_slope_verdict(claim, shares, "mean of the last five stable checkpoints"))
     return rows
 

@@ -6,6 +6,7 @@ import pytest
 
 from sparsity_utils import claims, limits, verdicts
 from sparsity_utils.errors import InputError
+from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
 SHAPES = ((40, 2), (60, 3), (80, 4), (100, 5))
@@ -152,7 +153,7 @@ def test_one_activation_alone_leaves_comparisons_inconclusive():
 def test_a_simpler_form_that_does_as_well_is_not_evidence_against_the_published_one():
     """Twelve noisy points that do follow the logspace form: AICc prefers fewer parameters."""
     checkpoints = study(noise=4e-3, points=12, end=12e6)
-    row = by_claim(verdicts.relu_vs_silu(checkpoints))["The logspace form describes relu best"]
+    row = by_claim(verdicts.relu_vs_silu(checkpoints))["The published logspace law describes ReLU best"]
     assert row.interval[1] < 0 and row.verdict == INCONCLUSIVE
 
 
@@ -170,11 +171,11 @@ def test_scale_insensitivity_rests_on_sound_limits(slope, verdict):
     checkpoints = study(noise=1e-4, limit=lambda activation, ratio, size: 0.3 + slope * np.log10(size / 1e5))
     rows = by_claim(verdicts.scale_insensitivity(checkpoints))
     for activation, published in (("relu", "+1.6 points per decade"), ("silu", "-2.6 points per decade")):
-        row = rows[f"The {activation} limit does not depend on scale"]
+        row = rows[f"The {ACTIVATIONS[activation]} limit does not depend on scale"]
         assert row.verdict == verdict and row.published == published
         assert row.here == pytest.approx(100 * slope, abs=0.3)
         assert "rests on the limits A0 of the data law" in row.reason and "TOST p" in row.reason
-    assert rows["The relu share of non-zero neurons does not depend on scale"].here == pytest.approx(0, abs=1e-9)
+    assert rows["The ReLU share of non-zero neurons does not depend on scale"].here == pytest.approx(0, abs=1e-9)
 
 
 def test_scale_insensitivity_falls_back_to_measured_means_and_says_so():

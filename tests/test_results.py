@@ -1,0 +1,103 @@
+"""The recorded study: complete, described, drawn; and the commands that write it."""
+
+import json
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+from small import profile_content, write_profile, write_text
+
+from sparsity_utils import paths, plots, record
+from sparsity_utils.errors import InputError
+from sparsity_utils.model import load_model
+from sparsity_utils.record import SCHEMA
+from sparsity_utils.study import QUESTIONS, Study
+
+COLUMNS = pd.read_csv(paths.RESULTS / "columns.csv")
+TABLES = sorted(file for file in paths.RESULTS.glob("*.csv") if file.name != "columns.csv")
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: file.stem)
+def test_every_column_is_described(file):
+    described = COLUMNS[COLUMNS["table"] == file.stem]
+    assert list(described["column"]) == list(pd.read_csv(file, nrows=1).columns)
+    assert described["meaning"].str.len().min() > 10
+
+
+def test_the_dictionary_describes_nothing_that_is_not_there():
+    assert set(COLUMNS["table"]) == {file.stem for file in TABLES}
+    assert {name.removesuffix(".csv") for name, _ in QUESTIONS.values()} <= set(COLUMNS["table"])
+    assert sum(file.stat().st_size for file in TABLES) < 5_000_000
+
+
+def test_the_manifest_fits_the_tables():
+    manifest = json.loads((paths.RESULTS / "manifest.json").read_text())
+    table = Study.recorded().table("relu_vs_silu")
+    study = manifest["profile"]["study"]
+    assert manifest["schema"] == SCHEMA and manifest["device"]
+    assert {f"{row.d_model}x{row.n_layers}" for row in table.itertuples()} == {size["shape"] for size in study["sizes"]}
+    assert set(table["activation"]) == set(study["activations"]) and set(table["seed"]) == set(study["seeds"])
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_the_recorded_models_are_those_of_the_table(activation):
+    from tokenizers import Tokenizer
+
+    folder = paths.RECORDED_MODELS / activation
+    assert (folder / "model.safetensors").stat().st_size < 1_000_000
+    model = load_model(folder)
+    assert model.config.hidden_act == activation
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == model.config.vocab_size
+    ids = torch.tensor(
+        [tokenizer.encode("def add(a, b):\n    return a + b\n\n\ndef main():\n    print(add(1, 2))\n").ids]
+    )
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss.item()
+    assert loss < 5.0  # untrained: ln 1024 = 6.9
+    table = Study.recorded().table("relu_vs_silu").query("activation == @activation")
+    assert (table["d_model"].max(), table["n_layers"].max()) == (
+        model.config.hidden_size,
+        model.config.num_hidden_layers,
+    )
+
+
+@pytest.mark.parametrize("name", plots.FIGURES)
+def test_a_figure_is_a_pure_function_of_its_table(name, tmp_path):
+    question, draw = plots.FIGURES[name]
+    table = Study.recorded().table(question)
+    before = table.copy()
+    written = [plots.save_figure(draw(table), tmp_path / str(turn) / name) for turn in (1, 2)]
+    pd.testing.assert_frame_equal(table, before)
+    for first, second in zip(*written, strict=True):
+        assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5_000
+    assert not plt.get_fignums()
+
+
+def test_the_committed_figures_are_those_of_the_tables(tmp_path):
+    drawn = {file.name for file in plots.draw_all(Study.recorded(), tmp_path)}
+    assert drawn == {file.name for file in paths.FIGURES.iterdir()}
+
+
+def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
+    for name in ("RESULTS", "RECORDED_MODELS"):
+        monkeypatch.setattr(paths, name, tmp_path / "results" / ("" if name == "RESULTS" else "models"))
+    profile = write_profile(tmp_path, profile_content(write_text(tmp_path / "text")))
+    with pytest.raises(InputError, match=r"no verdicts\.csv of profile tiny; run make reproduce"):
+        list(record.record(profile))
+    study = Study.from_profile(profile)
+    (study.folder.parent).mkdir(parents=True)
+    (study.folder.parent / "verdicts.csv").write_text("question,published,here,interval,verdict,minutes\n")
+    written = {str(file.relative_to(tmp_path / "results")) for file in record.record(profile)}
+    models = {
+        f"models/{a}/{f}" for a in ("relu", "silu") for f in ("config.json", "model.safetensors", "tokenizer.json")
+    }
+    assert (
+        written
+        == {"metrics.csv", "relu_vs_silu.csv", "width_depth_ratio.csv", "verdicts.csv", "manifest.json"} | models
+    )
+    assert load_model(paths.RECORDED_MODELS / "silu").config.hidden_size == 16
+    figures = list(plots.draw_all(Study.recorded(tmp_path / "results"), tmp_path / "figures"))
+    assert len(figures) == 2 * len(plots.FIGURES) and all(file.exists() for file in figures)
