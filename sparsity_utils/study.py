@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 
 from sparsity_utils import paths
 from sparsity_utils.corpus import Corpus, build_corpus, open_corpus
-from sparsity_utils.curves import metric_comparison, sparsity_curve
+from sparsity_utils.curves import VERSION, metric_comparison, sparsity_curve
 from sparsity_utils.errors import InputError
 from sparsity_utils.model import solve_shape
 from sparsity_utils.profiles import MeasureConfig, Profile, read_profile
@@ -163,7 +164,12 @@ class Study:
 
 def measurement(run: Run, corpus: Corpus, settings: MeasureConfig, what: str) -> pd.DataFrame:
     """A measurement of a run, computed once and kept with it."""
-    return run.measured(what, asdict(settings), lambda: MEASUREMENTS[what](run, corpus, settings))
+    return run.measured(what, _settings(settings), lambda: MEASUREMENTS[what](run, corpus, settings))
+
+
+def _settings(measure: MeasureConfig) -> dict:
+    """All that decides a measurement of a given run."""
+    return {**asdict(measure), "version": VERSION}
 
 
 @dataclass(frozen=True)
@@ -175,12 +181,16 @@ class Job:
     measure: MeasureConfig
     what: str | None  # a key of MEASUREMENTS, or nothing but the losses of training
 
+    def cost(self) -> float:
+        """Expected work, in units of the run's own; measuring takes about a tenth of training."""
+        return self.config.cost() * (0.1 if find_run(self.config) else 1.0)
+
     def done(self) -> bool:
         """Whether nothing is left to compute."""
         run = find_run(self.config)
         if run is None or run.diverged or self.what is None:
             return run is not None
-        return run.has_measured(self.what, asdict(self.measure))
+        return run.has_measured(self.what, _settings(self.measure))
 
 
 def do_jobs(jobs: Iterable[Job], profile: Profile) -> None:
@@ -188,21 +198,25 @@ def do_jobs(jobs: Iterable[Job], profile: Profile) -> None:
     todo = [job for job in jobs if not job.done()]
     if not todo:
         return
-    todo.sort(key=lambda job: -job.config.cost())  # the longest first, so that no worker is left alone at the end
+    todo.sort(key=Job.cost, reverse=True)  # the longest first, so that no worker is left alone at the end
     context = multiprocessing.get_context("spawn")
     shares = context.Array("d", len(todo))
-    costs = [job.config.cost() for job in todo]
+    costs = [job.cost() for job in todo]
     with ProcessPoolExecutor(profile.workers, context, _start_worker, (shares, profile.threads, os.getpid())) as pool:
         futures = [pool.submit(_do_job, job, place) for place, job in enumerate(todo)]
         try:
             _watch(futures, shares, costs)
             for future in futures:
                 future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            for process in list(pool._processes.values()):
-                process.terminate()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise InputError(
+                    "A worker process was killed, perhaps for want of memory; finished runs are kept and others resume: "
+                    "lower workers in the profile and run the same command again."
+                ) from error
             raise
 
 

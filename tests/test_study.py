@@ -135,3 +135,28 @@ def test_an_impossible_ratio_is_refused_before_anything_is_trained(tmp_path, tex
 def test_the_command_line_says_what_is_wrong_in_one_sentence(capsys):
     assert main(["study", "--profile", "labtop"]) == 2
     assert capsys.readouterr().err.startswith("Error: There is no profile 'labtop'; choose one of")
+
+
+def test_a_killed_worker_is_said_and_finished_runs_are_kept(tmp_path, monkeypatch, text):
+    import multiprocessing
+
+    from sparsity_utils import study as module
+
+    monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
+    original = module.wait
+
+    def kill_one(pending, timeout):
+        if list(paths.runs().glob("[!.]*/manifest.json")):
+            multiprocessing.active_children()[0].kill()
+        return original(pending, timeout=0.2)
+
+    study = Study.from_profile(write_profile(tmp_path, profile_content(text)))
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(InputError, match="A worker process was killed.*lower workers"),
+    ):
+        patched.setattr(module, "wait", kill_one)
+        study.table("relu_vs_silu")
+    kept = {file: file.stat().st_mtime_ns for file in paths.runs().glob("[!.]*/manifest.json")}
+    assert kept and len(study.table("relu_vs_silu")) > 0
+    assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
