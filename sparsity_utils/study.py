@@ -214,7 +214,7 @@ def do_jobs(jobs: Iterable[Job], profile: Profile) -> None:
                 worker.terminate()
             if isinstance(error, BrokenProcessPool):
                 raise InputError(
-                    "A worker process was killed, perhaps for want of memory; finished runs are kept and others resume: "
+                    "A worker process was killed, perhaps for want of memory; finished runs are kept, others resume: "
                     "lower workers in the profile and run the same command again."
                 ) from error
             raise

@@ -153,7 +153,7 @@ def test_a_killed_worker_is_said_and_finished_runs_are_kept(tmp_path, monkeypatc
     study = Study.from_profile(write_profile(tmp_path, profile_content(text)))
     with (
         monkeypatch.context() as patched,
-        pytest.raises(InputError, match="A worker process was killed.*lower workers"),
+        pytest.raises(InputError, match=r"A worker process was killed.*lower workers"),
     ):
         patched.setattr(module, "wait", kill_one)
         study.table("relu_vs_silu")
