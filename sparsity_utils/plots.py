@@ -3,6 +3,7 @@
 Readable in grey: whatever colour tells apart, marker or line style tells apart as well.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -33,12 +34,21 @@ STYLE = {
     "legend.frameon": False,
     "lines.markersize": 4,
     "svg.hashsalt": "activation-sparsity",  # the same table gives the same bytes
-    "figure.dpi": 110,
 }
+SCREEN_DPI, PRINT_DPI = 100, 150
 COLOURS = sns.color_palette("colorblind").as_hex()
 MARKERS = "osD^vP"
 LINES = ("-", "--", "-.", ":")
 METRIC_NAMES = {"top-k": "Top-k", "fat": "FAT-ε", "cett": "CETT", "relu": "non-zero", "cett-ppl": "CETT-PPL-1%"}
+
+
+class ShownFigure(Figure):
+    """A figure that a notebook shows as PNG and that no pyplot state keeps alive."""
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.savefig(stream, format="png", metadata={"Software": None}, dpi=SCREEN_DPI, bbox_inches="tight")
+        return stream.getvalue()
 
 
 def styled(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:
@@ -172,13 +182,13 @@ def save_figure(figure: Figure, target: Path) -> list[Path]:
     files = [target.with_suffix(suffix) for suffix in (".png", ".svg")]
     for file, metadata in zip(files, ({"Software": None}, {"Date": None, "Creator": None}), strict=True):
         with paths.written_aside(file) as aside, mpl.rc_context({"svg.hashsalt": STYLE["svg.hashsalt"]}):
-            figure.savefig(aside, format=file.suffix[1:], metadata=metadata, dpi=150, bbox_inches="tight")
+            figure.savefig(aside, format=file.suffix[1:], metadata=metadata, dpi=PRINT_DPI, bbox_inches="tight")
     return files
 
 
 def _panels(count: int, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels side by side that no pyplot state keeps alive."""
-    figure = Figure(figsize=(3.7 * count, 3.4), layout="constrained")
+    """A figure of `count` panels side by side."""
+    figure = ShownFigure(figsize=(3.7 * count, 3.4), layout="constrained")
     return figure, list(figure.subplots(1, count, sharey=share_y, squeeze=False)[0])
 
 

@@ -70,6 +70,7 @@ def test_a_figure_is_a_pure_function_of_its_table(name, tmp_path):
     before = table.copy()
     written = [plots.save_figure(draw(table), tmp_path / str(turn) / name) for turn in (1, 2)]
     pd.testing.assert_frame_equal(table, before)
+    assert draw(table)._repr_png_().startswith(b"\x89PNG")
     for first, second in zip(*written, strict=True):
         assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5_000
     assert not plt.get_fignums()
