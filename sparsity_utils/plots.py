@@ -14,6 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from sparsity_utils import paths
 from sparsity_utils.laws import fit_data_law
@@ -97,14 +98,15 @@ def relu_vs_silu(checkpoints: pd.DataFrame) -> Figure:
         rows = checkpoints[(checkpoints["activation"] == activation) & (checkpoints["role"] == "stable")]
         for number, (_, size) in enumerate(rows.groupby("parameters", sort=True)):
             _law(axes, size, activation, COLOURS[number], MARKERS[number], LINES[number])
-        axes.set(xscale="log", xlabel="Training tokens (millions)", ylabel="Active neurons (% of d_ff)")
+        _token_axis(axes)
+        axes.set_ylabel("Active neurons (% of d_ff)")
         axes.set_title(f"{ACTIVATIONS[activation]} at CETT-PPL-1%")
     panels[0].legend(fontsize=8)
     _losses(panels[-1], checkpoints)
     seeds = checkpoints["seed"].nunique()
     return _captioned(
         figure,
-        f"Points: checkpoints of {seeds} seeds, hollow ones (warm-up) not fitted. Lines: published form, "
+        f"Points: checkpoints, joined within each of {seeds} seeds; hollow: warm-up, not fitted. Lines: published form, "
         "band: 90% block bootstrap.",
     )
 
@@ -202,6 +204,8 @@ def _law(axes: Axes, size: pd.DataFrame, activation: str, colour: str, marker: s
     fitted = fit_points(size)
     warm_up = size.drop(fitted.index)
     million = 1e6
+    for _, run in size.groupby("run"):
+        axes.plot(run["tokens"] / million, 100 * run["activation_ratio"], "-", color=colour, alpha=0.25, linewidth=0.8)
     axes.plot(fitted["tokens"] / million, 100 * fitted["activation_ratio"], marker, color=colour, alpha=0.7)
     axes.plot(warm_up["tokens"] / million, 100 * warm_up["activation_ratio"], marker, color=colour, fillstyle="none")
     fit = fit_data_law(fitted["tokens"], fitted["activation_ratio"], published_form(activation), fitted["seed"])
@@ -214,6 +218,13 @@ def _law(axes: Axes, size: pd.DataFrame, activation: str, colour: str, marker: s
         axes.fill_between(band.tokens / million, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
+def _token_axis(axes: Axes) -> None:
+    axes.set(xscale="log", xlabel="Training tokens (millions)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
 def _losses(axes: Axes, checkpoints: pd.DataFrame) -> None:
     for number, (_, size) in enumerate(checkpoints.groupby("parameters", sort=True)):
         for activation, line in (("relu", "-"), ("silu", "--")):
@@ -222,7 +233,8 @@ def _losses(axes: Axes, checkpoints: pd.DataFrame) -> None:
             axes.plot(
                 rows.index / 1e6, rows, line, color=COLOURS[number], marker=MARKERS[number], markersize=3, label=label
             )
-    axes.set(xscale="log", xlabel="Training tokens (millions)", ylabel="Validation loss (nats per token)")
+    _token_axis(axes)
+    axes.set_ylabel("Validation loss (nats per token)")
     axes.set_title("Loss, last point after the decay")
     axes.legend(fontsize=8)
 
