@@ -32,7 +32,7 @@ from sparsity_utils.sources import Document, Source, open_source
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-RECIPE = 1  # raise it when the same source would give other tokens
+RECIPE = 2  # raise it when the same source would give other tokens
 SPLITS = ("train", "validation")
 END_OF_TEXT = "<|endoftext|>"
 LONGEST = 100_000  # bytes of one document

@@ -13,6 +13,7 @@ WORDS = 5  # in a shingle
 SIMILARITY = 0.8
 PERMUTATIONS = 128
 SEED = 1
+BANDS, ROWS = 25, 5  # two texts of similarity J are compared with probability 1 - (1 - J^5)^25: 0.99995 at 0.8
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplication by it is a bijection
 
@@ -24,7 +25,7 @@ class Duplicates:
         from datasketch import MinHash, MinHashLSH
 
         self._exact: set[bytes] = set()
-        self._index = MinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS)
+        self._index = MinHashLSH(num_perm=PERMUTATIONS, params=(BANDS, ROWS))
         self._kept: list[MinHash] = []
         # Shingles arrive as integers (`int` passes them through): one vectorised pass instead of a SHA-1 each.
         self._empty = MinHash(num_perm=PERMUTATIONS, seed=SEED, hashfunc=int)

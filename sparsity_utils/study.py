@@ -129,7 +129,8 @@ class Study:
         elif question == "tuning":
             tried = product(study.tuning_rates, study.tuning_batches)
             changes = [{"learning_rate": rate, "batch_tokens": batch} for rate, batch in tried]
-            plan = product([(sizes[0].d_model_and_layers(), sizes[0].tokens)], ["relu"], seeds[:1], changes)
+            first = (sizes[0].d_model_and_layers(), sizes[0].tokens)
+            plan = product([first], study.activations, seeds[:1], changes)
         else:
             plan = product([(size.d_model_and_layers(), size.tokens) for size in sizes], study.activations, seeds, [{}])
         return [
