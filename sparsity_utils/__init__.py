@@ -5,7 +5,6 @@ import warnings
 # Text progress bars are wanted: tqdm would complain, with an absolute path, that ipywidgets is not installed.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-from sparsity_utils import laws  # noqa: E402
 from sparsity_utils.errors import InputError  # noqa: E402
 from sparsity_utils.hooks import find_ffns, observe_neurons, sparse_neurons  # noqa: E402
 from sparsity_utils.metrics import SparsityReport, measure_sparsity  # noqa: E402
@@ -16,7 +15,6 @@ __all__ = [
     "SparsityReport",
     "Study",
     "find_ffns",
-    "laws",
     "measure_sparsity",
     "observe_neurons",
     "sparse_neurons",

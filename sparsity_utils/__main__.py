@@ -50,10 +50,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def default_profile() -> str:
-    """`gpu` where there is a GPU and the profile is shipped, else `laptop`."""
+    """`gpu` where there is a GPU, else `laptop`."""
     import torch
 
-    return "gpu" if torch.cuda.is_available() and (paths.PROFILES / "gpu.yaml").exists() else "laptop"
+    return "gpu" if torch.cuda.is_available() else "laptop"
 
 
 def _corpus(options: argparse.Namespace) -> None:
@@ -89,9 +89,12 @@ def _record(options: argparse.Namespace) -> None:
 
 
 def _notebooks(options: argparse.Namespace) -> None:
-    from sparsity_utils.notebooks import refresh
+    from sparsity_utils.notebooks import NotebookFailed, refresh
 
-    refresh()
+    try:
+        refresh()
+    except NotebookFailed as failure:
+        raise InputError(str(failure)) from failure
 
 
 def _figures(options: argparse.Namespace) -> None:

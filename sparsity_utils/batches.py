@@ -21,14 +21,15 @@ class TrainingBatches:
         self.tokens, self.context, self.seed = tokens, context, seed
         self.windows = (len(tokens) - 1) // context
         self.batch_windows = batch_tokens // context
-        if self.batch_windows < 1:
+        if batch_tokens % context or not batch_tokens:
             raise InputError(
-                f"train.batch_tokens {batch_tokens} is less than one window of {context} tokens; raise it."
+                f"train.batch_tokens {batch_tokens} is not a multiple of model.context {context}; a batch holds whole "
+                f"windows: change one of them."
             )
         if self.windows < self.batch_windows:
             raise InputError(
-                f"The training text has {len(tokens):,} tokens, less than one batch of {batch_tokens:,}; "
-                f"give more text or lower train.batch_tokens."
+                f"The training text has {len(tokens):,} tokens, less than one batch of {batch_tokens:,} and the token "
+                f"after it; give more text or lower train.batch_tokens."
             )
         self._permutation = lru_cache(maxsize=2)(
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.windows)

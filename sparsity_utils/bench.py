@@ -51,7 +51,7 @@ def training(study: Study, d_model: int, n_layers: int) -> pd.DataFrame:
     """Tokens per second of this project's loop and of transformers.Trainer: same model, batches, optimizer, threads."""
     config = study.profile.model_config(d_model, n_layers, "relu")
     tokens = STEPS * study.profile.train["batch_tokens"]
-    settings = study.profile.train_config(tokens, 0, warmup_share=0.0, decay_share=0.0, checkpoints=6)
+    settings = study.profile.train_config(tokens, 0, warmup_share=0.0, checkpoints=6)
     sides = {"here": _our_loop, "transformers.Trainer": _their_loop}
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(ROUNDS):

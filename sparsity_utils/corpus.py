@@ -126,11 +126,16 @@ def build_corpus(config: CorpusConfig) -> Corpus:
     source = open_source(config)
     request = {"recipe": RECIPE, "config": dataclasses.asdict(config), "source": source.identity}
     folder = paths.corpora() / _sha256(json.dumps(request, sort_keys=True).encode())[:16]
-    if folder.exists():
-        try:
-            return open_corpus(folder)
-        except InputError as damage:
-            print(f"{damage} This is done now.")
+    with paths.locked(folder):  # somebody else may be building it
+        if folder.exists():
+            try:
+                return open_corpus(folder)
+            except InputError as damage:
+                print(f"{damage} This is done now.")
+        return _build(folder, request, source, config)
+
+
+def _build(folder: Path, request: dict[str, Any], source: Source, config: CorpusConfig) -> Corpus:
     documents, duplicates = collect(source, config)
     train, validation = split_documents(documents, config.validation_share)
     tokenizer = train_tokenizer(train, config.vocabulary)

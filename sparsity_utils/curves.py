@@ -20,7 +20,8 @@ CETTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
 def sparsity_curve(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:
-    """CETT-PPL-p% at every checkpoint of a run: step, activation_ratio, nonzero_share, cett, ppl_ratio.
+    """CETT-PPL-p% at every checkpoint of a run: step, activation_ratio, nonzero_share, cett, ppl_ratio, p,
+    and note: empty, or how the solution should be read.
 
     Stabilised protocol: the CETT is solved once, on the last five stable checkpoints together, and applied to every
     checkpoint; per-checkpoint protocol: solved on each. Thresholds and CETT come from calibration tokens, the numbers
@@ -28,13 +29,13 @@ def sparsity_curve(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.Data
     """
     steps = run.checkpoints.set_index("step")
     calibration, evaluation = _batches(run, corpus, settings)
-    cett = None
+    solved = None
     if settings.protocol == "stabilised":
         last = steps.index[steps["role"] == "stable"][-LAST:]
-        cett = solve_stabilised_cett([run.load(step) for step in last], calibration, settings.p).cett
+        solved = solve_stabilised_cett([run.load(step) for step in last], calibration, settings.p)
     rows = []
     for step in steps.index:
-        how = {"metric": "cett-ppl", "p": settings.p} if cett is None else {"metric": "cett", "cett": cett}
+        how = {"metric": "cett", "cett": solved.cett} if solved else {"metric": "cett-ppl", "p": settings.p}
         report = measure_sparsity(run.load(step), evaluation, calibration=calibration, **how)
         rows.append(
             {
@@ -43,6 +44,8 @@ def sparsity_curve(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.Data
                 "nonzero_share": report.nonzero_share,
                 "cett": report.target_cett,
                 "ppl_ratio": report.ppl_ratio,
+                "p": settings.p,
+                "note": solved.note if solved else report.note,
             }
         )
     return pd.DataFrame(rows)
@@ -51,7 +54,8 @@ def sparsity_curve(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.Data
 def metric_comparison(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:
     """Perplexity against activation ratio for every metric, on the last stable checkpoint of a run (Fig. 2 and 3).
 
-    One row per metric and setting: step, metric, setting (k, eps, CETT or p), activation_ratio, cett, loss, ppl_ratio.
+    One row per metric and setting: step, metric, setting (k, eps, CETT or p), activation_ratio, cett, loss, ppl_ratio,
+    note.
     """
     steps = run.checkpoints
     step = steps.loc[steps["role"] == "stable", "step"].max()
@@ -76,6 +80,7 @@ def metric_comparison(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.D
                 "cett": report.cett,
                 "loss": report.loss_sparse,
                 "ppl_ratio": report.ppl_ratio,
+                "note": report.note,
             }
         )
     return pd.DataFrame(rows)
@@ -88,7 +93,7 @@ def _batches(run: Run, corpus: Corpus, settings: MeasureConfig) -> tuple[list, l
 
 
 def _gate_quantiles(model, calibration: list) -> list[float]:
-    """The eps at which FAT would keep about each of RATIOS of the neurons: quantiles of |s| over calibration tokens."""
+    """The eps at which FAT would keep about each of RATIOS of the neurons: quantiles of |s| in one batch."""
     sizes = []
     with torch.inference_mode(), observe_neurons(model, lambda ffn, s, h: sizes.append(s.abs().flatten())):
         for batch in calibration[:1]:

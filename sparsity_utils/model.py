@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GraniteConfig, GraniteForCausalLM
 
+from sparsity_utils import paths
 from sparsity_utils.errors import InputError
 from sparsity_utils.profiles import ModelConfig
 
@@ -177,10 +178,16 @@ def training_flops_per_token(config: ModelConfig) -> float:
     return 6.0 * (matrices + head + attention)
 
 
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def save_config(config: GraniteConfig, folder: Path) -> None:
     """Write config.json, so that `folder` opens with transformers' from_pretrained."""
     text = json.dumps({**config.to_diff_dict(), "architectures": ["GraniteForCausalLM"]}, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    with paths.written_aside(folder / "config.json") as aside:
+        aside.write_text(text + "\n", encoding="utf-8")
 
 
 def load_model(folder: Path, weights: str = "model.safetensors") -> GraniteForCausalLM:

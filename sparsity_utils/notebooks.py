@@ -214,7 +214,7 @@ def _verdicts(notebook: Path, folder: Path, parameters: dict[str, Any]) -> pd.Da
     written.unlink(missing_ok=True)  # an earlier verdict must not stand for a failed notebook
     minutes = f"{execute(notebook, folder / 'notebooks' / notebook.name, parameters):.1f}"
     if not written.exists():
-        return _one_row(notebook, "none", minutes)
+        raise NotebookFailed(f"{notebook.name} stored no table of verdicts; call study.keep_verdicts in its last cells")
     return pd.read_csv(written, dtype=str, keep_default_na=False)[VERDICT_COLUMNS].assign(minutes=minutes)
 
 

@@ -1,6 +1,7 @@
 """Where things live. Nothing else in the project builds a path of its own."""
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def build() -> Path:
     """The folder of everything generated and large; `SPARSITY_BUILD` moves it to another disk."""
-    return Path(os.environ.get("SPARSITY_BUILD", ROOT / "build"))
+    return ROOT / os.environ.get("SPARSITY_BUILD", "build")  # an absolute value stands for itself
 
 
 def corpora() -> Path:
@@ -41,15 +42,26 @@ def profile_output(profile: str) -> Path:
 
 
 @contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the lock file beside `target`; the system frees it when the process ends, however it ends."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; rename it to `target` when the block ends well.
 
     The temporary path is a file name or, if the block makes it one, a folder. When the block raises,
     what was written is removed and `target` stays as it was. A full disk becomes an `InputError`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / target.name
+    folder = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        aside = folder / target.name
         yield aside
         if target.is_dir() and aside.is_dir():
             shutil.rmtree(target)
@@ -63,4 +75,5 @@ def written_aside(target: Path) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)

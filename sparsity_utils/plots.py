@@ -5,7 +5,9 @@ Readable in grey: whatever colour tells apart, marker or line style tells apart 
 
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import wraps
+from itertools import count
 from pathlib import Path
 
 import matplotlib as mpl
@@ -40,7 +42,26 @@ SCREEN_DPI, PRINT_DPI = 100, 150
 COLOURS = sns.color_palette("colorblind").as_hex()
 MARKERS = "osD^vP"
 LINES = ("-", "--", "-.", ":")
-METRIC_NAMES = {"top-k": "Top-k", "fat": "FAT-ε", "cett": "CETT", "relu": "non-zero", "cett-ppl": "CETT-PPL-1%"}
+METRIC_NAMES = {"top-k": "Top-k", "fat": "FAT-ε", "cett": "CETT"}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the number-th curve of a panel is told apart, in colour and in grey."""
+
+    number: int
+
+    @property
+    def colour(self) -> str:
+        return COLOURS[self.number % len(COLOURS)]
+
+    @property
+    def marker(self) -> str:
+        return MARKERS[self.number % len(MARKERS)]
+
+    @property
+    def line(self) -> str:
+        return LINES[self.number % len(LINES)]
 
 
 class ShownFigure(Figure):
@@ -69,17 +90,22 @@ def metrics(table: pd.DataFrame) -> Figure:
     largest = table[table["parameters"] == table["parameters"].max()]
     figure, panels = _panels(len(set(largest["activation"])), share_y=True)
     for axes, (activation, rows) in zip(panels, largest.groupby("activation", sort=True), strict=True):
-        for number, metric in enumerate(("cett", "fat", "top-k")):
+        for look, metric in zip(map(Look, count()), ("cett", "fat", "top-k"), strict=False):
             for seed, curve in rows[rows["metric"] == metric].groupby("seed"):
                 curve = curve.sort_values("activation_ratio")
-                style = {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": LINES[number]}
+                style = {
+                    "color": look.colour,
+                    "marker": look.marker,
+                    "linestyle": look.line,
+                }
                 label = METRIC_NAMES[metric] if seed == rows["seed"].min() else None
                 axes.plot(100 * curve["activation_ratio"], _rise(curve), label=label, **style)
-        for metric, marker in (("cett-ppl", "*"), ("relu", "X")):
+        price = rows.loc[rows["metric"] == "cett-ppl", "setting"].iloc[0]
+        for metric, marker, label in (("cett-ppl", "*", f"CETT-PPL-{price:g}%"), ("relu", "X", "non-zero")):
             point = rows[(rows["metric"] == metric) & (rows["activation_ratio"] < 0.99)]  # smooth ones have no zeros
-            shown = {"marker": marker, "s": 90, "color": "black", "zorder": 5, "label": METRIC_NAMES[metric]}
+            shown = {"marker": marker, "s": 90, "color": "black", "zorder": 5, "label": label}
             axes.scatter(100 * point["activation_ratio"], _rise(point), **shown)
-        axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+        axes.axhline(price, color="grey", linewidth=0.8, linestyle=":")
         axes.set_yscale("symlog", linthresh=0.5)
         axes.set_ylim(-0.5, 130)
         axes.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
@@ -97,17 +123,17 @@ def relu_vs_silu(checkpoints: pd.DataFrame) -> Figure:
     for axes, activation in zip(panels, activations, strict=False):
         rows = checkpoints[(checkpoints["activation"] == activation) & (checkpoints["role"] == "stable")]
         for number, (_, size) in enumerate(rows.groupby("parameters", sort=True)):
-            _law(axes, size, activation, COLOURS[number], MARKERS[number], LINES[number])
+            _law(axes, size, activation, Look(number))
         _token_axis(axes)
         axes.set_ylabel("Active neurons (% of d_ff)")
-        axes.set_title(f"{ACTIVATIONS[activation]} at CETT-PPL-1%")
+        axes.set_title(f"{ACTIVATIONS[activation]} at {_price(checkpoints)}")
     panels[0].legend(fontsize=8)
     _losses(panels[-1], checkpoints)
     seeds = checkpoints["seed"].nunique()
     return _captioned(
         figure,
-        f"Points: checkpoints, joined within each of {seeds} seeds; hollow: warm-up, not fitted. Lines: published form, "
-        "band: 90% block bootstrap.",
+        f"Points: checkpoints, joined within each of {seeds} seeds; hollow: warm-up, not fitted. "
+        "Lines: published form, band: 90% block bootstrap.",
     )
 
 
@@ -124,7 +150,7 @@ def width_depth_ratio(checkpoints: pd.DataFrame) -> Figure:
     if np.isfinite(bent.aicc):
         label = f"slope, then flat, AICc {bent.aicc:.1f}"
         left.plot(grid, 100 * bent.predict(grid), color=COLOURS[1], linestyle="-", label=label)
-    left.set(ylabel="Active neurons (% of d_ff)", title=f"ReLU at CETT-PPL-1%, {_parameters(checkpoints)}")
+    left.set(ylabel="Active neurons (% of d_ff)", title=f"ReLU at {_price(checkpoints)}, {_parameters(checkpoints)}")
     final = checkpoints[checkpoints["role"] == "final"]
     _seeds(right, final["ratio"], final["validation_loss"], final["seed"])
     right.set(ylabel="Validation loss (nats per token)", title="Loss after the decay")
@@ -150,10 +176,10 @@ def scale_insensitivity(checkpoints: pd.DataFrame) -> Figure:
     limits = limits_table(checkpoints)
     for number, activation in enumerate(sorted(set(checkpoints["activation"]))):
         values, _ = one_value_per_run(limits, activation)
-        _against_size(left, values, ACTIVATIONS[activation], number)
+        _against_size(left, values, ACTIVATIONS[activation], Look(number))
     shares = last_means(checkpoints[checkpoints["activation"] == "relu"], "nonzero_share")
-    _against_size(right, shares.rename(columns={"last_five_mean": "value"}), ACTIVATIONS["relu"], 0)
-    left.set(title="CETT-PPL-1%", ylabel="Active neurons (% of d_ff)")
+    _against_size(right, shares.rename(columns={"last_five_mean": "value"}), ACTIVATIONS["relu"], Look(0))
+    left.set(title=_price(checkpoints), ylabel="Active neurons (% of d_ff)")
     right.set(title="Share of non-zero neurons", ylabel="Non-zero neurons (% of d_ff)")
     for axes in (left, right):
         axes.set(xscale="log", xlabel="Non-embedding parameters")
@@ -179,6 +205,12 @@ def draw_all(study: Study, folder: Path) -> Iterator[Path]:
         yield from save_figure(draw(study.table(question)), folder / name)
 
 
+def keep_figure(figure: Figure, study: Study, name: str) -> None:
+    """Store a notebook's figure among its profile's; those of the recorded study are drawn by `make figures`."""
+    if study.profile is not None:
+        save_figure(figure, study.folder.parent / "figures" / name)
+
+
 def save_figure(figure: Figure, target: Path) -> list[Path]:
     """Write `target`.png and `target`.svg, free of dates and versions; return the files."""
     files = [target.with_suffix(suffix) for suffix in (".png", ".svg")]
@@ -199,23 +231,31 @@ def _captioned(figure: Figure, text: str) -> Figure:
     return figure
 
 
-def _law(axes: Axes, size: pd.DataFrame, activation: str, colour: str, marker: str, line: str) -> None:
+def _law(axes: Axes, size: pd.DataFrame, activation: str, look: Look) -> None:
     """Checkpoints of one size, the common curve of its seeds and the band of the bootstrap."""
     fitted = fit_points(size)
-    warm_up = size.drop(fitted.index)
-    million = 1e6
+    points = {"color": look.colour, "marker": look.marker, "linestyle": "none"}
     for _, run in size.groupby("run"):
-        axes.plot(run["tokens"] / million, 100 * run["activation_ratio"], "-", color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(fitted["tokens"] / million, 100 * fitted["activation_ratio"], marker, color=colour, alpha=0.7)
-    axes.plot(warm_up["tokens"] / million, 100 * warm_up["activation_ratio"], marker, color=colour, fillstyle="none")
+        axes.plot(_millions(run), _percent(run), color=look.colour, alpha=0.25, linewidth=0.8)
+    axes.plot(_millions(fitted), _percent(fitted), alpha=0.7, **points)
+    warm_up = size.drop(fitted.index)
+    axes.plot(_millions(warm_up), _percent(warm_up), fillstyle="none", **points)
     fit = fit_data_law(fitted["tokens"], fitted["activation_ratio"], published_form(activation), fitted["seed"])
     grid = np.geomspace(fitted["tokens"].min(), fitted["tokens"].max(), 100)
     label = f"{_shape(size)}, {_parameters(size)}"
-    axes.plot(grid / million, 100 * fit.predict(grid), line, color=colour, marker=None, label=label)
+    axes.plot(grid / 1e6, 100 * fit.predict(grid), look.line, color=look.colour, label=label)
     if fit.limit is not None:
         band = fit.interval
         low, high = 100 * band.band_low, 100 * band.band_high
-        axes.fill_between(band.tokens / million, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(band.tokens / 1e6, low, high, color=look.colour, alpha=0.2, linewidth=0)
+
+
+def _millions(checkpoints: pd.DataFrame) -> pd.Series:
+    return checkpoints["tokens"] / 1e6
+
+
+def _percent(checkpoints: pd.DataFrame) -> pd.Series:
+    return 100 * checkpoints["activation_ratio"]
 
 
 def _token_axis(axes: Axes) -> None:
@@ -227,12 +267,12 @@ def _token_axis(axes: Axes) -> None:
 
 def _losses(axes: Axes, checkpoints: pd.DataFrame) -> None:
     for number, (_, size) in enumerate(checkpoints.groupby("parameters", sort=True)):
+        look = Look(number)
         for activation, line in (("relu", "-"), ("silu", "--")):
-            rows = size[size["activation"] == activation].groupby("tokens")["validation_loss"].mean()
+            means = size[size["activation"] == activation].groupby("tokens")["validation_loss"].mean()
+            style = {"color": look.colour, "marker": look.marker, "linestyle": line, "markersize": 3}
             label = ACTIVATIONS[activation] if number == 0 else None
-            axes.plot(
-                rows.index / 1e6, rows, line, color=COLOURS[number], marker=MARKERS[number], markersize=3, label=label
-            )
+            axes.plot(means.index / 1e6, means, label=label, **style)
     _token_axis(axes)
     axes.set_ylabel("Validation loss (nats per token)")
     axes.set_title("Loss, last point after the decay")
@@ -242,25 +282,23 @@ def _losses(axes: Axes, checkpoints: pd.DataFrame) -> None:
 def _seeds(axes: Axes, x: pd.Series, y: pd.Series, seeds: pd.Series) -> None:
     for number, seed in enumerate(sorted(set(seeds))):
         chosen = (seeds == seed).to_numpy()
-        axes.plot(
-            x[chosen],
-            y[chosen],
-            MARKERS[number],
-            color=COLOURS[0],
-            fillstyle="none" if number else "full",
-            label=f"seed {seed}",
-        )
+        style = {"marker": Look(number).marker, "color": COLOURS[0], "fillstyle": "none" if number else "full"}
+        axes.plot(x[chosen], y[chosen], linestyle="none", label=f"seed {seed}", **style)
 
 
-def _against_size(axes: Axes, values: pd.DataFrame, name: str, number: int) -> None:
+def _against_size(axes: Axes, values: pd.DataFrame, name: str, look: Look) -> None:
     """One value per run against size, and the line whose slope is tested."""
     decades = np.log10(values["parameters"])
     line = fit_line(decades, values["value"], values["seed"])
     ends = np.array([decades.min(), decades.max()])
     slope = [100 * part for part in (line.slope.value, line.slope.low, line.slope.high)]
     label = f"{name}: {slope[0]:+.1f} [{slope[1]:+.1f}, {slope[2]:+.1f}] points per decade"
-    axes.plot(values["parameters"], 100 * values["value"], MARKERS[number], color=COLOURS[number], alpha=0.8)
-    axes.plot(10**ends, 100 * line.predict(ends), LINES[number], color=COLOURS[number], marker=None, label=label)
+    axes.plot(values["parameters"], 100 * values["value"], look.marker, color=look.colour, alpha=0.8)
+    axes.plot(10**ends, 100 * line.predict(ends), look.line, color=look.colour, label=label)
+
+
+def _price(checkpoints: pd.DataFrame) -> str:
+    return f"CETT-PPL-{checkpoints['p'].iloc[0]:g}%"
 
 
 def _rise(rows: pd.DataFrame) -> pd.Series:

@@ -5,6 +5,7 @@ a wrong type or an impossible value is an `InputError` that names the file and t
 """
 
 import dataclasses
+import itertools
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,7 @@ class ModelConfig:
         for name in ("d_model", "n_layers", "vocabulary", "context", "head_size", "base_width"):
             _check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
         _check(self.head_size % 2 == 0, f"model.head_size is {self.head_size}; rotary attention needs an even one.")
+        _check(self.ffn_ratio > 0, f"model.ffn_ratio is {self.ffn_ratio}; it must be positive.")
         _check(
             self.d_model % 2 == 0,
             f"model.d_model is {self.d_model}; it must be even, so that heads of an even size divide it.",
@@ -95,12 +97,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(
-            self.tokens >= self.batch_tokens > 0,
-            f"train.tokens is {self.tokens}, less than one batch of {self.batch_tokens}.",
+            self.tokens >= 6 * self.batch_tokens > 0,
+            f"train.tokens is {self.tokens}, less than six batches of {self.batch_tokens}.",
         )
         _check(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}; it must be positive.")
         _check(0 <= self.warmup_share < 0.5, f"train.warmup_share is {self.warmup_share}; choose 0 to 0.5.")
-        _check(0 <= self.decay_share <= 1, f"train.decay_share is {self.decay_share}; choose 0 to 1.")
+        _check(0 < self.decay_share <= 1, f"train.decay_share is {self.decay_share}; choose above 0, at most 1.")
+        _check(self.weight_decay >= 0, f"train.weight_decay is {self.weight_decay}; it may not be negative.")
+        _check(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "train.beta1 and beta2 must be at least 0 and below 1.")
+        _check(self.clip_norm > 0, f"train.clip_norm is {self.clip_norm}; it must be positive.")
+        _check(self.seed >= 0, f"a seed is {self.seed}; seeds are 0, 1, 2 and so on.")
         _check(
             self.checkpoints >= 6,
             f"train.checkpoints is {self.checkpoints}; at least 6 are needed (the last five are solved together).",
@@ -165,6 +171,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         _check(len(self.sizes) > 0, "study.sizes is empty; name at least one shape.")
+        _check("relu" in self.activations, "study.activations lacks relu, which every question is about; add it.")
         for activation in self.activations:
             _check(
                 activation in ACTIVATIONS,
@@ -223,13 +230,28 @@ def read_profile(name: str) -> Profile:
     except yaml.YAMLError as error:
         raise InputError(f"{path.name} is not valid YAML ({str(error).splitlines()[0]}); correct it.") from error
     try:
-        profile = _read(Profile, {"name": path.stem, **_as_mapping(content, "the profile")}, "")
-        for size in profile.study.sizes:
-            profile.model_config(*size.d_model_and_layers(), profile.study.activations[0])
-            profile.train_config(size.tokens, 0)
-        return profile
+        content = _as_mapping(content, "the profile")
+        _check("name" not in content, "the key name is not for the file: a profile is named by its file.")
+        return _checked(_read(Profile, {"name": path.stem, **content}, ""), path.resolve().parent)
     except InputError as error:
         raise InputError(f"Profile {path.name}: {error}") from error
+
+
+def _checked(profile: Profile, folder: Path) -> Profile:
+    """`profile`, every model and training configuration built once; a relative corpus.path starts at its `folder`."""
+    study = profile.study
+    for size in study.sizes:
+        profile.model_config(*size.d_model_and_layers(), study.activations[0])
+        for seed in study.seeds:
+            profile.train_config(size.tokens, seed)
+    for seed in study.ratio_seeds if study.ratios else ():
+        profile.train_config(study.ratio_tokens, seed)
+    for rate, batch in itertools.product(study.tuning_rates, study.tuning_batches):
+        profile.train_config(study.sizes[0].tokens, 0, learning_rate=rate, batch_tokens=batch)
+    corpus = profile.corpus
+    if corpus.path and (corpus.source == "path" or (folder / corpus.path).is_dir()):
+        corpus = dataclasses.replace(corpus, path=str(folder / Path(corpus.path).expanduser()))
+    return dataclasses.replace(profile, corpus=corpus)
 
 
 def _as_mapping(content: Any, where: str) -> dict:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
+
 from sparsity_utils import paths
 from sparsity_utils.errors import InputError
 from sparsity_utils.runs import RECIPE, find_run
@@ -27,6 +29,8 @@ def record(profile: str) -> Iterator[Path]:
         raise InputError(
             f"There is no {verdicts.name} of profile {study.name}; run make reproduce PROFILE={profile} first."
         )
+    if pd.read_csv(verdicts)["verdict"].isin(["failed", "none"]).any():
+        raise InputError(f"{verdicts.name} of profile {study.name} has failed notebooks; reproduce it again.")
     for file in sorted({QUESTIONS[question][0] for question in filter(study.configs, QUESTIONS)}):
         question = next(name for name, (table, _) in QUESTIONS.items() if table == file)
         study.table(question)
@@ -54,9 +58,10 @@ def _manifest(study: Study) -> dict:
 
 def _models(study: Study, activation: str) -> Iterator[Path]:
     """The last checkpoint of the largest size and first seed, in the form that transformers loads."""
-    configs = [c for c in study.configs("relu_vs_silu") if c.model.activation == activation]
-    largest = max(configs, key=lambda config: (config.train.tokens, -config.train.seed))
-    run, folder = find_run(largest), paths.RECORDED_MODELS / activation
+    runs = study.table("relu_vs_silu").query("activation == @activation").sort_values(["parameters", "seed"])
+    largest = runs[runs["parameters"] == runs["parameters"].max()].iloc[0]["run"]
+    config = next(config for config in study.configs("relu_vs_silu") if config.key == largest)
+    run, folder = find_run(config), paths.RECORDED_MODELS / activation
     step = run.checkpoints["step"].max()
     yield _copy(run.folder / "config.json", folder / "config.json")
     yield _copy(checkpoint_file(run.folder, step), folder / "model.safetensors")

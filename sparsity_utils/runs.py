@@ -12,15 +12,13 @@ The key is a hash of the configuration, the corpus, the tokenizer, the recipe ve
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +29,7 @@ import transformers
 from sparsity_utils import paths
 from sparsity_utils.batches import measurement_batches
 from sparsity_utils.corpus import Corpus
-from sparsity_utils.model import load_model, non_embedding_parameters
+from sparsity_utils.model import default_device, load_model, non_embedding_parameters
 from sparsity_utils.profiles import ModelConfig, TrainConfig
 from sparsity_utils.train import Diverged, checkpoint_file, train
 
@@ -105,8 +103,8 @@ class Run:
         return table
 
     def load(self, step: int) -> transformers.GraniteForCausalLM:
-        """The model after `step` steps, in evaluation mode."""
-        return load_model(self.folder, str(checkpoint_file(Path(), step)))
+        """The model after `step` steps, in evaluation mode, on the GPU where there is one."""
+        return load_model(self.folder, str(checkpoint_file(Path(), step))).to(default_device())
 
     def has_measured(self, name: str, settings: dict) -> bool:
         """Whether `measured` would only read."""
@@ -125,7 +123,7 @@ class Run:
 
 
 def find_run(config: RunConfig) -> Run | None:
-    """The finished run of `config`, or None. A run whose files were altered is removed and said so."""
+    """The finished run of `config`; None where there is none, or where files were altered (a warning says so)."""
     folder = paths.runs() / config.key
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -139,10 +137,9 @@ def find_run(config: RunConfig) -> Run | None:
     if damaged:
         warnings.warn(
             f"The stored run {config.title} ({folder.name}) is damaged: {damaged[0]} is not what was written; "
-            f"it is removed and trained again.",
+            f"it is trained again.",
             stacklevel=2,
         )
-        shutil.rmtree(folder)
         return None
     return Run(folder, manifest)
 
@@ -152,7 +149,7 @@ def train_run(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], 
 
     on_progress is called with the share of steps done. Raises InputError for a corpus that is too small.
     """
-    with _lock(config):
+    with paths.locked(paths.runs() / config.key):
         return find_run(config) or _train(config, corpus, on_progress)
 
 
@@ -160,12 +157,11 @@ def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], Non
     validation = measurement_batches(
         corpus.tokens("validation"), config.model.context, "evaluation", config.train.validation_tokens
     )
-    working = paths.runs() / f".{config.key}.working"
+    folder, working = paths.runs() / config.key, paths.runs() / f".{config.key}.working"
     try:
         diverged, rows = "", train(config.model, config.train, corpus.tokens("train"), validation, working, on_progress)
     except Diverged as error:
         diverged, rows = f"{config.title}: {error}", []
-    (working / "state.safetensors").unlink(missing_ok=True)
     stored = [*sorted(working.glob("checkpoints/*.safetensors")), working / "config.json"]
     manifest = {
         "config": dataclasses.asdict(config),
@@ -181,17 +177,10 @@ def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], Non
     }
     with paths.written_aside(working / "manifest.json") as aside:
         aside.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    os.replace(working, paths.runs() / config.key)
-    return Run(paths.runs() / config.key, manifest)
-
-
-@contextmanager
-def _lock(config: RunConfig) -> Iterator[None]:
-    """Hold the run's lock file; the system frees it when the process ends, however it ends."""
-    paths.runs().mkdir(parents=True, exist_ok=True)
-    with (paths.runs() / f".{config.key}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+    os.replace(working, folder)
+    (folder / "state.safetensors").unlink(missing_ok=True)  # last: a run killed before this line is not lost
+    return Run(folder, manifest)
 
 
 def _sha256(file: Path) -> str:

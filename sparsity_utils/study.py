@@ -25,7 +25,7 @@ from sparsity_utils import paths
 from sparsity_utils.corpus import Corpus, build_corpus, open_corpus
 from sparsity_utils.curves import VERSION, metric_comparison, sparsity_curve
 from sparsity_utils.errors import InputError
-from sparsity_utils.model import solve_shape
+from sparsity_utils.model import head_count, solve_shape
 from sparsity_utils.profiles import MeasureConfig, Profile, read_profile
 from sparsity_utils.runs import Run, RunConfig, find_run, train_run
 
@@ -51,11 +51,13 @@ class Study:
     def from_profile(cls, name: str) -> "Study":
         """A study that trains and measures what its profile asks for and the run store lacks.
 
-        Raises InputError for a profile that cannot be used, its shapes included.
+        Runs are trained in worker processes, so a script that calls `table` needs the usual
+        `if __name__ == "__main__":`. Raises InputError for a profile that cannot be used, its shapes included.
         """
         profile = read_profile(name)
-        for ratio in profile.study.ratios:
-            solve_shape(profile.study.ratio_parameters, ratio)
+        shapes = [size.d_model_and_layers() for size in profile.study.sizes] + ratio_shapes(profile)
+        for shape in shapes:
+            head_count(profile.model_config(*shape, "relu"))
         return cls(profile.name, paths.profile_output(profile.name) / "results", profile)
 
     @classmethod
@@ -93,7 +95,10 @@ class Study:
             with paths.written_aside(file) as aside:
                 table.to_csv(aside, index=False, float_format="%.8g")
         if not file.exists():
-            raise InputError(f"There is no {file.name} in {file.parent}; record a study first, or set source to run.")
+            raise InputError(
+                f"There is no {file.name} in {file.parent}; name a folder that holds a study's results, or train one "
+                "with make reproduce."
+            )
         return pd.read_csv(file)
 
     def environment(self) -> str:
@@ -111,20 +116,12 @@ class Study:
             with paths.written_aside(self.folder.parent / "verdicts" / f"{notebook}.csv") as aside:
                 verdicts.to_csv(aside, index=False)
 
-    def keep_figure(self, figure, name: str) -> None:
-        """Store a figure as PNG and SVG among this profile's; a recorded study's are drawn by `make figures`."""
-        if self.profile is not None:
-            from sparsity_utils.plots import save_figure
-
-            save_figure(figure, self.folder.parent / "figures" / name)
-
     def configs(self, question: str) -> list[RunConfig]:
         """The runs that a question needs."""
         study, sizes, seeds = self.profile.study, self.profile.study.sizes, self.profile.study.seeds
         if question == "width_depth_ratio":
-            shapes = [solve_shape(study.ratio_parameters, ratio) for ratio in study.ratios]
             plan = product(
-                [((s.d_model, s.n_layers), study.ratio_tokens) for s in shapes], ["relu"], study.ratio_seeds, [{}]
+                [(shape, study.ratio_tokens) for shape in ratio_shapes(self.profile)], ["relu"], study.ratio_seeds, [{}]
             )
         elif question == "tuning":
             tried = product(study.tuning_rates, study.tuning_batches)
@@ -133,7 +130,7 @@ class Study:
             plan = product([first], study.activations, seeds[:1], changes)
         else:
             plan = product([(size.d_model_and_layers(), size.tokens) for size in sizes], study.activations, seeds, [{}])
-        return [
+        configs = [
             RunConfig(
                 self.profile.model_config(*shape, activation),
                 self.profile.train_config(tokens, seed, **changes),
@@ -143,6 +140,7 @@ class Study:
             )
             for (shape, tokens), activation, seed, changes in plan
         ]
+        return list(dict.fromkeys(configs))  # two ratios may lead to one shape
 
     def _measured(self, question: str) -> pd.DataFrame:
         what, configs = QUESTIONS[question][1], self.configs(question)
@@ -157,10 +155,19 @@ class Study:
                 tables.append(run.checkpoints.assign(**tried))
             else:
                 measured = measurement(run, self.corpus, self.profile.measure, what)
+                for note in measured["note"].dropna().unique():
+                    warnings.warn(f"{config.title}: {note}.", stacklevel=3)
                 tables.append(run.checkpoints.merge(measured, on="step"))
         if not tables:
             raise InputError(f"Every run of {question} diverged; lower train.learning_rate in profile {self.name}.")
         return pd.concat(tables, ignore_index=True)
+
+
+def ratio_shapes(profile: Profile) -> list[tuple[int, int]]:
+    """(d_model, n_layers) of the width-depth line."""
+    study, config = profile.study, profile.model_config(2, 1, "relu")
+    shapes = [solve_shape(study.ratio_parameters, ratio, config.ffn_ratio) for ratio in study.ratios]
+    return [(shape.d_model, shape.n_layers) for shape in shapes]
 
 
 def measurement(run: Run, corpus: Corpus, settings: MeasureConfig, what: str) -> pd.DataFrame:
@@ -184,7 +191,7 @@ class Job:
 
     def cost(self) -> float:
         """Expected work, in units of the run's own; measuring takes about a tenth of training."""
-        return self.config.cost() * (0.1 if find_run(self.config) else 1.0)
+        return self.config.cost() * (0.1 if (paths.runs() / self.config.key).exists() else 1.0)
 
     def done(self) -> bool:
         """Whether nothing is left to compute."""
@@ -200,7 +207,7 @@ def do_jobs(jobs: Iterable[Job], profile: Profile) -> None:
     if not todo:
         return
     todo.sort(key=Job.cost, reverse=True)  # the longest first, so that no worker is left alone at the end
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     shares = context.Array("d", len(todo))
     costs = [job.cost() for job in todo]
     with ProcessPoolExecutor(profile.workers, context, _start_worker, (shares, profile.threads, os.getpid())) as pool:
@@ -211,12 +218,12 @@ def do_jobs(jobs: Iterable[Job], profile: Profile) -> None:
                 future.result()
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
+            for worker in set(multiprocessing.active_children()) - set(others):
                 worker.terminate()
             if isinstance(error, BrokenProcessPool):
                 raise InputError(
-                    "A worker process was killed, perhaps for want of memory; finished runs are kept, others resume: "
-                    "lower workers in the profile and run the same command again."
+                    "A worker process ended: killed for want of memory (lower workers in the profile), or started by a "
+                    "script without `if __name__ == '__main__':`; finished runs are kept, others resume: run it again."
                 ) from error
             raise
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from sparsity_utils import paths
 from sparsity_utils.batches import TrainingBatches
 from sparsity_utils.loss import linear_cross_entropy
-from sparsity_utils.model import build_model, parameter_groups, save_config, training_flops_per_token
+from sparsity_utils.model import build_model, default_device, parameter_groups, save_config, training_flops_per_token
 from sparsity_utils.profiles import ModelConfig, TrainConfig
 
 LOG_EVERY = 20  # steps
@@ -38,7 +38,7 @@ class Schedule:
     """Warm-up, stable, decay (WSD, arXiv 2404.06395), in steps, and the steps at which checkpoints are kept."""
 
     def __init__(self, config: TrainConfig):
-        self.stable_end = max(6, round(config.tokens / config.batch_tokens))
+        self.stable_end = round(config.tokens / config.batch_tokens)
         self.warmup = max(1, round(self.stable_end * config.warmup_share))
         self.steps = self.stable_end + round(self.stable_end * config.decay_share)
         self.wanted = config.checkpoints
@@ -83,7 +83,7 @@ class _Run:
     def __init__(self, model_config, train_config, tokens, validation, folder, on_progress):
         self.model_config, self.config, self.folder = model_config, train_config, folder
         self.validation, self.on_progress = validation, on_progress
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self.half = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.batches = TrainingBatches(tokens, model_config.context, train_config.batch_tokens, train_config.seed)
         self.schedule = Schedule(train_config)
@@ -187,7 +187,7 @@ class _Run:
             with safe_open(state, framework="pt") as file:
                 log = json.loads(file.metadata()["log"])
             tensors = load_file(state, device=str(self.device))
-        except SafetensorError:
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError):
             warnings.warn(f"{state.name} of an unfinished run cannot be read; the run begins again.", stacklevel=2)
             return
         weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}

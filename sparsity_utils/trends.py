@@ -167,7 +167,7 @@ def fit_line(
 
 
 def run_slopes(tokens: ArrayLike, values: ArrayLike, runs: ArrayLike) -> dict[object, float]:
-    """Slope of `values` per decade of tokens along each run: {run: slope}; runs of fewer than four points are left out.
+    """Slope of `values` per decade of tokens along each run: {run: slope}; with fewer than three points none.
 
     Only the slope is used, never its standard error: the errors along a run are correlated.
     """

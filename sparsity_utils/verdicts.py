@@ -39,6 +39,7 @@ __all__ = ["claims_table", "details", "metrics", "relu_vs_silu", "scale_insensit
 
 RIVAL_FORMS = ("constant", "log", "exponential", "plain-power")
 RIVAL_METRICS = ("top-k", "fat")
+SAME_TRAINING = 1.1  # largest ratio of tokens per parameter between sizes that are compared as measured
 RATIO_GRID = 9  # activation ratios at which two metrics are compared, over the range both cover
 
 
@@ -93,7 +94,7 @@ def width_depth(checkpoints: pd.DataFrame) -> list[Verdict]:
     slope = fit_line(rising["ratio"], rising["value"], rising["seed"]).slope
     ends = _ends(relu)
     optimum = fit_optimum(ends["ratio"], ends["validation_loss"], ends["seed"])
-    sampled = f"sampled ratios {values['ratio'].min():.3g} to {values['ratio'].max():.3g}"
+    sampled = (values["ratio"].min(), values["ratio"].max())
     return [
         _positive(claims.RATIO_RISES, slope, f"ratios up to {rising['ratio'].max():.3g}", basis),
         _located(claims.RATIO_BREAKS, found, claims.BREAKPOINT, sampled, basis),
@@ -111,12 +112,14 @@ def scale_insensitivity(checkpoints: pd.DataFrame) -> list[Verdict]:
     table, known, rows = limits_table(checkpoints), {claim.claim: claim for claim in claims.CLAIMS}, []
     for activation in sorted(set(checkpoints["activation"])):
         claim = scale_claim(f"The {ACTIVATIONS[activation]} limit")
-        rows.append(_slope_verdict(known.get(claim.claim, claim), *one_value_per_run(table, activation)))
+        values, basis = one_value_per_run(table, activation)
+        rows.append(_slope_verdict(known.get(claim.claim, claim), values, basis, _unequal_data(checkpoints, values)))
     relu = checkpoints[(checkpoints["activation"] == "relu") & (checkpoints["role"] == "stable")]
     if len(relu) and "nonzero_share" in relu and relu["nonzero_share"].notna().all():
         shares = last_means(relu, "nonzero_share").rename(columns={"last_five_mean": "value"})
         claim = scale_claim("The ReLU share of non-zero neurons")
-        rows.append(_slope_verdict(claim, shares, "mean of the last five stable checkpoints"))
+        basis = "mean of the last five stable checkpoints"
+        rows.append(_slope_verdict(claim, shares, basis, _unequal_data(relu, shares)))
     return rows
 
 
@@ -143,12 +146,20 @@ def _positive(claim: Claim, estimate: Estimate, *notes: str) -> Verdict:
     return claim.judged(estimate, supports_positive(estimate), estimate.reason or f"{estimate.n} runs", *notes)
 
 
-def _located(claim: Claim, found: Estimate, published: tuple[float, float], *notes: str) -> Verdict:
-    """A position against a published one: a point inside the interval, or the interval inside a published range."""
+def _located(
+    claim: Claim, found: Estimate, published: tuple[float, float], sampled: tuple[float, float], *notes: str
+) -> Verdict:
+    """A position against a published one: a point inside the interval, or the interval inside a published range.
+
+    A published position beyond the sampled ones cannot be tested, whatever was found elsewhere: inconclusive.
+    """
     low, high = published
+    notes = (f"sampled ratios {sampled[0]:.3g} to {sampled[1]:.3g}", *notes)
+    untested = low > sampled[1] or high < sampled[0]
     inside = found.low <= low <= found.high if low == high else low <= found.low and found.high <= high
-    if found.reason:
+    if found.reason or untested:
         verdict = INCONCLUSIVE
+        notes = ("the published position lies outside the sampled ratios", *notes) if untested else notes
     elif found.high < low or found.low > high:
         verdict = NOT_SUPPORTED
     else:
@@ -156,11 +167,27 @@ def _located(claim: Claim, found: Estimate, published: tuple[float, float], *not
     return claim.judged(found, verdict, found.reason or f"{found.n} runs", *notes)
 
 
-def _slope_verdict(claim: Claim, values: pd.DataFrame, basis: str) -> Verdict:
+def _unequal_data(checkpoints: pd.DataFrame, values: pd.DataFrame) -> str:
+    """Why measured values of several sizes cannot be compared, or nothing: they must be equally far trained.
+
+    The ratio moves with data, so values taken at other numbers of tokens per parameter confound size with data.
+    Limits of the data law are free of this.
+    """
+    if "limit" in values and (values["value"] == values["limit"]).all():
+        return ""
+    stable = checkpoints[checkpoints["role"] == "stable"]
+    per_parameter = stable.groupby("run")["tokens"].max() / stable.groupby("run")["parameters"].first()
+    if per_parameter.max() <= SAME_TRAINING * per_parameter.min():
+        return ""
+    return f"sizes differ in tokens per parameter, {per_parameter.min():.0f} to {per_parameter.max():.0f}"
+
+
+def _slope_verdict(claim: Claim, values: pd.DataFrame, basis: str, confounded: str) -> Verdict:
     result = equivalence_of_slope(values["parameters"], values["value"], values["seed"], claims.SLOPE_MARGIN)
     change = f"{100 * result.relative_change:+.0f}% from the smallest to the largest size"
     numbers = f"{result.estimate.n} runs, TOST p = {result.p_value:.2g}, {change}"
-    return claim.judged(result.estimate, result.verdict, result.estimate.reason or numbers, basis)
+    verdict = INCONCLUSIVE if confounded else result.verdict
+    return claim.judged(result.estimate, verdict, result.estimate.reason or numbers, confounded, basis)
 
 
 def _form_verdict(checkpoints: pd.DataFrame, activation: str) -> Verdict:

@@ -89,4 +89,11 @@ def anatomy(content: NotebookNode) -> Iterator[str]:
         yield "the last third does not mention the verdict"
 
 
-ALL = (parameters, short_cells, checked_cells, kernel, executed_in_order, anatomy, output_problems)
+def finished_prose(content: NotebookNode) -> Iterator[str]:
+    """No placeholder that somebody meant to fill in."""
+    for cell in content.cells:
+        if "@@" in cell.source:
+            yield f"a placeholder is left: {cell.source[:40]!r}"
+
+
+ALL = (parameters, short_cells, checked_cells, kernel, executed_in_order, anatomy, finished_prose, output_problems)

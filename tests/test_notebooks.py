@@ -195,21 +195,35 @@ def test_reproduce_goes_on_after_a_failure_and_ends_with_one_table(shelf, capfd)
     assert err.rstrip().endswith("01_a.ipynb failed in cell [3]: ValueError: no")
 
 
-def test_reproduce_succeeds_when_every_notebook_does(shelf, capsys):
-    shelf("01_a.ipynb")
+STORES = """import pandas as pd
+from sparsity_utils import Study
+row = ["falls?", "7.1%", "22%", "20 to 24%", "supported"]
+columns = ["question", "published", "here", "interval", "verdict"]
+Study.open(source, profile).keep_verdicts("01_a", pd.DataFrame([row], columns=columns))"""
+
+
+def test_reproduce_succeeds_when_every_notebook_does(shelf):
+    shelf("01_a.ipynb", STORES)
     assert notebooks.reproduce("smoke") == 0
-    assert (paths.profile_output("smoke") / "verdicts.csv").read_text().splitlines()[1].startswith("01_a,,,,none,0.")
+    row = (paths.profile_output("smoke") / "verdicts.csv").read_text().splitlines()[1]
+    assert row.startswith("falls?,7.1%,22%,20 to 24%,supported,0.")
+
+
+def test_a_notebook_without_verdicts_has_failed(shelf, capfd):
+    shelf("01_a.ipynb")
+    assert notebooks.reproduce("smoke") == 1
+    assert "01_a.ipynb stored no table of verdicts" in capfd.readouterr().err
 
 
 def test_reproduce_takes_a_profile_of_ones_own(shelf, tmp_path, monkeypatch):
-    shelf("01_a.ipynb", "print(profile)")
+    shelf("01_a.ipynb", "print(profile)", STORES)
     (tmp_path / "mine.yaml").write_text((paths.PROFILES / "smoke.yaml").read_text())
     monkeypatch.chdir(tmp_path)
     assert notebooks.reproduce("mine.yaml") == 0
     assert str(tmp_path / "mine.yaml") in (paths.profile_output("mine") / "notebooks" / "01_a.ipynb").read_text()
 
 
-def test_reproduce_checks_the_profile_and_all_parameters_before_it_runs_any_before_it_runs_any(shelf):
+def test_reproduce_checks_the_profile_and_all_parameters_before_it_runs_any(shelf):
     shelf("01_a.ipynb")
     content = a_notebook()
     content.cells[1].source = 'source: str = "recorded"  # or "run"'

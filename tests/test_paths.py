@@ -60,4 +60,7 @@ def test_another_error_passes_as_it_is(tmp_path):
 
 def test_the_build_folder_can_be_moved(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path))
+    assert paths.build() == tmp_path
     assert paths.runs().parent == paths.corpora().parent == paths.profile_output("laptop").parent == tmp_path
+    monkeypatch.setenv("SPARSITY_BUILD", "elsewhere")  # the same folder wherever a kernel runs
+    assert paths.build() == paths.ROOT / "elsewhere"

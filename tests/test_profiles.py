@@ -50,7 +50,7 @@ CHANGES = [  # place, value, message
     (("train", "learning_rate"), "fast", r"train\.learning_rate is 'fast'; it should be of type float"),
     (("train", "learning_rate"), -1.0, r"train\.learning_rate is -1\.0; it must be positive"),
     (("train", "checkpoints"), 3, r"train\.checkpoints is 3; at least 6"),
-    (("train", "batch_tokens"), 10**9, r"train\.tokens is 5000, less than one batch"),
+    (("train", "batch_tokens"), 10**9, r"train\.tokens is 5000, less than six batches"),
     (("corpus", "vocabulary"), 12, r"corpus\.vocabulary is 12; choose 257 to 65536"),
     (("corpus", "vocabulary"), True, r"corpus\.vocabulary is True; it should be of type int"),
     (("corpus", "source"), "web", r"corpus\.source is 'web'; choose one of python-source, path, hub"),
@@ -64,6 +64,13 @@ CHANGES = [  # place, value, message
     (("study", "sizes"), [{"shape": "9x2", "tokens": 5000}], r"model\.d_model is 9; it must be even"),
     (("study", "sizes"), [{"shape": "8x2"}], r"the key study\.sizes\[0\]\.tokens is missing"),
     (("study",), 7, r"study should hold 'key: value' lines"),
+    (("study", "activations"), ["silu"], r"study\.activations lacks relu"),
+    (("study", "seeds"), [-1], r"a seed is -1"),
+    (("study", "ratio_tokens"), 100, r"train\.tokens is 100, less than six batches"),
+    (("train", "decay_share"), 0.0, r"train\.decay_share is 0\.0; choose above 0"),
+    (("train", "beta2"), 2.0, r"train\.beta1 and beta2 must be"),
+    (("model", "ffn_ratio"), -1.0, r"model\.ffn_ratio is -1\.0"),
+    (("name",), "../x", r"the key name is not for the file"),
     (("workers",), 0, r"workers is 0; at least 1"),
 ]
 
@@ -89,3 +96,13 @@ def test_broken_yaml_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("about: [", encoding="utf-8")
     with pytest.raises(InputError, match=r"bad\.yaml is not valid YAML"):
         read_profile(str(tmp_path / "bad.yaml"))
+
+
+def test_a_relative_text_path_starts_at_the_profile(tmp_path):
+    content = profile_content(tmp_path / "text")
+    content["corpus"]["path"] = "text"
+    assert read_profile(write_profile(tmp_path, content)).corpus.path == str(tmp_path / "text")
+    content["corpus"] |= {"source": "hub", "revision": "1"}
+    assert read_profile(write_profile(tmp_path, content)).corpus.path == "text"  # a data set's name
+    (tmp_path / "text").mkdir()
+    assert read_profile(write_profile(tmp_path, content)).corpus.path == str(tmp_path / "text")

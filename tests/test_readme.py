@@ -38,6 +38,10 @@ def test_the_readme_names_the_two_commands():
     assert {"make reproduce", "make test"} <= set(commands)
 
 
+def test_no_placeholder_is_left():
+    assert "@@" not in README.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.code.splitlines()[0][:40])
 def test_block(block: readme.Block, tmp_path: Path):
     if block.language == "bash":

@@ -99,6 +99,6 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
         written
         == {"metrics.csv", "relu_vs_silu.csv", "width_depth_ratio.csv", "verdicts.csv", "manifest.json"} | models
     )
-    assert load_model(paths.RECORDED_MODELS / "silu").config.hidden_size == 16
+    assert load_model(paths.RECORDED_MODELS / "silu").config.hidden_size == 16  # the largest
     figures = list(plots.draw_all(Study.recorded(tmp_path / "results"), tmp_path / "figures"))
     assert len(figures) == 2 * len(plots.FIGURES) and all(file.exists() for file in figures)

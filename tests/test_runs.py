@@ -10,6 +10,7 @@ import torch
 from small import write_text
 
 from sparsity_utils import paths, runs
+from sparsity_utils.batches import TrainingBatches
 from sparsity_utils.corpus import Corpus, build_corpus
 from sparsity_utils.model import load_model
 from sparsity_utils.profiles import CorpusConfig, ModelConfig, TrainConfig
@@ -98,11 +99,29 @@ def test_damage_is_found_said_and_repaired(corpus, damage, what):
     before = last.read_bytes()
     file = last if what == "checkpoint" else run.folder / "manifest.json"
     damage(file)
-    said = rf"8x1 relu seed 0 \({run.folder.name}\) is damaged: .*{file.name} is not what was written; it is removed"
+    said = rf"8x1 relu seed 0 \({run.folder.name}\) is damaged: .*{file.name} is not what was written"
     with pytest.warns(UserWarning, match=said):
         assert find_run(config(corpus)) is None
-    train_run(config(corpus), corpus)
+    with pytest.warns(UserWarning, match=said):
+        train_run(config(corpus), corpus)
     assert last.read_bytes() == before
+
+
+def test_a_run_killed_just_before_its_end_is_not_lost(corpus, monkeypatch):
+    whole = train_run(dataclasses.replace(config(corpus), threads=3), corpus)  # another key, the same weights
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(runs, "_sha256", killed)
+        train_run(config(corpus), corpus)
+    steps = []
+    original = TrainingBatches.__call__
+    monkeypatch.setattr(TrainingBatches, "__call__", lambda self, step: steps.append(step) or original(self, step))
+    run = train_run(config(corpus), corpus)
+    assert not steps and not run.diverged
+    assert list(run.checkpoints["validation_loss"]) == list(whole.checkpoints["validation_loss"])
 
 
 def test_two_that_want_the_same_run_train_it_once(corpus, monkeypatch):

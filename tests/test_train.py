@@ -97,7 +97,7 @@ def test_schedule_warms_up_stays_and_decays():
     factors = [schedule.factor(step) for step in range(1100)]
     assert factors[0] == pytest.approx(1 / 50) and factors[49] == 1.0
     assert set(factors[49:1000]) == {1.0}
-    assert factors[1099] == pytest.approx(0.1) and all(a > b for a, b in itertools.pairwise(factors))
+    assert factors[1099] == pytest.approx(0.1) and all(a > b for a, b in itertools.pairwise(factors[999:]))
 
 
 @pytest.mark.parametrize("steps", [6, 37, 366, 5000])
@@ -138,8 +138,13 @@ def test_calibration_and_evaluation_share_no_token(tokens):
 
 
 def test_a_corpus_smaller_than_one_batch_is_refused(tmp_path):
-    with pytest.raises(InputError, match="50 tokens, less than one batch of 64"):
+    with pytest.raises(InputError, match="50 tokens, less than one batch of 64 and the token after it"):
         train(MODEL, TRAIN, np.zeros(50, dtype=np.uint16), [], tmp_path)
+
+
+def test_a_batch_that_is_no_whole_number_of_windows_is_refused(tokens):
+    with pytest.raises(InputError, match=r"train\.batch_tokens 40 is not a multiple of model.context 16"):
+        TrainingBatches(tokens, 16, 40, seed=0)
 
 
 @pytest.mark.parametrize("rate", [1e6, float("inf")])

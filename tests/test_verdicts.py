@@ -190,6 +190,14 @@ def test_scale_insensitivity_falls_back_to_measured_means_and_says_so():
     assert row[0].here == pytest.approx(0, abs=0.5)
 
 
+def test_measured_values_of_unequal_training_are_inconclusive():
+    checkpoints = study(activations=("relu",), noise=0.0)
+    equal = checkpoints.assign(tokens=checkpoints["tokens"] * checkpoints["parameters"] / 1e6)
+    rows = [verdicts.scale_insensitivity(table)[-1] for table in (checkpoints, equal)]  # shares of non-zero neurons
+    assert [row.verdict for row in rows] == [INCONCLUSIVE, SUPPORTED]
+    assert "sizes differ in tokens per parameter, 73 to 1141" in rows[0].reason and "differ" not in rows[1].reason
+
+
 WIDE = ((24, 4), (48, 4), (72, 3), (96, 2), (144, 2), (130, 1), (180, 1), (282, 1))  # ratios 6 to 282
 
 
@@ -214,6 +222,14 @@ def test_width_depth_elsewhere_is_not_supported_and_outside_is_inconclusive():
     assert (rises.verdict, breaks.verdict, optimum.verdict) == (SUPPORTED, INCONCLUSIVE, INCONCLUSIVE)
     assert "sampled ratios 6 to 48" in breaks.reason
     assert "the interval reaches an end of the sampled range, 6 to 48" in optimum.reason
+
+
+def test_a_breakpoint_found_elsewhere_is_no_evidence_where_the_published_one_was_not_sampled():
+    narrow = ((64, 1), (44, 2), (36, 3), (32, 4), (28, 5), (24, 7))
+    saturating = study(narrow, ("relu",), limit=lambda a, ratio, size: 0.1 + 0.12 * (1 - np.exp(-ratio / 8)))
+    _, breaks, optimum = verdicts.width_depth(saturating)
+    assert (breaks.verdict, optimum.verdict) == (INCONCLUSIVE, INCONCLUSIVE)
+    assert "the published position lies outside the sampled ratios" in breaks.reason
 
 
 def test_metrics_verdicts():
