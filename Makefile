@@ -36,12 +36,12 @@ notebooks: $(ENV)  ## execute every notebook at its defaults and store its outpu
 	$(PY) -m sparsity_utils notebooks
 
 test: export CI := 1
-test: $(ENV)  ## ruff, pytest, nbval over the notebooks, and a smoke run of all of them
+test: $(ENV)  ## ruff, a smoke run of all notebooks, pytest, and nbval over their stored outputs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m sparsity_utils reproduce --profile smoke
 	$(PY) -m pytest
 	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=120 notebooks
-	$(PY) -m sparsity_utils reproduce --profile smoke
 
 bench: $(ENV)  ## measure training and measurement speed on this machine
 	$(PY) -m sparsity_utils.bench
