@@ -10,11 +10,10 @@ from sparsity_utils.calibration import solve_stabilised_cett
 from sparsity_utils.corpus import Corpus
 from sparsity_utils.hooks import observe_neurons
 from sparsity_utils.metrics import measure_sparsity
-from sparsity_utils.profiles import MeasureConfig
+from sparsity_utils.profiles import LAST_CHECKPOINTS, MeasureConfig
 from sparsity_utils.runs import Run
 
 VERSION = 1  # raise it when the same settings would measure other numbers: stored measurements are then made again
-LAST = 5  # checkpoints solved together by the stabilised protocol (arXiv 2411.02335, appendix E)
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # wanted activation ratios of Top-k and FAT
 CETTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 
@@ -31,7 +30,7 @@ def sparsity_curve(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.Data
     calibration, evaluation = _batches(run, corpus, settings)
     solved = None
     if settings.protocol == "stabilised":
-        last = steps.index[steps["role"] == "stable"][-LAST:]
+        last = steps.index[steps["role"] == "stable"][-LAST_CHECKPOINTS:]
         solved = solve_stabilised_cett([run.load(step) for step in last], calibration, settings.p)
     rows = []
     for step in steps.index:

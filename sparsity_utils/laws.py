@@ -213,7 +213,7 @@ def bootstrap_limit(
 
     Neighbouring checkpoints err together, so residuals are drawn in blocks of `block` consecutive ones (default: the
     cube root of the run's length, at least 2), from the run (`fit.groups`) they belong to. A seed keeps its own
-    offset in every resample: the spread over seeds is not in this interval, see `limits_by_seed`. Residuals are
+    offset in every resample: the spread over seeds is not in this interval, see `limits.limits_table`. Residuals are
     scaled by sqrt(n / (n - parameters)). Each resample starts at the fitted parameters. Same seed, same interval.
 
     The interval is a little narrow: in simulations with 20 checkpoints of 2 seeds, 90% intervals held the planted limit
@@ -238,23 +238,6 @@ def bootstrap_limit(
     tails = [(1 - level) / 2, (1 + level) / 2]
     low, high = np.quantile(thetas[:, -1], tails)
     return Interval(float(low), float(high), level, thetas[:, -1], grid, *np.quantile(curves, tails, axis=0))
-
-
-def limits_by_seed(tokens: ArrayLike, activation_ratio: ArrayLike, groups: ArrayLike, form: str) -> pd.DataFrame:
-    """One fit per seed: columns seed, limit (NaN if there is none), sound, reason. `seed_spread` sums it up."""
-    d, a, g = _points(tokens, activation_ratio, groups)
-    rows = []
-    for seed in np.unique(g):
-        fit = fit_data_law(d[g == seed], a[g == seed], form)
-        limit = np.nan if fit.limit is None else fit.limit
-        rows.append({"seed": seed, "limit": limit, "sound": fit.sound, "reason": fit.reason})
-    return pd.DataFrame(rows)
-
-
-def seed_spread(limits: pd.DataFrame) -> float:
-    """Largest minus smallest sound limit of `limits_by_seed`; NaN with fewer than two (too few for a deviation)."""
-    sound = limits.loc[limits["sound"], "limit"]
-    return float(sound.max() - sound.min()) if len(sound) > 1 else float("nan")
 
 
 def compare_forms(tokens: ArrayLike, activation_ratio: ArrayLike, forms: Sequence[str] = tuple(FORMS)) -> pd.DataFrame:

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 import pandas as pd
 
 from sparsity_utils.errors import InputError
-from sparsity_utils.laws import RESAMPLES, Fit, bootstrap_limit, fit_data_law, seed_spread
+from sparsity_utils.laws import RESAMPLES, Fit, bootstrap_limit, fit_data_law
+from sparsity_utils.profiles import LAST_CHECKPOINTS
 
 # The published form of each activation (arXiv 2411.02335, section 4.1); GELU, smooth, and ReLU^2, with exact zeros,
 # are not in the paper and take the form of their neighbour.
 PUBLISHED_FORM = {"relu": "logspace", "relu2": "logspace", "silu": "power", "gelu": "power"}
-LAST = 5  # checkpoints behind the measured value: those the stabilised CETT is solved on (appendix E)
 WIDEST_INTERVAL = 0.06  # of a sound limit: the whole +-3 points of the scale test; a wider one cannot decide it
 
 SHAPE = ["activation", "d_model", "n_layers"]
@@ -54,7 +54,7 @@ def last_means(checkpoints: pd.DataFrame, column: str = "activation_ratio") -> p
     """Mean of `column` over each run's last five stable checkpoints: run, its shape, seed and `last_five_mean`."""
     stable = checkpoints[checkpoints["role"] == "stable"].sort_values("tokens")
     about = ["run", *SHAPE, "parameters", "ratio", "seed"]
-    means = stable.groupby(about, sort=True)[column].apply(lambda values: values.tail(LAST).mean())
+    means = stable.groupby(about, sort=True)[column].apply(lambda values: values.tail(LAST_CHECKPOINTS).mean())
     return means.rename("last_five_mean").reset_index()
 
 
@@ -83,9 +83,15 @@ def limits_table(checkpoints: pd.DataFrame) -> pd.DataFrame:
             fit = fit_data_law(own["tokens"], own["activation_ratio"], form)
             seeds.append({**about, "seed": str(run.seed), **_entry(fit), "last_five_mean": run.last_five_mean})
         common = _common(fit_data_law(curve["tokens"], curve["activation_ratio"], form, curve["seed"]))
-        common |= {"spread": seed_spread(pd.DataFrame(seeds)), "last_five_mean": runs["last_five_mean"].mean()}
+        common |= {"spread": _spread(seeds), "last_five_mean": runs["last_five_mean"].mean()}
         rows += [{**about, "seed": "all", **common}, *seeds]
     return pd.DataFrame(rows).reindex(columns=LIMITS)
+
+
+def _spread(seeds: list[dict]) -> float:
+    """Largest minus smallest sound limit of the seeds; NaN with fewer than two (too few for a deviation)."""
+    sound = [row["limit"] for row in seeds if row["sound"]]
+    return max(sound) - min(sound) if len(sound) > 1 else float("nan")
 
 
 def published_form(activation: str) -> str:

@@ -17,6 +17,7 @@ from sparsity_utils import paths
 from sparsity_utils.errors import InputError
 
 ACTIVATIONS = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "relu2": "ReLU²"}  # as configured -> as written
+LAST_CHECKPOINTS = 5  # stable ones solved together by the stabilised protocol (arXiv 2411.02335, appendix E)
 SOURCES = ("python-source", "path", "hub")
 
 

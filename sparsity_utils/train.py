@@ -22,7 +22,7 @@ from sparsity_utils import paths
 from sparsity_utils.batches import TrainingBatches
 from sparsity_utils.loss import linear_cross_entropy
 from sparsity_utils.model import build_model, default_device, parameter_groups, save_config, training_flops_per_token
-from sparsity_utils.profiles import ModelConfig, TrainConfig
+from sparsity_utils.profiles import LAST_CHECKPOINTS, ModelConfig, TrainConfig
 
 LOG_EVERY = 20  # steps
 SAVE_EVERY = 30.0  # seconds
@@ -56,8 +56,8 @@ class Schedule:
         the last tenth of the stable stage (solved together by the stabilised protocol), then the end of the decay.
         """
         spacing = max(1, self.stable_end // 40)
-        last_five = [self.stable_end - spacing * back for back in (4, 3, 2, 1, 0)]
-        early = self.wanted - 5
+        last_five = [self.stable_end - spacing * back for back in reversed(range(LAST_CHECKPOINTS))]
+        early = self.wanted - LAST_CHECKPOINTS
         growth = (last_five[0] / self.warmup) ** (1 / early)
         spread = {round(self.warmup * growth**k) for k in range(early)}
         return sorted({s for s in spread if 0 < s < last_five[0]} | set(last_five) | {self.steps})

@@ -64,22 +64,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Segments:
-    """y = level_at_breakpoint + slope_before min(x - b, 0) + slope_after max(x - b, 0), slope_after 0 unless asked for.
+    """y = plateau + slope min(x - breakpoint, 0): a slope up to the breakpoint, flat beyond it.
 
     `breakpoint.reason` says why the breakpoint must not be used: it is then inconclusive, the numbers stay for a plot.
     """
 
     breakpoint: Estimate
-    slope_before: float
-    slope_after: float
-    level_at_breakpoint: float
+    slope: float
+    plateau: float  # mean over the groups' effects
     rmse: float
     aicc: float
-    aicc_line: float
 
     def predict(self, x: ArrayLike) -> Array:
-        x = np.asarray(x, dtype=float) - self.breakpoint.value
-        return self.level_at_breakpoint + self.slope_before * np.minimum(x, 0) + self.slope_after * np.maximum(x, 0)
+        return self.plateau + self.slope * np.minimum(np.asarray(x, dtype=float) - self.breakpoint.value, 0)
 
 
 def supports_positive(estimate: Estimate) -> str:
@@ -147,18 +144,15 @@ def equivalence_of_slope(
     return Equivalence(slope, margin, p_value, supports_within(slope, margin), float(end / start - 1))
 
 
-def fit_line(
-    x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, weights: ArrayLike | None = None, level: float = LEVEL
-) -> Line:
-    """Straight line by statsmodels OLS, or WLS with `weights` (inverse variances); `groups` become fixed effects."""
+def fit_line(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Line:
+    """Straight line by ordinary least squares (statsmodels); `groups` become fixed effects."""
     x, y = _xy(x, y)
     blocks, dof = _blocks(x.size, groups), _dof(x.size, groups)
     if np.unique(x).size < 2 or dof < SMALLEST_DOF:
         reason = f"too few runs: {x.size} at {np.unique(x).size} positions leave {max(dof, 0)} degrees of freedom"
         return Line(_nothing(x.size, level, reason), np.nan, np.nan, np.nan)
     design = np.column_stack([x, blocks])  # (n, 1 + groups)
-    model = sm.OLS(y, design) if weights is None else sm.WLS(y, design, weights=_finite(weights, "weights"))
-    result = model.fit()
+    result = sm.OLS(y, design).fit()
     low, high = result.conf_int(1 - level)[0]
     rss = float(np.sum(np.asarray(result.resid) ** 2))
     slope = Estimate(float(result.params[0]), float(low), float(high), level, x.size)
@@ -176,28 +170,21 @@ def run_slopes(tokens: ArrayLike, values: ArrayLike, runs: ArrayLike) -> dict[ob
     return {run: line.slope.value for run, line in lines.items() if not line.slope.reason}
 
 
-def fit_two_segments(
-    x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, flat_after: bool = True, level: float = LEVEL
-) -> Segments:
-    """Continuous two-segment regression; as published, a slope and then flat (arXiv 2411.02335, Fig. 5).
+def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Segments:
+    """Continuous two-segment regression as published: a slope, then flat (arXiv 2411.02335, Fig. 5).
 
     The breakpoint runs over a grid inside the sampled x (its second smallest to its largest value); its interval holds
     the values that a profile F test at `level` does not reject. It is inconclusive with fewer than five positions, when
     a straight line has no worse an AICc, when the interval reaches an end of the grid (the breakpoint may lie outside
     the sampled positions), or with a single position beyond it.
     """
-
-    def regressors(position: float) -> Array:
-        after = np.maximum(x - position, 0)
-        return np.column_stack([np.minimum(x - position, 0), *([] if flat_after else [after])])
-
     x, y = _xy(x, y)
-    positions, line, count = np.unique(x), fit_line(x, y, groups, level=level), 1 if flat_after else 2
-    reason = _too_few(positions, x.size, groups, extra=count)
+    positions, line = np.unique(x), fit_line(x, y, groups, level=level)
+    reason = _too_few(positions, x.size, groups, extra=1)
     if reason:
-        return Segments(_nothing(x.size, level, reason), *[np.nan] * 5, line.aicc)
-    grid = np.linspace(positions[1], positions[-1 if flat_after else -2], GRID)
-    found, coefficients, rss = _profile(regressors, y, grid, groups, level)
+        return Segments(_nothing(x.size, level, reason), *[np.nan] * 4)
+    grid = np.linspace(positions[1], positions[-1], GRID)
+    found, coefficients, rss = _profile(lambda at: np.minimum(x - at, 0)[:, None], y, grid, groups, level)
     aicc = information(rss, x.size, coefficients.size + 1)[1]
     if not aicc < line.aicc:
         reason = "a straight line describes the points as well (AICc)"
@@ -206,9 +193,8 @@ def fit_two_segments(
     elif found.value > positions[-2]:
         reason = f"only one position lies beyond {found.value:.3g}: that the trend changes there is not seen"
     estimate = Estimate(found.value, found.low, found.high, level, x.size, reason)
-    slopes = [float(slope) for slope in coefficients[:count]] + [0.0] * flat_after
-    level_there, rmse = float(coefficients[count:].mean()), float(np.sqrt(rss / x.size))
-    return Segments(estimate, *slopes, level_there, rmse, aicc, line.aicc)
+    plateau, rmse = float(coefficients[1:].mean()), float(np.sqrt(rss / x.size))
+    return Segments(estimate, float(coefficients[0]), plateau, rmse, aicc)
 
 
 def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Estimate:

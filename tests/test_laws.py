@@ -1,7 +1,5 @@
 """The data law: planted parameters come back, intervals hold what they should, weak curves say that they are weak."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -196,23 +194,6 @@ def test_residuals_are_drawn_within_their_run(monkeypatch):
     laws.bootstrap_limit(fit, resamples=5)
     side = np.array(seen) - fit.predict(fit.tokens)
     assert (side[:, fit.groups == 0] > 0.005).all() and (side[:, fit.groups == 1] < -0.005).all()
-
-
-def test_limits_by_seed_and_their_spread():
-    d, a, g = small_study(seeds=3, noise=1e-5)
-    table = laws.limits_by_seed(d, a + 0.01 * g, g, "power")
-    assert table["seed"].tolist() == [0, 1, 2] and table["sound"].all()
-    assert laws.seed_spread(table) == pytest.approx(0.02, abs=1e-3)
-    assert np.isnan(laws.seed_spread(table.head(1)))
-
-
-def test_two_hundred_resamples_of_a_small_study_take_about_a_second():
-    d, a, g = small_study(form="logspace", noise=0.0005)
-    fit = laws.fit_data_law(d, a, "logspace", g)
-    laws.bootstrap_limit(fit, resamples=2)
-    start = time.process_time()
-    laws.bootstrap_limit(fit)
-    assert time.process_time() - start < 3  # 0.2 s on an idle core
 
 
 RISING = small_study(seeds=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import profile_content, write_profile, write_text
 
-from sparsity_utils import paths, plots, record
+from sparsity_utils import paths, plots, record, verdicts
 from sparsity_utils.errors import InputError
 from sparsity_utils.model import load_model
 from sparsity_utils.record import SCHEMA
@@ -38,6 +38,19 @@ def test_the_manifest_fits_the_tables():
     assert manifest["schema"] == SCHEMA and manifest["device"]
     assert {f"{row.d_model}x{row.n_layers}" for row in table.itertuples()} == {size["shape"] for size in study["sizes"]}
     assert set(table["activation"]) == set(study["activations"]) and set(table["seed"]) == set(study["seeds"])
+
+
+def test_the_recorded_verdicts_follow_from_the_tables():
+    study = Study.recorded()
+    questions = {
+        "metrics": verdicts.metrics,
+        "relu_vs_silu": verdicts.relu_vs_silu,
+        "width_depth_ratio": verdicts.width_depth,
+        "scale_insensitivity": verdicts.scale_insensitivity,
+    }
+    found = [row for question, judge in questions.items() for row in judge(study.table(question))]
+    stored = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False).drop(columns="minutes")
+    pd.testing.assert_frame_equal(verdicts.to_table(found), stored)
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
@@ -79,6 +92,10 @@ def test_a_figure_is_a_pure_function_of_its_table(name, tmp_path):
 def test_the_committed_figures_are_those_of_the_tables(tmp_path):
     drawn = {file.name for file in plots.draw_all(Study.recorded(), tmp_path)}
     assert drawn == {file.name for file in paths.FIGURES.iterdir()}
+    for name in sorted(drawn):
+        if name.endswith(".png"):  # the same picture; the last digits of a coordinate may differ between machines
+            committed, fresh = (plt.imread(folder / name) for folder in (paths.FIGURES, tmp_path))
+            assert committed.shape == fresh.shape and abs(committed - fresh).mean() < 0.002, name
 
 
 def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):

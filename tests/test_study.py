@@ -107,7 +107,7 @@ def test_a_diverged_run_does_not_stop_the_study(tmp_path, monkeypatch, text):
         Study.from_profile(write_profile(tmp_path, content)).table("tuning")
 
 
-def test_a_killed_study_redoes_no_finished_run(tmp_path, text):
+def test_a_killed_study_redoes_no_finished_run_also_when_two_resume_it(tmp_path, text):
     content = profile_content(text)
     content["study"]["sizes"] = [{"shape": f"{8 * n}x1", "tokens": 20_000} for n in (1, 2, 3)]
     command = [sys.executable, "-m", "sparsity_utils", "study", "--profile", write_profile(tmp_path, content)]
@@ -119,8 +119,10 @@ def test_a_killed_study_redoes_no_finished_run(tmp_path, text):
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)
     finished = {file: file.stat().st_mtime_ns for file in store.glob("[!.]*/manifest.json")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
+    pair = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in pair:  # two at once share the work and the store
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
     assert 2 <= len(finished) < len(list(store.glob("[!.]*/manifest.json")))
     assert all(file.stat().st_mtime_ns == written for file, written in finished.items())
 
@@ -160,3 +162,19 @@ def test_a_killed_worker_is_said_and_finished_runs_are_kept(tmp_path, monkeypatc
     kept = {file: file.stat().st_mtime_ns for file in paths.runs().glob("[!.]*/manifest.json")}
     assert kept and len(study.table("relu_vs_silu")) > 0
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
+
+
+def test_the_study_part_needs_only_what_a_bare_gpu_image_has():
+    blocked = ("scipy", "statsmodels", "matplotlib", "seaborn", "datasketch", "datasets", "papermill", "nbformat")
+    code = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocker())
+from sparsity_utils import Study, measure_sparsity
+from sparsity_utils.__main__ import main
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=paths.ROOT)
+    assert done.returncode == 0, done.stderr
