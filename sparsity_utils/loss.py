@@ -2,8 +2,8 @@
 
 At d = 24 and 1,024 vocabulary entries the logits of one batch are forty times larger than the hidden states, and
 writing them four times (logits, log-softmax, its gradient, the logits' gradient) was a third of a training step.
-Working through a few hundred tokens at a time keeps them in cache: 56,000 -> 106,000 tokens/s at 24x2 and
-25,000 -> 34,000 at 48x4 (one core, batches of 8,192 tokens, context 256, against the loss of `transformers`).
+Working through a few hundred tokens at a time keeps them in cache: 56,000 -> 85,000 tokens/s at 24x2 and
+25,000 -> 32,000 at 48x4 (one core, batches of 8,192 tokens, context 256, against the loss of `transformers`).
 """
 
 import torch

@@ -40,7 +40,7 @@ class Schedule:
     def __init__(self, config: TrainConfig):
         self.stable_end = round(config.tokens / config.batch_tokens)
         self.warmup = max(1, round(self.stable_end * config.warmup_share))
-        self.steps = self.stable_end + round(self.stable_end * config.decay_share)
+        self.steps = self.stable_end + max(1, round(self.stable_end * config.decay_share))
         self.wanted = config.checkpoints
 
     def factor(self, step: int) -> float:
@@ -91,8 +91,8 @@ class _Run:
         groups = parameter_groups(self.model, model_config, train_config.learning_rate, train_config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=(train_config.beta1, train_config.beta2), fused=True)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
-        # On two CPU cores compilation took 4 to 18 s and won nothing over the loss of loss.py (92,000 against 106,000
-        # tokens/s at 24x2), so it is left to GPUs.
+        # On a CPU core compiling took 4 to 18 s and changed the speed little (24x2: 92,000 against 85,000 tokens/s,
+        # 48x4: 31,000 against 32,000), less than it costs in runs of a minute, so it is left to GPUs.
         self.backbone = torch.compile(self.model.model) if self.device.type == "cuda" else self.model.model
         self.step, self.rows, self.losses, self.first_loss = 0, [], [], None
         self.seconds = 0.0  # spent in training steps, without checkpoints and validation
