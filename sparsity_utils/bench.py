@@ -23,10 +23,10 @@ from sparsity_utils.metrics import measure_sparsity
 from sparsity_utils.model import build_model, load_model, parameter_groups, training_flops_per_token
 from sparsity_utils.profiles import ModelConfig, Profile, TrainConfig
 from sparsity_utils.study import Study
-from sparsity_utils.train import matmul_rate, train, validation_loss
+from sparsity_utils.train import Schedule, matmul_rate, train, validation_loss
 
 ROUNDS = 5
-STEPS = 30  # optimizer steps of one round
+STEPS = 30  # optimizer steps of one round, before the decay
 LOSS_TOLERANCE = 0.02  # nats: float32 sums in another order drift apart by less in STEPS steps
 
 
@@ -86,32 +86,33 @@ def _our_loop(config: ModelConfig, settings: TrainConfig, study: Study) -> tuple
 
 def _their_loop(config: ModelConfig, settings: TrainConfig, study: Study) -> tuple[float, float]:
     batches = TrainingBatches(study.corpus.tokens("train"), config.context, settings.batch_tokens, settings.seed)
-    # Whole windows as labels: the model shifts them by one, so it predicts context - 1 of context tokens.
-    windows = [ids for step in range(STEPS) for ids in batches(step)[0]]
-    model = build_model(config, settings.seed)
+    schedule, model = Schedule(settings), build_model(config, settings.seed)
+    windows = [pair for step in range(schedule.steps) for pair in zip(*batches(step), strict=True)]
     groups = parameter_groups(model, config, settings.learning_rate, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
-            max_steps=STEPS,
+            max_steps=schedule.steps,
             per_device_train_batch_size=batches.batch_windows,
             train_sampling_strategy="sequential",
             max_grad_norm=settings.clip_norm,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
         )
-        constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-        data = [{"input_ids": ids, "labels": ids} for ids in windows]
-        trainer = transformers.Trainer(
-            model, arguments, train_dataset=data, optimizers=(optimizer, constant), callbacks=[clock]
-        )
-        trainer.train()
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
+        # shift_labels: every token of a window is predicted, the last one's successor included, as in our loop
+        data = [{"input_ids": ids, "labels": ids, "shift_labels": targets} for ids, targets in windows]
+        transformers.Trainer(
+            model, arguments, train_dataset=data, optimizers=(optimizer, rate), callbacks=[clock]
+        ).train()
     seconds = clock.times[-1] - clock.times[0]
-    speed = (STEPS - 1) * settings.batch_tokens / seconds
+    speed = (schedule.steps - 1) * settings.batch_tokens / seconds
     return speed, validation_loss(model.eval(), _validation(study.profile, study))
 
 

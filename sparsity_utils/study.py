@@ -234,6 +234,7 @@ def _watch(futures: list[Future], shares, costs: list[float]) -> None:
     with tqdm(
         total=100,
         desc=names,
+        smoothing=0,  # an estimate from the mean speed: runs report in bursts
         unit="%",
         bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
         disable=bool(os.environ.get("CI")),
