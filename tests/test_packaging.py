@@ -188,8 +188,8 @@ def test_targets_call_commands_that_exist(arguments, expected):
 
 def test_test_runs_all_four_proofs():
     commands = dry("test", "ENV=", "PY=python").splitlines()
-    assert [command.split()[2] for command in commands] == ["ruff", "ruff", "pytest", "pytest", "sparsity_utils"]
-    assert "--nbval-lax" in commands[3]
+    assert [command.split()[2] for command in commands] == ["ruff", "ruff", "sparsity_utils", "pytest", "pytest"]
+    assert "reproduce --profile smoke" in commands[2] and "--nbval-lax" in commands[4]
 
 
 def test_ci_calls_make_test():
