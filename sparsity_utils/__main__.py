@@ -1,6 +1,7 @@
 """The command line: `python -m sparsity_utils COMMAND --help`."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -16,6 +17,10 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would print the traceback of the stopped kernel
+        print("\nInterrupted. Finished runs are kept: the same command continues from here.", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

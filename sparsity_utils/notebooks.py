@@ -80,6 +80,8 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> float:
             cwd=notebook.resolve().parent,
         )
     except papermill.PapermillExecutionError as error:
+        if error.ename == "KeyboardInterrupt":  # Ctrl-C reached the kernel first
+            raise KeyboardInterrupt from error
         reason = _last_line(f"{error.ename}: {error.evalue}")
         raise NotebookFailed(f"{notebook.name} failed in cell [{error.exec_count}]: {reason}") from error
     except (CellControlSignal, DeadKernelError) as error:  # a cell over its time, or a kernel that died

@@ -11,6 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from sparsity_utils import notebooks, paths
+from sparsity_utils.__main__ import main
 from sparsity_utils.errors import InputError
 
 TITLE = new_markdown_cell("# Does it?\nThe claim.")
@@ -200,6 +201,14 @@ from sparsity_utils import Study
 row = ["falls?", "7.1%", "22%", "20 to 24%", "supported"]
 columns = ["question", "published", "here", "interval", "verdict"]
 Study.open(source, profile).keep_verdicts("01_a", pd.DataFrame([row], columns=columns))"""
+
+
+def test_an_interrupted_notebook_stops_them_all(shelf, capfd):
+    shelf("01_a.ipynb", "raise KeyboardInterrupt")
+    shelf("02_b.ipynb", WRITE)
+    assert main(["reproduce", "--profile", "smoke"]) == 130
+    out, err = capfd.readouterr()
+    assert "02_b" not in out and "Interrupted. Finished runs are kept" in err
 
 
 def test_reproduce_succeeds_when_every_notebook_does(shelf):
