@@ -31,8 +31,8 @@ def record(profile: str) -> Iterator[Path]:
         )
     if pd.read_csv(verdicts)["verdict"].isin(["failed", "none"]).any():
         raise InputError(f"{verdicts.name} of profile {study.name} has failed notebooks; reproduce it again.")
-    for file in sorted({QUESTIONS[question][0] for question in filter(study.configs, QUESTIONS)}):
-        question = next(name for name, (table, _) in QUESTIONS.items() if table == file)
+    questions = {QUESTIONS[question][0]: question for question in filter(study.configs, QUESTIONS)}
+    for file, question in sorted(questions.items()):
         study.table(question)
         yield _copy(study.folder / file, paths.RESULTS / file)
     yield _copy(verdicts, paths.RESULTS / "verdicts.csv")
