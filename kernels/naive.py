@@ -50,8 +50,7 @@ def sparse_ffn(
 def active_neurons(g: Tensor, s: Tensor, h: Tensor, threshold: Tensor | float, rule: str) -> Tensor:
     """Which neurons a rule leaves active, bool, (tokens, d_ff)."""
     wide = torch.promote_types(h.dtype, torch.float32)
+    broken = ~g.isfinite()
     if rule == "gate":
-        inactive = s.to(wide).abs() <= threshold
-    else:
-        inactive = (h.to(wide).abs() < threshold) | (h == 0)
-    return ~inactive | ~g.isfinite()
+        return (s.to(wide).abs() > threshold) | broken
+    return ((h.to(wide).abs() >= threshold) & (h != 0)) | broken
