@@ -46,7 +46,7 @@ def ffn_case(
 
 def threshold_for(case, sparsity):
     """One per neuron for the rule "neuron", one for all for "gate"."""
-    g, s, h = neurons(case)
+    _g, s, h = neurons(case)
     if case["rule"] == "gate":
         return gap(s.abs().flatten(), sparsity)
     each = [gap(column, sparsity) for column in h.abs().T]

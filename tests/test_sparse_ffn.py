@@ -92,7 +92,7 @@ def test_broken_inputs_reach_the_output_of_their_own_row_alone(backend, bad, act
 
 def test_an_infinite_weight_of_an_inactive_neuron_is_not_read(backend):
     case = make(backend, "odd", 0.5)
-    g, s, _ = neurons(case)
+    _g, s, _ = neurons(case)
     idle = int((s[0] == 0).nonzero()[0])
     case["w_up"][idle], case["w_down_t"][idle] = float("inf"), float("nan")
     y = run(backend, case)
