@@ -45,12 +45,12 @@ def ffn_case(
 
 
 def threshold_for(case, sparsity):
-    """One per neuron for the rule "neuron", one for all for "gate"."""
-    _g, s, h = neurons(case)
+    """One for all neurons for the rule "gate"; for "neuron", as in CETT, one for |h_i| times the norm of W_down row i."""
+    _, s, h = neurons(case)
     if case["rule"] == "gate":
         return gap(s.abs().flatten(), sparsity)
-    each = [gap(column, sparsity) for column in h.abs().T]
-    return torch.tensor(each, dtype=torch.float32, device=h.device)
+    norms = case["w_down_t"].double().norm(dim=1)  # (d_ff,)
+    return (gap((h.abs() * norms).flatten(), sparsity) / norms).float()
 
 
 def gap(magnitudes, sparsity):
@@ -60,8 +60,8 @@ def gap(magnitudes, sparsity):
         return 0.0
     if sparsity == 1:
         return float(ordered[-1]) * 2 + 1
-    near = round(sparsity * len(magnitudes))
-    low, high = max(near - len(magnitudes) // 20, 0), min(near + len(magnitudes) // 20, len(magnitudes) - 1)
+    near, reach, last = round(sparsity * len(magnitudes)), len(magnitudes) // 20, len(magnitudes) - 1
+    low, high = min(max(near - reach, 0), last), min(near + reach, last)
     at = low + int((ordered[low + 1 : high + 2] - ordered[low : high + 1]).argmax())
     return float(ordered[at] + ordered[at + 1]) / 2
 
