@@ -45,7 +45,7 @@ def ffn_case(
 
 
 def threshold_for(case, sparsity):
-    """One for all neurons for the rule "gate"; for "neuron", as in CETT, one for |h_i| times the norm of W_down row i."""
+    """One for all neurons for the rule "gate"; for "neuron", as in CETT, one for |h_i| times its norm of W_down."""
     _, s, h = neurons(case)
     if case["rule"] == "gate":
         return gap(s.abs().flatten(), sparsity)
