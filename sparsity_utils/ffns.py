@@ -12,11 +12,34 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_utils.errors import InputError
-from sparsity_utils.flow import Matrix
-from sparsity_utils.trace import Inputs, Use, trace
-from sparsity_utils.vectors import Frames, common
+from sparsity_utils.trace import FirstMap, Inputs, Use, trace
+from sparsity_utils.vectors import Frames, Matrix, common
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A linear map of x that a module computes: `module(x)[..., outputs]` is `weight @ x + bias`.
+
+    Constants that the model multiplies by or adds on the way, other than that bias, are not looked for.
+    """
+
+    module: nn.Module  # the innermost one that runs the map; its first argument is x; the same of both where fused
+    outputs: slice  # which columns of what it returns are of this map
+    holder: nn.Module  # the module that has the parameter with W
+    parameter_name: str  # its name there
+    matrix: Matrix  # which part of it W is
+
+    @property
+    def weight(self) -> Tensor:
+        """W, (d_ff, d): a view, so that it follows the model."""
+        return self.matrix.of(getattr(self.holder, self.parameter_name))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What the module adds to W x, (d_ff,): a view; None where it has no parameter `bias` of its outputs' size."""
+        return _bias(self.module, self.outputs, self.matrix.size[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +53,8 @@ class FFN:
     matrix: Matrix  # which part of it W_out is
     activation: nn.Module | None = None  # its output is s  (batch, length, d_ff)
     down: nn.Module | None = None  # its first argument is h  (batch, length, d_ff)
+    gate: Projection | None = None  # what s is computed from; None of routed experts and without modules of their own
+    up: Projection | None = None  # what s is multiplied by; None of a plain FFN, and where gate is
     owner: str = ""  # where activation or down is missing: name of a module that computes all of the FFN
     expert: int = 0  # which of the routed experts of its layer
     experts: int = 1  # how many routed experts share its layer and its threshold; 1 in a dense model
@@ -43,8 +68,12 @@ class FFN:
     @property
     def down_weight(self) -> Tensor:
         """W_out, without its bias, (d, d_ff): a view, so that it follows the model."""
-        whole = self.parameter.detach()
-        return whole.as_strided(self.matrix.size, self.matrix.stride, whole.storage_offset() + self.matrix.offset)
+        return self.matrix.of(self.parameter)
+
+    @property
+    def down_bias(self) -> Tensor | None:
+        """What the module `down` adds to W_out h, (d,), as `Projection.bias`; None also where `down` is."""
+        return _bias(self.down, slice(None), self.matrix.size[0])
 
     @property
     def d_ff(self) -> int:
@@ -54,6 +83,12 @@ class FFN:
     def column_norms(self) -> Tensor:
         """||W_out[:, i]||_2 of each neuron, in float32 or wider, (d_ff,)."""
         return torch.linalg.vector_norm(widened(self.down_weight), dim=0)
+
+
+def _bias(module: nn.Module | None, outputs: slice, size: int) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    chosen = bias.detach()[outputs] if isinstance(bias, Tensor) and bias.dim() == 1 else None
+    return chosen if chosen is not None and len(chosen) == size else None
 
 
 def widened(x: Tensor) -> Tensor:
@@ -168,13 +203,14 @@ def _layer(model: nn.Module, layer: int, members: list[Use], ran: set[str], enco
         matrices = _siblings(model, container, use.matrix, {other.matrix.parameter for other in members}, ran)
         if len(matrices) > 1:
             name, frames = container.name, _outside(use.frames, container.name)
-    if len(matrices) > 1 or use.gathered is not None or activation is None or down is None:
+    routed = len(matrices) > 1 or use.gathered is not None
+    if routed or activation is None or down is None:
         activation = down = None
+    gate, up = (None, None) if routed else (_projection(model, use.gate), _projection(model, use.up))
     owner = common(frames, *(other.gathered for other in members if other.gathered is not None))[-1]
     result = []
     for expert, matrix in enumerate(matrices):
-        path, _, parameter_name = matrix.parameter.rpartition(".")
-        holder = model.get_submodule(path)
+        holder, parameter_name = _place(model, matrix)
         result.append(
             FFN(
                 layer=layer,
@@ -184,6 +220,8 @@ def _layer(model: nn.Module, layer: int, members: list[Use], ran: set[str], enco
                 matrix=matrix,
                 activation=None if activation is None else model.get_submodule(activation),
                 down=None if down is None else model.get_submodule(down),
+                gate=gate,
+                up=up,
                 owner=owner,
                 expert=expert,
                 experts=len(matrices),
@@ -193,10 +231,21 @@ def _layer(model: nn.Module, layer: int, members: list[Use], ran: set[str], enco
     return result
 
 
+def _place(model: nn.Module, matrix: Matrix) -> tuple[nn.Module, str]:
+    """The module that has the parameter of a matrix, and the parameter's name there."""
+    path, _, name = matrix.parameter.rpartition(".")
+    return model.get_submodule(path), name
+
+
+def _projection(model: nn.Module, first: FirstMap | None) -> Projection | None:
+    if first is None:
+        return None
+    return Projection(model.get_submodule(first.module), first.outputs, *_place(model, first.matrix), first.matrix)
+
+
 def _fused_experts(model: nn.Module, matrix: Matrix) -> int:
     """How many matrices like this one make up its parameter; 1 where it is no such stack."""
-    path, _, name = matrix.parameter.rpartition(".")
-    whole = getattr(model.get_submodule(path), name).numel()
+    whole = getattr(*_place(model, matrix)).numel()
     d, d_ff = matrix.size
     solid = matrix.stride in ((d_ff, 1), (1, d))
     return whole // (d * d_ff) if solid and whole % (d * d_ff) == 0 and matrix.offset % (d * d_ff) == 0 else 1

@@ -26,6 +26,8 @@ from sparsity_utils.vectors import (
     RESHAPES,
     Frames,
     Image,
+    Map,
+    Matrix,
     Role,
     Vectors,
     common,
@@ -40,16 +42,6 @@ GROUPED = ("_grouped_mm", "grouped_mm_fallback")  # (rows, in) x (experts, in, o
 TRANSPOSES = ("t", "transpose", "permute", "numpy_T")
 INTEGERS = (torch.int32, torch.int64)
 POINTWISE = ("rsub", "hardswish", "hardsigmoid", "_prelu_kernel")  # those without torch's pointwise tag
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Where in a module W of a linear map is kept: `size` and `stride` describe W as (out, in)."""
-
-    parameter: str
-    offset: int  # elements from the first of the parameter
-    size: tuple[int, int]
-    stride: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,16 +241,17 @@ class Flow(TorchDispatchMode):
             if replacement is not None:
                 args = (*args[:at], replacement.mT if flipped else replacement, *args[at + 1 :])
         out = func(*args, **kwargs)
-        self._mapped(out.mT if flipped else out, x, tag, out, flipped)
+        self._mapped(out.mT if flipped else out, x, constant, tag, out, flipped)
         return out
 
-    def _mapped(self, vectors: Tensor, x: Tensor, tag: Vectors, out: Tensor, flipped: bool) -> None:
+    def _mapped(self, vectors: Tensor, x: Tensor, constant: Constant, tag: Vectors, out: Tensor, flipped: bool) -> None:
         new, tokens = fresh(vectors), tag.row_tokens()
         rows = new.rows if tokens is None else tokens.unsqueeze(-1).expand(vectors.shape)
         columns = new.columns
         if flipped:
             rows, columns = rows.mT, columns.mT
-        image = Image(Role.LINEAR, (tag.source, tag.part), x.shape[-1], object(), self.frames)
+        applied = Map(self._matrix(constant.base) if is_one_matrix(constant) else None)
+        image = Image(Role.LINEAR, (tag.source, tag.part), x.shape[-1], applied, self.frames)
         self.tags[out] = Vectors(new.source, rows, columns, image, tag.gathered)
 
     def _down(
@@ -286,14 +279,12 @@ class Flow(TorchDispatchMode):
     ) -> list[tuple[Matrix, Any]] | None:
         """Which matrix each row of `x`, flattened, is multiplied by; None where it is kept in no parameter."""
         base = constant.base
-        found = None if base is None else self.weights.find(base)
-        if found is None:
+        first = None if base is None else self._matrix(base)
+        if first is None:
             return None
-        name, offset = found
 
         def matrix(entry: int) -> Matrix:
-            start = offset + entry * base.stride(0) if base.dim() == 3 else offset
-            return Matrix(name, start, (base.shape[-1], base.shape[-2]), (base.stride(-1), base.stride(-2)))
+            return replace(first, offset=first.offset + entry * base.stride(0)) if base.dim() == 3 else first
 
         if operation(func) in GROUPED:
             ends = (kwargs["offs"] if "offs" in kwargs else args[2]).tolist()
@@ -302,10 +293,21 @@ class Flow(TorchDispatchMode):
         if constant.chosen is not None:
             entries = constant.chosen.repeat_interleave(x.shape[1])  # of each row of x (batch, rows, in)
             return [(matrix(e), (entries == e).nonzero().squeeze(1)) for e in entries.unique().tolist()]
-        if base.dim() == 3 and base.stride(0) != 0:
-            n = x.shape[1]
-            return [(matrix(entry), slice(entry * n, (entry + 1) * n)) for entry in range(base.shape[0])]
-        return [(matrix(0), slice(None))]
+        if is_one_matrix(constant):
+            return [(first, slice(None))]
+        n = x.shape[1]
+        return [(matrix(entry), slice(entry * n, (entry + 1) * n)) for entry in range(base.shape[0])]
+
+    def _matrix(self, base: Tensor) -> Matrix | None:
+        """W of a linear map with the weight `base`, (in, out), or the first of a stack; None outside all parameters."""
+        found = self.weights.find(base)
+        return found and Matrix(*found, (base.shape[-1], base.shape[-2]), (base.stride(-1), base.stride(-2)))
+
+
+def is_one_matrix(constant: Constant) -> bool:
+    """Whether all vectors are multiplied by the same matrix."""
+    base = constant.base
+    return constant.chosen is None and base is not None and (base.dim() == 2 or base.stride(0) == 0)
 
 
 def operation(func: Any) -> str:

@@ -9,13 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_utils.errors import InputError
-from sparsity_utils.flow import Down, Flow, Matrix
+from sparsity_utils.flow import Down, Flow
 from sparsity_utils.modes import evaluating
-from sparsity_utils.vectors import Frames, Role, Vectors, common
+from sparsity_utils.vectors import Frames, Map, Matrix, Role, Vectors, common
 
 TEXTS, TOKENS, IMAGES = 2, 5, 2  # of the tiny input: several texts, so that the order of tokens shows
 
 Inputs = Mapping[str, Any] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FirstMap:
+    """A linear map of x that a module computes."""
+
+    module: str  # its first argument is x
+    outputs: slice  # which columns of what it returns make s, or the other factor of h
+    matrix: Matrix  # the rows of W that they are computed with
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +37,8 @@ class Use:
     gathered: Frames | None  # the modules that chose the rows of x, if any did
     activation: str | None  # the module whose output is s, if there is one
     down: str | None  # the module whose first argument is h, if there is one
+    gate: FirstMap | None  # what s is computed from; None where not all linear maps of x are found in modules
+    up: FirstMap | None  # what s is multiplied by; None also in a plain FFN
 
 
 @dataclass
@@ -45,6 +56,7 @@ class _Tracer:
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[_Call] = []
         self.uses: list[Use] = []
+        self.projections: dict[Map, str] = {}  # -> the module that returned its output
         self.flow = Flow(model, self.seen)
 
     def enter(self, name: str, args: tuple) -> None:
@@ -53,13 +65,20 @@ class _Tracer:
         self.flow.frames = tuple(call.name for call in self.calls)
 
     def leave(self, output: Any) -> None:
-        """An activation module is one that makes s of a linear image of x."""
+        """A projection makes all of W x of x; an activation module makes s of a linear image of x."""
         call = self.calls.pop()
         self.flow.frames = self.flow.frames[:-1]
         tag = self._tag(output)
-        if tag is None or tag.image is None or call.tag is None or call.tag.image is None:
+        if tag is None or tag.image is None:
             return
-        before, image = call.tag.image, tag.image
+        image, given = tag.image, self._tag(call.argument)
+        if image.role is Role.LINEAR and image.frames[-1:] == (call.name,) and image.map.matrix is not None:
+            all_of_it = tag.part == (0, 1, image.map.matrix.size[0])
+            if all_of_it and given is not None and (given.source, given.part) == image.x:
+                self.projections[image.map] = call.name
+        if call.tag is None or call.tag.image is None:
+            return
+        before = call.tag.image
         if (before.role, image.role) == (Role.LINEAR, Role.ACTIVATED) and before.map is image.map:
             name = image.activation or call.name  # the innermost, where one holds another
             self.flow.tags[output] = replace(tag, image=replace(image, activation=name))
@@ -70,9 +89,26 @@ class _Tracer:
         is_h = given is not None and given.image is not None and given.part == down.vectors.part
         is_h = is_h and (given.image.map, given.image.role) == (image.map, image.role)
         frames = common(image.frames, self.flow.frames)
+        name, first = call.name if is_h else None, self._first_maps(down)
         for matrix, _ in down.blocks:
-            name = call.name if is_h else None
-            self.uses.append(Use(matrix, image.x, frames, down.vectors.gathered, image.activation, name))
+            self.uses.append(Use(matrix, image.x, frames, down.vectors.gathered, image.activation, name, *first))
+
+    def _first_maps(self, down: Down) -> tuple[FirstMap | None, FirstMap | None]:
+        """Gate and up; both or, in a plain FFN, the one that there is, or none."""
+        image = down.vectors.image
+        factors = image.factors if image.role is Role.PRODUCT else ((image.map, down.vectors.part),)
+        found = [self._first_map(*factor, down.h.shape[-1]) for factor in factors]
+        if not found or None in found:
+            return None, None
+        return found[0], found[1] if len(found) > 1 else None
+
+    def _first_map(self, applied: Map, part: tuple, d_ff: int) -> FirstMap | None:
+        start, step, width = part
+        module = self.projections.get(applied)
+        if module is None or step < 1 or width != d_ff:
+            return None
+        outputs = slice(start, start + step * (width - 1) + 1, step)
+        return FirstMap(module, outputs, applied.matrix.rows(outputs))
 
     def _tag(self, x: Any) -> Vectors | None:
         return self.flow.tags.get(x) if isinstance(x, Tensor) else None

@@ -31,6 +31,34 @@ class Role(Enum):
     PRODUCT = "product"
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """Where in a module W of a linear map is kept: `size` and `stride` describe W as (out, in)."""
+
+    parameter: str
+    offset: int  # elements from the first of the parameter
+    size: tuple[int, int]
+    stride: tuple[int, int]
+
+    def rows(self, chosen: slice) -> "Matrix":
+        """Those rows of W that make the chosen outputs of the map."""
+        size = (len(range(*chosen.indices(self.size[0]))), self.size[1])
+        offset = self.offset + chosen.start * self.stride[0]
+        return Matrix(self.parameter, offset, size, (self.stride[0] * chosen.step, self.stride[1]))
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """W itself, (out, in), without gradient: a view."""
+        whole = parameter.detach()
+        return whole.as_strided(self.size, self.stride, whole.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """One application of a linear map to vectors; each is equal to itself alone."""
+
+    matrix: Matrix | None  # W, where it is one matrix and kept in a parameter
+
+
 @dataclass(frozen=True, eq=False)
 class Image:
     """One vector's relation to x."""
@@ -38,10 +66,11 @@ class Image:
     role: Role
     x: tuple  # which vector x is, and which part of it
     width: int  # size of x
-    map: object  # which application of which linear map
+    map: Map  # of a product: the one that s is computed from
     frames: Frames  # modules that ran it
     s: Tensor | None = None  # of a product
     activation: str | None = None  # the module whose output s is, where a module applies the activation function
+    factors: tuple[tuple[Map, tuple], ...] = ()  # of s times a linear image: the map of each, and which part of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +165,8 @@ def image_of(name: str, args: tuple, data: list[Tensor], tags: list[Vectors], pe
         at = roles.index(Role.ACTIVATED)
         if images[0].x == images[1].x:
             frames = common(images[0].frames, images[1].frames)
-            return replace(images[at], role=Role.PRODUCT, s=data[at], frames=frames)
+            factors = tuple((images[i].map, tags[i].part) for i in (at, 1 - at))
+            return replace(images[at], role=Role.PRODUCT, s=data[at], frames=frames, factors=factors)
     return None
 
 

@@ -136,6 +136,21 @@ def down(family, model, name):
     return model.get_submodule(f"{name}.{FAMILIES[family][1].down}")
 
 
+def first_maps(family, model, name):
+    """Gate and up of the FFN `name` as (module, weight (d_ff, d), bias (d_ff,) or None); None where there is none."""
+    layout = FAMILIES[family][1]
+    found = []
+    for part in (layout.gate, layout.up):
+        module = None if part is None else model.get_submodule(f"{name}.{part}")
+        weight = None if module is None else (module.weight.T if layout.conv1d else module.weight).detach()
+        found.append(None if module is None else (module, weight, module.bias))
+    if layout.fused:
+        module, weight, _ = found[0]
+        half = len(weight) // 2
+        found = [(module, weight[:half], None), (module, weight[half:], None)]
+    return found
+
+
 def mapped(module, x, conv1d):
     """A linear map by its definition."""
     weight = module.weight.T if conv1d else module.weight

@@ -10,6 +10,7 @@ from families import (
     Keep,
     build,
     down,
+    first_maps,
     inputs,
     keep_all,
     keep_even,
@@ -19,7 +20,10 @@ from families import (
     neurons,
     output,
 )
+from torch import nn
+from torch.nn import functional
 
+from sparsity_utils.activations import activation_name
 from sparsity_utils.hooks import find_ffns, observe_neurons, sparse_neurons
 
 EVERY = sorted(FAMILIES)
@@ -64,6 +68,109 @@ def test_ffns_are_found_and_s_and_h_are_those_of_the_definition(family):
         torch.testing.assert_close(s, expected_s, rtol=1e-8, atol=1e-9)  # bloom rounds its constants
         torch.testing.assert_close(h, expected_h, rtol=1e-8, atol=1e-9)
         assert tokens.tolist() == list(range(len(given[name])))
+
+
+def is_view_of(found, expected):
+    """Whether both are the same part of the same storage, or both None."""
+    if found is None or expected is None:
+        return found is expected
+    same = (found.data_ptr(), found.shape, found.stride()) == (expected.data_ptr(), expected.shape, expected.stride())
+    return same and torch.equal(found, expected) and not found.requires_grad
+
+
+def linear(x, weight, bias):
+    """W x + b by its definition."""
+    y = (x[:, None, :] * weight[None]).sum(-1)
+    return y if bias is None else y + bias
+
+
+def check_first_maps(ffn, expected):
+    for found, by_hand in zip((ffn.gate, ffn.up), expected, strict=True):
+        assert (found is None) == (by_hand is None)
+        if found is not None:
+            module, weight, bias = by_hand
+            assert found.module is module and is_view_of(found.weight, weight) and is_view_of(found.bias, bias)
+
+
+@pytest.mark.parametrize("d_ff", [24, 16])
+@pytest.mark.parametrize("family", EVERY)
+def test_the_first_maps_are_found_and_make_s_and_h(family, d_ff):
+    model, batch, seen = build(family, d_ff=d_ff), inputs(family), {}
+    ffns = find_ffns(model)
+    with observe_neurons(model, lambda ffn, s, h, tokens: seen.setdefault(ffn.name, (s, h))):
+        output(model, batch)
+    given, act = ffn_inputs(family, model, batch), FAMILIES[family][1].act
+    for ffn in ffns:
+        check_first_maps(ffn, first_maps(family, model, ffn.name))
+        x = given[ffn.name]
+        s = act(linear(x, ffn.gate.weight, ffn.gate.bias))
+        h = s if ffn.up is None else s * linear(x, ffn.up.weight, ffn.up.bias)
+        torch.testing.assert_close((s, h), seen[ffn.name], rtol=1e-8, atol=1e-9)  # bloom rounds its constants
+        for found in (ffn.gate, ffn.up):
+            if found is not None:
+                returned = found.module(x)[..., found.outputs]
+                torch.testing.assert_close(returned, linear(x, found.weight, found.bias), rtol=1e-10, atol=1e-10)
+        whole = down(family, model, ffn.name)
+        assert (ffn.down is None) == (ffn.activation is None) == (family == "lfm2")  # whose activation is a function
+        if ffn.down is not None:
+            assert ffn.down is whole and is_view_of(ffn.down_bias, whole.bias)
+            assert activation_name(ffn.activation) == act.__name__
+
+
+class Fused(nn.Module):
+    """Gate and up interleaved in one map, with a bias, whose outputs `compute` may take elsewhere than from it."""
+
+    def __init__(self, compute):
+        super().__init__()
+        self.both, self.act, self.out = nn.Linear(6, 18), nn.SiLU(), nn.Linear(9, 6, bias=False)
+        self.compute = compute
+
+    def forward(self, x):
+        both = self.compute(self.both, x)
+        return self.out(both[..., 1::2] * self.act(both[..., ::2]))
+
+
+def directly(both, x):
+    return both(x)
+
+
+def transposed(both, x):
+    """Torch then multiplies by a weight expanded to a stack, and adds the bias by itself."""
+    return both.requires_grad_(False)(x.mT.contiguous().mT)
+
+
+@pytest.mark.parametrize("compute", [directly, transposed])
+def test_interleaved_maps_are_found_by_their_rows_also_inside_another_module(compute):
+    model, x = Fused(compute).double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    both, weight, bias = model.both, model.both.weight.detach(), model.both.bias.detach()
+    model.both = nn.Sequential(both)
+    (ffn,) = find_ffns(model, x)
+    check_first_maps(ffn, [(both, weight[i::2], bias[i::2]) for i in (0, 1)])
+    assert ffn.down is model.out and ffn.down_bias is None
+    model.float()
+    check_first_maps(ffn, [(both, both.weight.detach()[i::2], both.bias.detach()[i::2]) for i in (0, 1)])
+
+
+def run_by_no_module(both, x):
+    return functional.linear(x, both.weight, both.bias)
+
+
+def without_a_positional_argument(both, x):
+    return both(input=x)
+
+
+def of_another_vector_inside(both, x):
+    handle = both.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    result = both(x)
+    handle.remove()
+    return result
+
+
+@pytest.mark.parametrize("compute", [run_by_no_module, without_a_positional_argument, of_another_vector_inside])
+def test_maps_that_no_module_makes_of_x_are_not_given(compute):
+    model, x = Fused(compute).double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    (ffn,) = find_ffns(model, x)
+    assert ffn.gate is None and ffn.up is None and ffn.down is model.out
 
 
 @pytest.mark.parametrize("family", SQUARE)

@@ -278,6 +278,7 @@ def test_an_ffn_made_of_functions_is_observed_and_masked(body, grad):
     before, seen = model(x), []
     (ffn,) = find_ffns(model, x)
     assert ffn.parameter is model.down and torch.equal(ffn.down_weight, model.down.T)
+    assert ffn.gate is None and ffn.up is None and ffn.down_bias is None
     with observe_neurons(model, lambda ffn, s, h, tokens: seen.append((s.clone(), h.clone(), tokens))), grad():
         assert torch.equal(model(x), before)
     ((s, h, tokens),) = seen

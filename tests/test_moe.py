@@ -111,6 +111,7 @@ def test_each_routed_expert_sees_its_tokens_and_its_neurons(family, implementati
                 assert_close(s[row], slow)
                 assert_close(h[row], slow * (up * x[token]).sum(1))
             assert torch.equal(ffns[4 * i + e].down_weight, experts.down_proj[e])
+            assert ffns[4 * i + e].gate is None and ffns[4 * i + e].up is None
             assert ffns[4 * i + e].down_weight.data_ptr() == experts.down_proj[e].data_ptr()
     assert count == 2 * 2 * IDS.numel()
     assert all(expert == 0 for _, expert in seen)  # what is left is of shared experts
@@ -131,6 +132,10 @@ def test_shared_experts_are_layers_of_their_own():
         for i in range(2)
         for j, (name, count, width) in enumerate([("shared_expert", 1, 20), ("experts", 4, 24)])
     }
+    for shared in (ffn for ffn in ffns if ffn.experts == 1):
+        module = model.get_submodule(shared.name)
+        assert shared.gate.module is module.gate_proj and torch.equal(shared.gate.weight, module.gate_proj.weight)
+        assert shared.up.module is module.up_proj and torch.equal(shared.up.weight, module.up_proj.weight)
     seen = observed(model, lambda: output(model, {"input_ids": IDS}))
     assert all(torch.equal(seen[layer, 0][2], torch.arange(IDS.numel())) for layer in (0, 2))
 
@@ -174,6 +179,7 @@ def test_experts_with_transposed_weights_biases_and_a_written_out_activation(imp
     for i, (experts, x, chosen) in enumerate(routes(model, lambda: output(model, {"input_ids": IDS}))):
         for e in range(4):
             assert torch.equal(ffns[4 * i + e].down_weight, experts.down_proj[e].T)
+            assert ffns[4 * i + e].gate is None and ffns[4 * i + e].up is None
             s, h, tokens = seen.get((i, e), (None, None, torch.zeros(0, dtype=torch.long)))
             assert sorted(tokens.tolist()) == [t for t in range(len(x)) if e in chosen[t].tolist()]
             if len(tokens) == 0:
@@ -278,6 +284,7 @@ def test_experts_in_a_list_share_a_layer_also_those_that_no_token_was_sent_to():
         assert {ffn.name for ffn in routed} == {f"layers.{layer // 2}.experts"}
         experts = model.layers[layer // 2].experts
         assert all(ffn.parameter is expert.wo.weight for ffn, expert in zip(routed, experts, strict=True))
+        assert all(ffn.gate is None and ffn.up is None for ffn in routed)
     assert [ffn.name for ffn in ffns if ffn.layer in (1, 3)] == ["layers.0.shared", "layers.1.shared"]
 
     x = torch.randn(3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
