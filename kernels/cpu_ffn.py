@@ -40,15 +40,22 @@ BYTES_PER_THREAD = 2**18  # of weights; below, starting a thread costs more than
 def run(ffn: SparseFFN, x: Tensor) -> Tensor:
     """y, (tokens, d_out), of `x`, (tokens, d): the backend of `SparseFFN` for tensors on a CPU."""
     wide = x.to(torch.float32).numpy()  # (tokens, d)
-    rule = ffn.threshold.numpy(), ffn.rule == "neuron", ACTIVATIONS[ffn.act]
-    shares = threads(ffn)
+    shares, act, by_neuron = threads(ffn), ACTIVATIONS[ffn.act], ffn.rule == "neuron"
+    limits, threshold = ffn.gate_limit.numpy(), ffn.threshold.numpy()
     g = np.empty((ffn.d_ff, len(wide)), np.float32)
     needed = np.empty(ffn.d_ff, np.bool_)
-    select(array(ffn.w_gate), vector(ffn.b_gate), wide, *rule, shares, g, needed)
+    exact = array(ffn.w_gate), vector(ffn.b_gate), wide, limits, act, shares, g, needed
+    if ffn.certificate is None:
+        select(*exact)
+    else:
+        copy = ffn.certificate
+        parts = (part.numpy() for part in (copy.bits, copy.scale, copy.radius, copy.fixed, copy.region))
+        select_certified(*parts, np.linalg.norm(wide.astype(np.float64), axis=1), *exact)
     gated, down = ffn.w_up is not None, array(ffn.w_down_t)
     up = array(ffn.w_up if gated else ffn.w_gate)
     y = np.zeros((shares, len(wide), down.shape[1]), np.float32)
-    combine(np.flatnonzero(needed), g, up, vector(ffn.b_up), gated, down, wide, *rule, y)
+    neurons = np.flatnonzero(needed)
+    combine(neurons, g, up, vector(ffn.b_up), gated, down, wide, limits, threshold, by_neuron, act, y)
     total = torch.from_numpy(y).sum(0)
     return (total if ffn.b_down is None else total + ffn.b_down).to(x.dtype)
 
@@ -155,23 +162,50 @@ def dots(row, x, tokens, count, bias, out, wide):
         out[t] = a + bias
 
 
+@njit(fastmath=MATH, cache=True, nogil=True)
+def examined(row, x, everyone, bias, limit, act, g, wide):
+    """Whether any token needs a neuron, given its row of W_gate; fills its g, (tokens,)."""
+    dots(row, x, everyone, len(everyone), bias, g, wide)
+    needed = False
+    for t in everyone:
+        if abs(activated(g[t], act)) > limit or not math.isfinite(g[t]):
+            needed = True
+    return needed
+
+
 @njit(fastmath=MATH, cache=True, parallel=True)
-def select(gate, bias, x, threshold, by_neuron, act, shares, g, needed):
-    """Fills g, (d_ff, tokens), and needed, (d_ff,): whether any token needs the neuron's row of W_up or W_down."""
-    d_ff, tokens = g.shape
+def select(gate, bias, x, limits, act, shares, g, needed):
+    """Fills g, (d_ff, tokens), and needed, (d_ff,): whether any token has |s_i| above the limit of neuron i."""
     for share in prange(shares):
-        wide, everyone = np.empty(x.shape[1], np.float32), np.arange(tokens)
-        for i in range(d_ff * share // shares, d_ff * (share + 1) // shares):
-            dots(gate[i], x, everyone, tokens, bias[i] if len(bias) else np.float32(0), g[i], wide)
-            limit = np.float32(0) if by_neuron else threshold[i]
-            needed[i] = False
-            for t in range(tokens):
-                if abs(activated(g[i, t], act)) > limit or not math.isfinite(g[i, t]):
-                    needed[i] = True
+        wide, everyone = np.empty(x.shape[1], np.float32), np.arange(len(x))
+        for i in range(len(g) * share // shares, len(g) * (share + 1) // shares):
+            b = bias[i] if len(bias) else np.float32(0)
+            needed[i] = examined(gate[i], x, everyone, b, limits[i], act, g[i], wide)
 
 
 @njit(fastmath=MATH, cache=True, parallel=True)
-def combine(neurons, g, up, bias, gated, down, x, threshold, by_neuron, act, y):
+def select_certified(bits, scale, radius, fixed, region, sizes, gate, bias, x, limits, act, shares, g, needed):
+    """As `select`, where rows of `bits` that leave no doubt take the place of those of W_gate; sizes are ||x||."""
+    for share in prange(shares):
+        wide, everyone = np.empty(x.shape[1], np.float32), np.arange(len(x))
+        estimate = np.empty(len(x), np.float32)
+        for i in range(len(g) * share // shares, len(g) * (share + 1) // shares):
+            b = bias[i] if len(bias) else np.float32(0)
+            dots(bits[i], x, everyone, len(x), np.float32(0), estimate, wide)
+            tail, low, high = region[0, i], region[1, i], region[2, i]
+            doubt = False
+            for t in everyone:
+                middle, reach = scale[i] * estimate[t] + b, radius[i] * sizes[t] + fixed[i]
+                if not (middle + reach <= tail or (middle - reach >= low and middle + reach <= high)):
+                    doubt = True
+            if doubt:
+                needed[i] = examined(gate[i], x, everyone, b, limits[i], act, g[i], wide)
+            else:
+                needed[i] = False
+
+
+@njit(fastmath=MATH, cache=True, parallel=True)
+def combine(neurons, g, up, bias, gated, down, x, limits, threshold, by_neuron, act, y):
     """Adds the output of the given neurons to y, (shares, tokens, d_out)."""
     shares, tokens = y.shape[:2]
     for share in prange(shares):
@@ -181,11 +215,10 @@ def combine(neurons, g, up, bias, gated, down, x, threshold, by_neuron, act, y):
             i = neurons[k]
             fetch_start(down[i])
             fetch_start(up[neurons[min(k + 1, len(neurons) - 1)]])
-            limit = np.float32(0) if by_neuron else threshold[i]
             count = 0
             for t in range(tokens):
                 s[t] = activated(g[i, t], act)
-                if abs(s[t]) > limit or not math.isfinite(g[i, t]):
+                if abs(s[t]) > limits[i] or not math.isfinite(g[i, t]):
                     needing[count] = t
                     count += 1
             if gated:

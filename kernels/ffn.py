@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import naive
+from kernels.certified import CertifiedGate, certified_gate
 from sparsity_utils.errors import InputError
 
 MAX_TOKENS = 16  # tokens of one call that the kernels take; above, most neurons are active for some token
@@ -37,6 +38,7 @@ class SparseFFN:
     b_gate: Tensor | None = None  # (d_ff,)
     b_up: Tensor | None = None  # (d_ff,)
     b_down: Tensor | None = None  # (d_out,)
+    certificate: CertifiedGate | None = None  # made by `certified`
 
     def __post_init__(self) -> None:
         self._check()
@@ -48,6 +50,18 @@ class SparseFFN:
     def d_ff(self) -> int:
         """Number of neurons."""
         return self.w_gate.shape[0]
+
+    @property
+    def gate_limit(self) -> Tensor:
+        """The |s_i| up to which neither W_up nor W_down of neuron i is needed, (d_ff,), float32."""
+        return self.threshold if self.rule == "gate" else torch.zeros_like(self.threshold)
+
+    def certified(self) -> "SparseFFN":
+        """The same FFN with an 8-bit copy of W_gate, which is read first: see `kernels.certified`. The same bits.
+
+        Raises `InputError` on other devices than a CPU, and where no neuron could ever be certainly inactive.
+        """
+        return replace(self, certificate=certified_gate(self.w_gate, self.b_gate, self.act, self.gate_limit))
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
