@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from kernels import naive
-from sparsity_utils.errors import InputError
 
 LEVELS = 127  # of an int8, on either side of zero
 UNIT = 2.0**-24  # of float32
@@ -55,14 +54,14 @@ def certified_gate(w_gate: Tensor, b_gate: Tensor | None, act: str, limit: Tenso
     Args:
         limit: (d_ff,); neuron i is inactive where |act(g_i)| <= limit_i.
 
-    Raises `InputError` when the weights are not on a CPU, the one device with a kernel for it, and when no neuron can
+    Raises `ValueError` when the weights are not on a CPU, the one device with a kernel for it, and when no neuron can
     ever be certain to be inactive.
     """
     if w_gate.device.type != "cpu":
-        raise InputError(f"The gate weights are on {w_gate.device}; certified gates run on a CPU only.")
+        raise ValueError(f"The gate weights are on {w_gate.device}; certified gates run on a CPU only.")
     region = inactive_region(act, limit)
     if (region[0] == -torch.inf).all() and (region[1] > region[2]).all():
-        raise InputError(
+        raise ValueError(
             f"With {act} and a limit of zero no neuron is certainly inactive: use the rule 'gate', or ReLU."
         )
     w = w_gate.detach().double()

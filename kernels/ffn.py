@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kernels import naive
 from kernels.certified import CertifiedGate, certified_gate
-from sparsity_utils.errors import InputError
 
 MAX_TOKENS = 16  # tokens of one call that the kernels take; above, most neurons are active for some token
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,7 +25,7 @@ class SparseFFN:
     bfloat16), sums are kept in float32. The same input gives the same bits on every call. No gradient flows through
     it. More than MAX_TOKENS tokens are computed densely, by `naive.sparse_ffn`.
 
-    Raises `InputError` when shapes, dtypes or devices do not fit, and when act or rule is unknown.
+    Raises `ValueError` when shapes, dtypes or devices do not fit, and when act or rule is unknown.
     """
 
     w_gate: Tensor  # (d_ff, d); of a plain FFN, the one matrix before the activation function
@@ -59,7 +58,7 @@ class SparseFFN:
     def certified(self) -> "SparseFFN":
         """The same FFN with an 8-bit copy of W_gate, which is read first: see `kernels.certified`. The same bits.
 
-        Raises `InputError` on other devices than a CPU, and where no neuron could ever be certainly inactive.
+        Raises `ValueError` on other devices than a CPU, and where no neuron could ever be certainly inactive.
         """
         return replace(self, certificate=certified_gate(self.w_gate, self.b_gate, self.act, self.gate_limit))
 
@@ -67,11 +66,11 @@ class SparseFFN:
     def __call__(self, x: Tensor) -> Tensor:
         """FFN(x) of the active neurons, (..., d_out), in the dtype of `x`, (..., d).
 
-        Raises `InputError` when the size, dtype or device of `x` is not that of the weights.
+        Raises `ValueError` when the size, dtype or device of `x` is not that of the weights.
         """
         d = self.w_gate.shape[1]
         if x.dim() == 0 or x.shape[-1] != d or x.dtype != self.w_gate.dtype or x.device != self.w_gate.device:
-            raise InputError(
+            raise ValueError(
                 f"x is {described(x)}, and w_gate is {described(self.w_gate)}: x must be (..., {d}), of the same "
                 f"dtype and on the same device."
             )
@@ -86,39 +85,39 @@ class SparseFFN:
     def _check(self) -> None:
         for name, value, known in (("act", self.act, naive.ACTIVATIONS), ("rule", self.rule, naive.RULES)):
             if value not in known:
-                raise InputError(f"{name} is {value!r}; choose one of {', '.join(known)}.")
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}.")
         tensors = self._tensors()
         for name, dimensions in (("w_gate", 2), ("w_down_t", 2)):
             if tensors[name].dim() != dimensions:
-                raise InputError(f"{name} is {described(tensors[name])}; it must have two dimensions, d_ff first.")
+                raise ValueError(f"{name} is {described(tensors[name])}; it must have two dimensions, d_ff first.")
         d_ff, d = self.w_gate.shape
         d_out = self.w_down_t.shape[1]
         shapes = {"w_up": (d_ff, d), "w_down_t": (d_ff, d_out), "b_gate": (d_ff,), "b_up": (d_ff,), "b_down": (d_out,)}
         for name, tensor in tensors.items():
             if tensor.shape != shapes.get(name, (d_ff, d)):
-                raise InputError(
+                raise ValueError(
                     f"{name} is {described(tensor)}; with w_gate of {d_ff} neurons and {d} inputs its shape must be "
                     f"{shapes[name]}{', the down projection transposed' if name == 'w_down_t' else ''}."
                 )
             if tensor.dtype not in DTYPES or tensor.dtype != self.w_gate.dtype or tensor.device != self.w_gate.device:
-                raise InputError(
+                raise ValueError(
                     f"{name} is {described(tensor)}, and w_gate is {described(self.w_gate)}: all weights must be on "
                     f"one device and of one dtype, float32, float16 or bfloat16."
                 )
         if self.b_up is not None and self.w_up is None:
-            raise InputError("b_up was given without w_up; give a plain FFN's bias as b_gate.")
+            raise ValueError("b_up was given without w_up; give a plain FFN's bias as b_gate.")
 
     def _threshold_per_neuron(self) -> Tensor:
         """(d_ff,), float32, on the device of the weights."""
         given, device = self.threshold, self.w_gate.device
         if not isinstance(given, Tensor):
             if not given >= 0:
-                raise InputError(f"The threshold is {given}; it must be 0 or more.")
+                raise ValueError(f"The threshold is {given}; it must be 0 or more.")
             return torch.full((self.d_ff,), float(given), dtype=torch.float32, device=device)
         if given.dim() == 0:
             given = given.expand(self.d_ff)
         if given.shape != (self.d_ff,) or given.device != device:
-            raise InputError(
+            raise ValueError(
                 f"The threshold is {described(given)}; it must be one number, or one per neuron, ({self.d_ff},), on "
                 f"the device of the weights, {device}."
             )
