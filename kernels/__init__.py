@@ -5,6 +5,6 @@ cpu_ffn     numba
 triton_ffn  Triton, on a CUDA GPU
 """
 
-from kernels.ffn import SparseFFN, sparse_ffn
+from kernels.ffn import MAX_TOKENS, SparseFFN, sparse_ffn
 
-__all__ = ["SparseFFN", "sparse_ffn"]
+__all__ = ["MAX_TOKENS", "SparseFFN", "sparse_ffn"]

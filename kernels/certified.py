@@ -62,7 +62,8 @@ def certified_gate(w_gate: Tensor, b_gate: Tensor | None, act: str, limit: Tenso
     region = inactive_region(act, limit)
     if (region[0] == -torch.inf).all() and (region[1] > region[2]).all():
         raise ValueError(
-            f"With {act} and a limit of zero no neuron is certainly inactive: use the rule 'gate', or ReLU."
+            f"With {act} and a limit of zero no neuron is certainly inactive: certify an FFN with the rule 'gate', or "
+            f"one with ReLU."
         )
     w = w_gate.detach().double()
     d = w.shape[1]

@@ -1,0 +1,184 @@
+"""Put a sparse kernel in the place of a model's FFNs inside a `with` block, so that decoding skips idle neurons.
+
+The modules that compute W_gate x, W_up x and W_down h are bypassed: the first computes all of the FFN with
+`kernels.SparseFFN`, the last returns it, and what lies between runs on zeros. No module is replaced, so that this works
+for every model whose FFNs `find_ffns` finds as modules of their own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kernels import MAX_TOKENS, SparseFFN
+from sparsity_utils.activations import activation_name
+from sparsity_utils.errors import InputError
+from sparsity_utils.ffns import FFN, Projection, find_ffns, widened
+from sparsity_utils.hooks import check_layers
+from sparsity_utils.modes import evaluating
+from sparsity_utils.thresholds import Thresholds
+from sparsity_utils.trace import Inputs, tiny_inputs
+
+ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative RMS, of one FFN's output
+
+
+@contextmanager
+def sparse_kernels(
+    model: nn.Module, thresholds: Thresholds, *, certified: bool = False, inputs: Inputs | None = None
+) -> Iterator[list[SparseFFN]]:
+    """Inside the block, the FFNs of `model` read only the weights that `thresholds` calls for.
+
+    `model.generate` then gives what it gives under `sparse_neurons` with the same thresholds, up to the rounding of
+    sums in another order; calls of more than 16 tokens, such as prompts, run densely under the same mask. The weights
+    of the down projections are copied for the block, which takes a third of the FFNs' memory; changes that are made to
+    the model's weights inside it do not count. `observe_neurons` sees nothing of these FFNs.
+
+    Before the block begins, each kernel is held against the model's own FFN on a tiny input.
+
+    Args:
+        thresholds: of the rules "relu", "fat" or "cett".
+        certified: also keep an 8-bit copy of each gate that proves neurons inactive (`kernels.certified`; CPU).
+        inputs: as `find_ffns` takes them, for models that need it.
+
+    Yields the kernels, one per FFN, first layer first. When the block ends, also by an exception, the model is as before.
+
+    Raises `InputError` when a FFN has routed experts, is computed without modules of its own, has another activation
+    function than `kernels.naive.ACTIVATIONS`, or computes something else than its kernel; when `thresholds` are for
+    another number of layers or of rule "top-k"; and when `certified` is asked for where it cannot work.
+    """
+    ffns = find_ffns(model, inputs)
+    check_layers(thresholds, ffns)
+    for ffn in ffns:
+        _check_parts(ffn)
+    _check_outputs(model, ffns, inputs)
+    kernels = [_named_errors(ffn, lambda ffn=ffn: kernel_of(ffn, thresholds, certified)) for ffn in ffns]
+    with ExitStack() as stack:
+        for ffn, kernel in zip(ffns, kernels, strict=True):
+            _bypass(stack, ffn, kernel)
+        yield kernels
+
+
+def kernel_of(ffn: FFN, thresholds: Thresholds, certified: bool = False) -> SparseFFN:
+    """The kernel that computes `ffn` under `thresholds`."""
+    rule, threshold = kernel_rule(ffn, thresholds)
+    kernel = SparseFFN(
+        w_gate=ffn.gate.weight,
+        w_up=None if ffn.up is None else ffn.up.weight,
+        w_down_t=ffn.down_weight.t(),
+        threshold=threshold,
+        act=activation_name(ffn.activation),
+        rule=rule,
+        b_gate=ffn.gate.bias,
+        b_up=None if ffn.up is None else ffn.up.bias,
+        b_down=ffn.down_bias,
+    )
+    return kernel.certified() if certified else kernel
+
+
+def kernel_rule(ffn: FFN, thresholds: Thresholds) -> tuple[str, Tensor | float]:
+    """The kernels' rule and threshold with which the same neurons of `ffn` are active.
+
+    "fat" keeps |s| >= value, the kernels' "gate" |s| > t: the next smaller float32.
+    """
+    value = thresholds.values[ffn.layer]
+    if thresholds.rule == "relu":
+        return "gate", 0.0
+    if thresholds.rule == "fat":
+        return "gate", torch.nextafter(torch.tensor(value), torch.tensor(0.0)).item()
+    if thresholds.rule == "cett":
+        return "neuron", thresholds.per_neuron(ffn)
+    raise InputError(f"The kernels have no rule {thresholds.rule!r}; use thresholds of the rules relu, fat or cett.")
+
+
+def _named_errors(ffn: FFN, make: Callable[[], SparseFFN]) -> SparseFFN:
+    try:
+        return make()
+    except ValueError as error:
+        raise InputError(f"{ffn.name} cannot run on a sparse kernel: {error}") from error
+
+
+def _check_parts(ffn: FFN) -> None:
+    """Raises `InputError` unless the FFN is computed by modules that can be bypassed."""
+    if ffn.experts > 1 or ffn.gate is None or ffn.activation is None or ffn.down is None:
+        what = "has routed experts" if ffn.experts > 1 else "is not computed by modules of its own"
+        raise InputError(f"{ffn.name} {what}, and no kernel can take its place; sparse_neurons can still mask it.")
+    if activation_name(ffn.activation) is None:
+        raise InputError(
+            f"{ffn.name} has the activation function {type(ffn.activation).__name__}, which the kernels do not know."
+        )
+    parts = [part for part in (ffn.gate, ffn.up) if part is not None]
+    for part in parts:
+        used = sum(other.matrix.size[0] for other in parts if other.module is part.module)
+        if used != _outputs(part):
+            raise InputError(f"{ffn.name} shares its first linear map with another part of the model.")
+
+
+def _outputs(part: Projection) -> int:
+    """How many numbers per token the module of `part` returns."""
+    parameter = getattr(part.holder, part.parameter_name)
+    return parameter.numel() // part.matrix.size[1]
+
+
+def _check_outputs(model: nn.Module, ffns: list[FFN], inputs: Inputs | None) -> None:
+    """Raises `InputError` where a kernel that skips only zeros computes something else than the model's own FFN."""
+    given: dict[FFN, tuple[Tensor, Tensor]] = {}
+    with ExitStack() as stack:
+        for ffn in ffns:
+            _watch(stack, ffn, given)
+        with evaluating(model):
+            inputs = tiny_inputs(model) if inputs is None else inputs
+            model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+    nothing_skipped = Thresholds("relu", tuple(0.0 for _ in ffns))
+    for ffn, (x, y) in given.items():
+        kernel = _named_errors(ffn, lambda ffn=ffn: kernel_of(ffn, nothing_skipped))
+        size, error = (widened(part).square().mean().sqrt() for part in (y, kernel(x) - y))
+        if not error <= ROUNDING[y.dtype] * size:
+            raise InputError(
+                f"{ffn.name} computes more than W_down (act(W_gate x) * W_up x), and no kernel can take its place; "
+                f"sparse_neurons can still mask it."
+            )
+
+
+def _watch(stack: ExitStack, ffn: FFN, given: dict[FFN, tuple[Tensor, Tensor]]) -> None:
+    """Keep the first x and y of an FFN, (tokens, d)."""
+    pending: list[Tensor] = []
+
+    def keep_x(module: nn.Module, args: tuple) -> None:
+        pending.append(args[0].flatten(0, -2)[:MAX_TOKENS].clone())
+
+    def keep_y(module: nn.Module, args: tuple, output: Tensor) -> None:
+        given.setdefault(ffn, (pending.pop(0), output.flatten(0, -2)[:MAX_TOKENS].clone()))
+
+    stack.callback(ffn.gate.module.register_forward_pre_hook(keep_x).remove)
+    stack.callback(ffn.down.register_forward_hook(keep_y).remove)
+
+
+def _bypass(stack: ExitStack, ffn: FFN, kernel: SparseFFN) -> None:
+    """Let the first module of `ffn` compute all of it and the last return it."""
+    pending: list[Tensor] = []
+
+    def first(x: Tensor) -> Tensor:
+        pending.append(kernel(x))
+        return zeros(x, ffn.gate)
+
+    def zeros(x: Tensor, part: Projection) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], _outputs(part))
+
+    _replace_forward(stack, ffn.gate.module, first)
+    if ffn.up is not None and ffn.up.module is not ffn.gate.module:
+        _replace_forward(stack, ffn.up.module, lambda x: zeros(x, ffn.up))
+    _replace_forward(stack, ffn.down, lambda h: pending.pop())
+
+
+def _replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    own = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+    module.forward = forward
+    stack.callback(restore)
