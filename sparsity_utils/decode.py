@@ -41,7 +41,7 @@ def sparse_kernels(
         certified: also keep an 8-bit copy of each gate that proves neurons inactive (`kernels.certified`; CPU).
         inputs: as `find_ffns` takes them, for models that need it.
 
-    Yields the kernels, one per FFN, first layer first. When the block ends, also by an exception, the model is as before.
+    Yields the kernels, one per FFN, first layer first. When the block ends, however, the model is as before.
 
     Raises `InputError` when a FFN has routed experts, is computed without modules of its own, has another activation
     function than `kernels.naive.ACTIVATIONS`, or computes something else than its kernel; when `thresholds` are for

@@ -1,0 +1,213 @@
+"""How fast sparse FFNs are beside dense ones with the same weights, and beside what memory allows.
+
+All ways of computing a case alternate in one process; weights are kept several times over, together far larger than
+any cache, and every call meets the next copy, as the layers of a model would. A speed is reported only where the
+output agrees with the same rule run densely.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kernels import MAX_TOKENS, naive
+from kernels.bench_cases import SHAPES, Case, Pattern, Problem, build, random_pattern, rows_read
+
+SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.935, 0.97, 0.99)
+BATCHES = (2, 4, 8, 16)
+ROUNDS = 15
+WEIGHTS = {"cpu": 2**29, "cuda": 2**30}  # bytes of all copies together: several times the largest cache
+AGREE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # relative RMS
+Way = Callable[[Problem], Tensor]
+
+
+def grid(shapes: Iterable[str] = SHAPES, patterns: Iterable[Pattern] = ()) -> list[Case]:
+    """The cases of the bench: every sparsity on every shape, then other dtypes, batches and `patterns` on one shape."""
+    shapes = list(shapes)
+    cases = [Case(shape, random_pattern(sparsity, SHAPES[shape][1], 1)) for shape in shapes for sparsity in SPARSITIES]
+    one = "2.4B" if "2.4B" in shapes else shapes[-1]
+    for dtype in (torch.float16, torch.bfloat16):
+        cases += [Case(one, random_pattern(sparsity, SHAPES[one][1], 1), 1, dtype) for sparsity in SPARSITIES]
+    cases += [
+        Case(one, random_pattern(sparsity, SHAPES[one][1], MAX_TOKENS), batch)
+        for batch in BATCHES
+        for sparsity in (0.0, 0.5, 0.9, 0.97)
+    ]
+    return cases + [Case(one, pattern, batch) for pattern in patterns for batch in (1, *BATCHES)]
+
+
+def ffn_speeds(
+    cases: Iterable[Case], *, compiled: bool = True, rounds: int = ROUNDS, device: str | None = None
+) -> pd.DataFrame:
+    """One row per case and way of computing it; columns are described in results/columns.csv, table sparse_ffn.
+
+    Args:
+        compiled: also time torch.compile, which on a CPU needs a C++ compiler.
+        device: "cpu" or "cuda"; None: a GPU where there is one.
+
+    Raises `RuntimeError` when an output does not agree with the same rule run densely.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    limits = bandwidth(device)
+    rows = []
+    with torch.inference_mode():
+        for case in tqdm(list(cases), desc="sparse FFNs", disable=bool(os.environ.get("CI")), leave=False):
+            rows += list(_case_rows(case, device, compiled, rounds))
+    table = pd.DataFrame(rows)
+    for name, value in limits.items():
+        table[name] = value
+    return table.assign(**machine(device))
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """What a speed was measured on."""
+    backend = "triton" if device == "cuda" else "numba"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})"
+    versions = f"torch {torch.__version__}, {backend} {version(backend)}"
+    return {"device": name, "threads": torch.get_num_threads(), "versions": versions, "date": str(date.today())}
+
+
+def bandwidth(device: str, rounds: int = ROUNDS) -> dict[str, float]:
+    """GB/s of copying and of reading memory, medians: the limits of whatever is bound by memory."""
+    source = torch.ones(WEIGHTS[device] // 8, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    moved = {"copy_gb_per_s": 2 * source.nbytes, "read_gb_per_s": source.nbytes}
+    works = {"copy_gb_per_s": lambda: target.copy_(source), "read_gb_per_s": lambda: source.sum()}
+    seconds = {name: [timed(work, device) for _ in range(rounds)] for name, work in works.items()}
+    return {name: round(moved[name] / np.median(seconds[name]) / 1e9, 1) for name in moved}
+
+
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds of one call."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def dense(problem: Problem) -> Tensor:
+    """The dense FFN, as a model computes it."""
+    ffn, act = problem.ffn, naive.ACTIVATIONS[problem.ffn.act]
+    return F.linear(act(F.linear(problem.x, ffn.w_gate)) * F.linear(problem.x, ffn.w_up), problem.w_down)
+
+
+def sparse(problem: Problem) -> Tensor:
+    """The kernel of this project, with the certified gate where the FFN has one."""
+    return problem.ffn(problem.x)
+
+
+def _case_rows(case: Case, device: str, compiled: bool, rounds: int) -> Iterator[dict]:
+    first = build(case, device)
+    count = max(1, WEIGHTS[device] // first.nbytes)
+    problems = [first, *(first.copied() for _ in range(count - 1))]
+    ways: dict[str, tuple[Way, list[Problem]]] = {"dense": (dense, problems)}
+    if compiled and (way := _compiled(first)) is not None:
+        ways["dense compiled"] = way, problems
+    ways["sparse"] = sparse, problems
+    if device == "cpu" and first.ffn.act == "relu":
+        ways["certified"] = sparse, [replace(problem, ffn=problem.ffn.certified()) for problem in problems]
+    for name, (way, given) in ways.items():
+        _check(case, name, way(given[0]), given[0])
+    works = {name: _pass(way, given, device) for name, (way, given) in ways.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            seconds[name].append(timed(work, device) / count)
+    for name, (_, given) in ways.items():
+        yield _row(case, name, given[0], seconds)
+
+
+def _pass(way: Way, problems: list[Problem], device: str) -> Callable[[], object]:
+    """Compute every copy once; on a GPU as one replayed graph, so that no launch is waited for."""
+
+    def run() -> None:
+        for problem in problems:
+            way(problem)
+
+    run()
+    if device != "cuda":
+        return run
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _compiled(problem: Problem) -> Way | None:
+    """`dense` under torch.compile; None where that cannot be had."""
+
+    def linear_maps(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(act(F.linear(x, gate)) * F.linear(x, up), down)
+
+    act = naive.ACTIVATIONS[problem.ffn.act]
+    maps = torch.compile(linear_maps, dynamic=False)
+    try:
+        maps(problem.x, problem.ffn.w_gate, problem.ffn.w_up, problem.w_down)
+    except Exception as error:
+        print(f"torch.compile is left out: {type(error).__name__}")
+        return None
+    return lambda given: maps(given.x, given.ffn.w_gate, given.ffn.w_up, given.w_down)
+
+
+def _check(case: Case, way: str, y: Tensor, problem: Problem) -> None:
+    """Raises `RuntimeError` unless `y` is the rule's output; dense ways are held against the rule without threshold."""
+    ffn = problem.ffn
+    threshold = ffn.threshold if way in ("sparse", "certified") else 0.0
+    weights = (weight.float() for weight in (ffn.w_gate, ffn.w_up, ffn.w_down_t))
+    expected = naive.sparse_ffn(problem.x.float(), *weights, threshold, ffn.act, ffn.rule)
+    error = ((y.float() - expected).square().mean() / expected.square().mean()).sqrt().item()
+    if not error <= AGREE[case.dtype] * (3 if way.startswith("dense") else 1):  # dense ways round s and h as well
+        raise RuntimeError(f"No speed is reported: {way} at {case.shape} is off by {error:.2g}.")
+
+
+def _row(case: Case, way: str, problem: Problem, seconds: dict[str, list[float]]) -> dict:
+    d, d_ff = SHAPES[case.shape]
+    shares = rows_read(problem)
+    size = problem.w_down.element_size()
+    gate = 1.0
+    if way == "certified":
+        gate = 1 / size + shares["undecided_share"]
+    read = 3.0 if way.startswith("dense") else gate + shares["up_share"] + shares["active_share"]
+    low, median, high = np.quantile(seconds[way], (0.1, 0.5, 0.9))
+    speedup = np.median(np.array(seconds["dense"]) / np.array(seconds[way]))
+    return {
+        "shape": case.shape,
+        "d_model": d,
+        "d_ff": d_ff,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "tokens": case.tokens,
+        "pattern": case.pattern.name,
+        "activation": case.pattern.act,
+        "rule": case.pattern.rule,
+        "sparsity": round(shares["sparsity"], 4),
+        "up_share": round(shares["up_share"], 4),
+        "active_share": round(shares["active_share"], 4),
+        "undecided_share": round(shares.get("undecided_share", np.nan), 4),
+        "way": way,
+        "milliseconds": 1e3 * median,
+        "low_milliseconds": 1e3 * low,
+        "high_milliseconds": 1e3 * high,
+        "megabytes": read * d * d_ff * size / 1e6,
+        "gb_per_s": read * d * d_ff * size / median / 1e9,
+        "speedup": speedup,
+        "ideal_speedup": 3 / read,
+        "share_of_ideal": speedup * read / 3,
+        "rounds": len(seconds[way]),
+    }

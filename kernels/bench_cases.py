@@ -1,0 +1,131 @@
+"""FFNs for the bench: random weights of a published shape, steered to a given pattern of active neurons."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import SparseFFN, naive
+
+# (d, d_ff): the published models of arXiv 2411.02335, and a Llama-2-7B
+SHAPES = {
+    "0.1B": (768, 1920),
+    "0.2B": (1024, 2560),
+    "0.4B": (1280, 3200),
+    "0.8B": (1536, 3840),
+    "1.2B": (1792, 4480),
+    "2.4B": (2304, 5760),
+    "7B": (4096, 11008),
+}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which neurons are active on some tokens of a text, in their order."""
+
+    name: str
+    act: str
+    rule: str
+    nonzero: np.ndarray  # (tokens, neurons), bool: s is not zero
+    active: np.ndarray  # (tokens, neurons), bool: a part of nonzero
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the bench."""
+
+    shape: str  # a key of SHAPES
+    pattern: Pattern
+    tokens: int = 1  # decoded side by side
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What all ways of computing one case are given."""
+
+    x: Tensor  # (tokens, d)
+    ffn: SparseFFN
+    w_down: Tensor  # (d, d_ff): as a dense model keeps it
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights of the dense FFN."""
+        return 3 * self.w_down.nbytes
+
+    def copied(self) -> "Problem":
+        """The same numbers elsewhere in memory."""
+        ffn = self.ffn
+        weights = (weight.clone() for weight in (ffn.w_gate, ffn.w_up, ffn.w_down_t))
+        return Problem(self.x, SparseFFN(*weights, ffn.threshold, ffn.act, ffn.rule), self.w_down.clone())
+
+
+def random_pattern(sparsity: float, neurons: int, tokens: int, seed: int = 0) -> Pattern:
+    """Each token with its own random neurons, a ReLU FFN under the rule "gate": the worst case for several tokens."""
+    ranks = np.random.default_rng(seed).random((tokens, neurons)).argsort(axis=1)
+    active = ranks >= round(sparsity * neurons)
+    return Pattern("random", "relu", "gate", active, active)
+
+
+def build(case: Case, device: str, seed: int = 0) -> Problem:
+    """Random weights, of which those of gate and up are moved a little to give the pattern on `tokens` random x."""
+    d, d_ff = SHAPES[case.shape]
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(case.tokens, d, generator=random)
+    gate, up, down = (torch.randn(d_ff, d, generator=random) * d**-0.5 for _ in range(3))
+    nonzero, active = (spread(part, d_ff, case.tokens) for part in (case.pattern.nonzero, case.pattern.active))
+    g = shifted_normal(nonzero if case.pattern.act == "relu" else torch.ones_like(nonzero), random)
+    by_neuron, threshold = case.pattern.rule == "neuron", 0.0
+    gate = steered(gate, x, g)
+    if by_neuron:  # |h| is 1.5 for active neurons and 0.5 for others, on either side of a threshold of 1
+        s = naive.ACTIVATIONS[case.pattern.act](g)
+        up = steered(up, x, torch.where(active, 1.5, 0.5) / torch.where(s == 0, 1.0, s.abs()))
+        threshold = 1.0
+    x, gate, up, down = (part.to(device, case.dtype) for part in (x, gate, up, down))
+    ffn = SparseFFN(gate, up, down, threshold, case.pattern.act, case.pattern.rule)
+    return Problem(x, ffn, ffn.w_down_t.t().contiguous())
+
+
+def spread(mask: np.ndarray, d_ff: int, tokens: int) -> Tensor:
+    """The first tokens of a mask, (d_ff, tokens); a smaller model's neurons are repeated, in a random order."""
+    repeated = np.resize(np.arange(mask.shape[1]), d_ff)
+    order = np.random.default_rng(0).permutation(repeated) if mask.shape[1] != d_ff else repeated
+    return torch.from_numpy(np.ascontiguousarray(mask[:tokens, order].T))
+
+
+def shifted_normal(positive: Tensor, random: torch.Generator) -> Tensor:
+    """Numbers of one normal distribution per token, shifted so that just those in `positive`, (d_ff, tokens), are > 0.
+
+    Gates of trained models look like this, and how near they lie to zero decides what a certified gate can prove.
+    """
+    g = torch.empty(positive.shape)
+    for token, mask in enumerate(positive.T):
+        drawn = torch.randn(len(mask), generator=random).sort().values
+        off = int((~mask).sum())
+        edges = drawn[max(off - 1, 0)], drawn[min(off, len(mask) - 1)]
+        drawn = drawn - (edges[0] + edges[1]) / 2 if 0 < off < len(mask) else drawn.abs() * (1 if off == 0 else -1)
+        low, high = drawn[:off], drawn[off:]
+        g[~mask, token] = low[torch.randperm(len(low), generator=random)]
+        g[mask, token] = high[torch.randperm(len(high), generator=random)]
+    return g
+
+
+def steered(weight: Tensor, x: Tensor, target: Tensor) -> Tensor:
+    """The weights nearest to `weight`, (d_ff, d), with weight @ x.T = target, (d_ff, tokens)."""
+    return weight + (target - weight @ x.T) @ torch.linalg.solve(x @ x.T, x)
+
+
+def rows_read(problem: Problem) -> dict[str, float]:
+    """Shares of the rows that the rule needs, united over tokens: of W_up, of W_down; and what a copy leaves open."""
+    ffn, x = problem.ffn, problem.x.float()
+    g = x @ ffn.w_gate.float().T
+    s = naive.ACTIVATIONS[ffn.act](g)
+    h = s * (x @ ffn.w_up.float().T)
+    up = s.abs() > ffn.gate_limit
+    active = naive.active_neurons(g, s, h, ffn.threshold, ffn.rule)
+    shares = {"up_share": up.any(0).float().mean().item(), "active_share": active.any(0).float().mean().item()}
+    shares["sparsity"] = 1 - active.float().mean().item()
+    if ffn.certificate is not None:
+        shares["undecided_share"] = (~ffn.certificate.certain(problem.x)).any(0).float().mean().item()
+    return shares
