@@ -25,52 +25,46 @@ PROGRAMS = 512  # of `down_kernel`: about four for each of an H100's 132 multipr
 
 @dataclass(frozen=True)
 class Sizes:
-    """Block sizes of both kernels; all but `split` are powers of two."""
+    """Block sizes of both kernels. All but `split` and the stages are powers of two."""
 
     t: int  # rows of x that are computed: 1, or 16 for tensor cores
     block_n: int  # neurons of one program of `hidden_kernel`
     block_k: int  # inputs of one step along a row of W_gate
     group: int  # rows of W_up read together
     up_block_k: int  # inputs of one step along a row of W_up
-    stages: int  # pipeline stages of these steps, where the sum is a tl.dot
-    rows: int  # rows of W_down read together
-    row_stages: int  # pipeline stages of these reads; each takes two, for it waits for the index of its neuron
+    stages: int  # pipeline stages of both, where the sum is a tl.dot
+    warps: int
     block_d: int  # outputs of one program of `down_kernel`
+    rows: int  # rows of W_down read together
+    row_stages: int  # pipeline stages of that; each tile in flight takes two, for it waits for the indices of its rows
     split: int  # programs of `down_kernel` that share one column of outputs
-    warps: int  # of one program of `hidden_kernel`
-    row_warps: int = 4  # of one program of `down_kernel`
+    row_warps: int = 4
 
 
 def sizes_for(ffn: SparseFFN, tokens: int) -> Sizes:
     """Block sizes for an FFN of any shape. Chosen by reasoning for an H100 or H200, not yet measured on one.
 
-    One token: each program asks for 8 kB of weights at a time. Five or more fit on a multiprocessor, which keeps 40 kB
-    in flight; latency x bandwidth asks for 25. Two warps span a row's step in 16-byte loads, so that x has the layout
-    of the weights and no step waits at a barrier. Of 8 neurons at 90% sparsity none or one is active, so W_up is read
-    by two rows, in longer steps. More tokens: most neurons are in the union, so W_up is read as W_gate is; 32 neurons
-    at a time, as each program reads x again from L2; loads are pipelined.
+    One token: a program of `hidden_kernel` asks for 8 kB of weights at a time. Five or more fit on a multiprocessor,
+    which keeps 40 kB in flight; latency x bandwidth asks for 25. Two warps span a row's step in 16-byte loads, so that
+    x has the layout of the weights and no step waits at a barrier. Of 8 neurons at 90% sparsity none or one is active:
+    W_up is read two rows at a time, in longer steps. `down_kernel` takes 32 rows at a time: 64 would need so many
+    registers that not all of its programs could run at once.
+
+    More tokens: most neurons are active for some token, so W_up is read as W_gate is. Each program reads x again, from
+    L2, so it takes 32 neurons, and loads are pipelined.
     """
-    d, d_out, per_kb = ffn.w_gate.shape[1], ffn.w_down_t.shape[1], 1024 // ffn.w_gate.element_size()
-    if tokens == 1:
-        t, block_n, block_k, group, up_block_k, rows, row_stages, warps = 1, 8, per_kb, 2, 4 * per_kb, 64, 1, 2
-    else:
-        t, block_n, block_k, group, up_block_k, rows, row_stages, warps = 16, 32, per_kb // 4, 32, per_kb // 4, 32, 7, 4
+    d, d_out, kb = ffn.w_gate.shape[1], ffn.w_down_t.shape[1], 1024 // ffn.w_gate.element_size()
     longest = max(triton.next_power_of_2(d), 16)
-    block_d = per_kb // 4
-    split = min(triton.cdiv(ffn.d_ff, block_n), max(PROGRAMS // triton.cdiv(d_out, block_d), 1))
-    return Sizes(
-        t=t,
-        block_n=block_n,
-        block_k=min(block_k, longest),
-        group=group,
-        up_block_k=min(up_block_k, longest),
-        stages=4,
-        rows=rows,
-        row_stages=row_stages,
-        block_d=block_d,
-        split=split,
-        warps=warps,
-    )
+    if tokens == 1:
+        hidden = {"t": 1, "block_n": 8, "block_k": kb, "group": 2, "up_block_k": 4 * kb, "stages": 1, "warps": 2}
+        down = {"block_d": kb // 4, "rows": 32, "row_stages": 1}
+    else:
+        hidden = {"t": 16, "block_n": 32, "block_k": kb // 4, "group": 32, "up_block_k": kb // 4}
+        hidden |= {"stages": 4, "warps": 4}
+        down = {"block_d": kb // 4, "rows": 32, "row_stages": 7}
+    hidden |= {name: min(hidden[name], longest) for name in ("block_k", "up_block_k")}
+    columns, blocks = triton.cdiv(d_out, down["block_d"]), triton.cdiv(ffn.d_ff, hidden["block_n"])
+    return Sizes(**hidden, **down, split=min(blocks, max(PROGRAMS // columns, 1)))
 
 
 def run(ffn: SparseFFN, x: Tensor) -> Tensor:
@@ -304,7 +298,7 @@ def packed_sum(
         rank = first + tl.arange(0, ROWS)
         earlier = ends[None, :] <= rank[:, None]  # (ROWS, OWN): the blocks that end before this neuron
         block = split + SPLIT * tl.sum(earlier.to(tl.int32), axis=1)
-        slot = block * BLOCK_N + rank - tl.sum(tl.where(earlier, counts[None, :], 0), axis=1)
+        slot = block * BLOCK_N + rank - tl.max(tl.where(earlier, ends[None, :], 0), axis=1)
         read = rank < total
         neuron = tl.load(neurons_ptr + slot, mask=read, other=0)
         w = tl.load(
@@ -318,10 +312,18 @@ def packed_sum(
             terms += h[:, None] * w.to(tl.float32)
         else:
             h = tl.load(h_ptr + slot[None, :] * T + row, mask=read[None, :], other=0.0)  # (T, ROWS)
-            # Weights of 16 bits are exact in tf32; float32 ones need the exact product.
-            precision: tl.constexpr = "ieee" if w.dtype == tl.float32 else "tf32"
-            terms = tl.dot(h, w.to(tl.float32), terms, input_precision=precision)
+            if w.dtype == tl.float32:
+                terms = tl.dot(h, w, terms, input_precision="ieee")
+            else:  # weights of 16 bits are exact in tf32
+                terms = tl.dot(nearest_tf32(h), w.to(tl.float32), terms, input_precision="tf32")
     return tl.sum(terms, axis=0)[None, :] if T == 1 else terms
+
+
+@triton.jit
+def nearest_tf32(h):
+    """float32 rounded to the 10 bits of a tf32 mantissa, which tensor cores would cut off, towards zero."""
+    bits = (h.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(tl.abs(h) < float("inf"), bits.to(tl.float32, bitcast=True), h)
 
 
 @triton.jit

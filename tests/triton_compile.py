@@ -26,14 +26,14 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
 }
-MODEL, ODD, ONE = (2304, 5760, 2304), (37, 5, 21), (1, 1, 1)  # (d, d_ff, d_out)
+SMALL, LARGE, ODD, ONE = (2304, 5760, 2304), (4096, 11008, 4096), (37, 5, 21), (1, 1, 1)  # (d, d_ff, d_out)
 CASES = [  # dtype, tokens, rule, act, gated and with biases, shape
-    ("float32", 1, "gate", "relu", True, MODEL),
-    ("float32", 16, "neuron", "gelu", False, MODEL),
-    ("bfloat16", 1, "gate", "relu", True, MODEL),
-    ("bfloat16", 16, "gate", "relu2", True, MODEL),
-    ("float16", 1, "neuron", "silu", True, MODEL),
-    ("float16", 16, "neuron", "gelu_tanh", True, MODEL),
+    ("float32", 1, "gate", "relu", True, SMALL),
+    ("float32", 16, "neuron", "gelu", False, SMALL),
+    ("bfloat16", 1, "gate", "relu", True, LARGE),
+    ("bfloat16", 16, "gate", "relu2", True, LARGE),
+    ("float16", 1, "neuron", "silu", True, SMALL),
+    ("float16", 16, "neuron", "gelu_tanh", True, SMALL),
     ("bfloat16", 3, "neuron", "relu", True, ODD),
     ("float16", 1, "gate", "silu", True, ONE),
 ]
