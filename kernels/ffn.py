@@ -87,8 +87,8 @@ class SparseFFN:
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}.")
         tensors = self._tensors()
-        for name, dimensions in (("w_gate", 2), ("w_down_t", 2)):
-            if tensors[name].dim() != dimensions:
+        for name in ("w_gate", "w_down_t"):
+            if tensors[name].dim() != 2 or 0 in tensors[name].shape:
                 raise ValueError(f"{name} is {described(tensors[name])}; it must have two dimensions, d_ff first.")
         d_ff, d = self.w_gate.shape
         d_out = self.w_down_t.shape[1]

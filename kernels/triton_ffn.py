@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ffn import SparseFFN
-from sparsity_utils.errors import InputError
 
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):  # the first with triton.knobs
     raise ImportError(f"Triton {triton.__version__} is installed; the kernels need 3.4 or later")
@@ -70,10 +69,10 @@ def sizes_for(ffn: SparseFFN, tokens: int) -> Sizes:
 def run(ffn: SparseFFN, x: Tensor) -> Tensor:
     """FFN(x) of the active neurons, (tokens, d_out), in the dtype of `x`, (tokens, d), contiguous, of 1 to 16 tokens.
 
-    Raises `InputError` when `x` is not on a GPU, unless Triton's interpreter runs the kernels.
+    Raises `ValueError` when `x` is not on a GPU, unless Triton's interpreter runs the kernels.
     """
     if not x.is_cuda and isinstance(hidden_kernel, triton.JITFunction):
-        raise InputError(
+        raise ValueError(
             f"x is on {x.device}; the Triton kernels need a GPU, or TRITON_INTERPRET=1 in the environment."
         )
     with torch.cuda.device_of(x):

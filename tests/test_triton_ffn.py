@@ -14,7 +14,6 @@ from ffn_cases import assert_close, computed, ffn_case, neurons, poisoned, refer
 
 from kernels import SparseFFN, naive
 from kernels import ffn as sparse_ffns
-from sparsity_utils.errors import InputError
 
 triton = pytest.importorskip("triton")
 triton_ffn = import_module("kernels.triton_ffn")
@@ -111,7 +110,7 @@ def test_a_triton_that_is_too_old_is_an_import_error(monkeypatch):
 def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
     case = ffn_case("tiny", 0.5)
     monkeypatch.setattr(triton, "JITFunction", object)  # what the kernels are without the interpreter
-    with pytest.raises(InputError, match="x is on cpu; the Triton kernels need a GPU"):
+    with pytest.raises(ValueError, match="x is on cpu; the Triton kernels need a GPU"):
         computed(triton_ffn.run, case)
 
 
