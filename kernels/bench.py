@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kernels import MAX_TOKENS, naive
-from kernels.bench_cases import SHAPES, Case, Pattern, Problem, build, random_pattern, rows_read
+from kernels.bench_cases import SHAPES, Case, Pattern, Problem, build, random_pattern
+from kernels.reading import reading
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.935, 0.97, 0.99)
 BATCHES = (2, 4, 8, 16)
@@ -157,6 +158,7 @@ def _compiled(problem: Problem) -> Way | None:
         return F.linear(act(F.linear(x, gate)) * F.linear(x, up), down)
 
     act = naive.ACTIVATIONS[problem.ffn.act]
+    torch.compiler.reset()  # after eight shapes of one function torch would stop compiling it
     maps = torch.compile(linear_maps, dynamic=False)
     try:
         maps(problem.x, problem.ffn.w_gate, problem.ffn.w_up, problem.w_down)
@@ -179,12 +181,8 @@ def _check(case: Case, way: str, y: Tensor, problem: Problem) -> None:
 
 def _row(case: Case, way: str, problem: Problem, seconds: dict[str, list[float]]) -> dict:
     d, d_ff = SHAPES[case.shape]
-    shares = rows_read(problem)
-    size = problem.w_down.element_size()
-    gate = 1.0
-    if way == "certified":
-        gate = 1 / size + shares["undecided_share"]
-    read = 3.0 if way.startswith("dense") else gate + shares["up_share"] + shares["active_share"]
+    rows = reading(problem.ffn, problem.x)
+    read = rows.dense_nbytes if way.startswith("dense") else rows.nbytes
     low, median, high = np.quantile(seconds[way], (0.1, 0.5, 0.9))
     speedup = np.median(np.array(seconds["dense"]) / np.array(seconds[way]))
     return {
@@ -196,18 +194,18 @@ def _row(case: Case, way: str, problem: Problem, seconds: dict[str, list[float]]
         "pattern": case.pattern.name,
         "activation": case.pattern.act,
         "rule": case.pattern.rule,
-        "sparsity": round(shares["sparsity"], 4),
-        "up_share": round(shares["up_share"], 4),
-        "active_share": round(shares["active_share"], 4),
-        "undecided_share": round(shares.get("undecided_share", np.nan), 4),
+        "sparsity": rows.sparsity,
+        "gate_share": rows.gate,
+        "up_share": rows.up,
+        "active_share": rows.active,
         "way": way,
         "milliseconds": 1e3 * median,
         "low_milliseconds": 1e3 * low,
         "high_milliseconds": 1e3 * high,
-        "megabytes": read * d * d_ff * size / 1e6,
-        "gb_per_s": read * d * d_ff * size / median / 1e9,
+        "megabytes": read / 1e6,
+        "gb_per_s": read / median / 1e9,
         "speedup": speedup,
-        "ideal_speedup": 3 / read,
-        "share_of_ideal": speedup * read / 3,
+        "ideal_speedup": rows.dense_nbytes / read,
+        "share_of_ideal": speedup * read / rows.dense_nbytes,
         "rounds": len(seconds[way]),
     }

@@ -114,18 +114,3 @@ def shifted_normal(positive: Tensor, random: torch.Generator) -> Tensor:
 def steered(weight: Tensor, x: Tensor, target: Tensor) -> Tensor:
     """The weights nearest to `weight`, (d_ff, d), with weight @ x.T = target, (d_ff, tokens)."""
     return weight + (target - weight @ x.T) @ torch.linalg.solve(x @ x.T, x)
-
-
-def rows_read(problem: Problem) -> dict[str, float]:
-    """Shares of the rows that the rule needs, united over tokens: of W_up, of W_down; and what a copy leaves open."""
-    ffn, x = problem.ffn, problem.x.float()
-    g = x @ ffn.w_gate.float().T
-    s = naive.ACTIVATIONS[ffn.act](g)
-    h = s * (x @ ffn.w_up.float().T)
-    up = s.abs() > ffn.gate_limit
-    active = naive.active_neurons(g, s, h, ffn.threshold, ffn.rule)
-    shares = {"up_share": up.any(0).float().mean().item(), "active_share": active.any(0).float().mean().item()}
-    shares["sparsity"] = 1 - active.float().mean().item()
-    if ffn.certificate is not None:
-        shares["undecided_share"] = (~ffn.certificate.certain(problem.x)).any(0).float().mean().item()
-    return shares

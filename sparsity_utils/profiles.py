@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from kernels.bench_cases import SHAPES
 from sparsity_utils import paths
 from sparsity_utils.errors import InputError
 
@@ -136,6 +137,24 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
+class SpeedConfig:
+    """How fast FFNs and decoding are measured: notebook 06."""
+
+    shapes: tuple[str, ...] = tuple(SHAPES)  # of single FFNs, as kernels.bench_cases.SHAPES names them
+    rounds: int = 15  # of each way of computing an FFN; medians are quoted
+    compiled: bool = True  # also time torch.compile
+    published_decoder: bool = True  # also decode with random weights of the published 0.1B shape
+    new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for shape in self.shapes:
+            _check(shape in SHAPES, f"speed.shapes has {shape!r}; choose from {', '.join(SHAPES)}.")
+        _check(len(self.shapes) > 0, "speed.shapes is empty; name at least one shape.")
+        _check(self.rounds >= 1, f"speed.rounds is {self.rounds}; at least 1 is needed.")
+        _check(self.new_tokens >= 2, f"speed.new_tokens is {self.new_tokens}; at least 2 are needed.")
+
+
+@dataclass(frozen=True)
 class Size:
     """One point of the scale line, shape written as d_model x n_layers."""
 
@@ -195,6 +214,7 @@ class Profile:
     model: dict[str, Any] = field(default_factory=dict)  # ModelConfig fields shared by all runs
     train: dict[str, Any] = field(default_factory=dict)  # TrainConfig fields shared by all runs
     measure: MeasureConfig = MeasureConfig()
+    speed: SpeedConfig = SpeedConfig()
     workers: int = 2  # runs side by side
     threads: int = 1  # torch threads of each
 

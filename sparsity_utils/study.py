@@ -23,7 +23,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from kernels import MAX_TOKENS
 from sparsity_utils import paths
+from sparsity_utils.batches import measurement_batches
 from sparsity_utils.checkpoints import open_checkpoint
 from sparsity_utils.corpus import Corpus, build_corpus, open_corpus
 from sparsity_utils.curves import decided_by, kept, metric_comparison, sparsity_curve
@@ -32,6 +34,7 @@ from sparsity_utils.model import head_count, solve_shape
 from sparsity_utils.portraits import dead_curve, domain_transfer, neuron_frequencies, token_ratios
 from sparsity_utils.profiles import MeasureConfig, Profile, read_profile
 from sparsity_utils.runs import Run, RunConfig, find_run, train_run
+from sparsity_utils.speed_tables import decoding_table, ffn_table
 
 MEASUREMENTS = {
     "curve": sparsity_curve,
@@ -41,6 +44,7 @@ MEASUREMENTS = {
     "dead": dead_curve,
     "transfer": domain_transfer,
 }
+SPEEDS = {"sparse_ffn": ffn_table, "sparse_decoding": decoding_table}  # of this machine, not of a run
 IDENTITY = ("run", "activation", "d_model", "n_layers", "seed")
 
 
@@ -48,7 +52,7 @@ class Question(NamedTuple):
     """What answers a question: a table, and what is measured on each of its runs."""
 
     file: str
-    measurement: str | None  # a key of MEASUREMENTS; None: validation losses alone
+    measurement: str | None  # a key of MEASUREMENTS or SPEEDS; None: validation losses alone
     about: tuple[str, ...] | None = None  # columns of `Run.checkpoints` beside each measured row; None: all of them
 
 
@@ -63,6 +67,8 @@ QUESTIONS = {
     "dead_neurons": Question("dead_neurons.csv", "dead", (*IDENTITY, "step", "tokens", "fit")),
     "transfer": Question("transfer.csv", "transfer", IDENTITY),
     "tuning": Question("tuning.csv", None),
+    "sparse_ffn": Question("sparse_ffn.csv", "sparse_ffn"),
+    "sparse_decoding": Question("sparse_decoding.csv", "sparse_decoding"),
 }
 
 
@@ -110,14 +116,15 @@ class Study:
     def table(self, question: str) -> pd.DataFrame:
         """The table of a question: one row per checkpoint, or per measured thing (such as a neuron) of each run.
 
-        Columns are described in results/columns.csv. Raises InputError for an unknown question or, in a recorded
-        study, a table that is not there.
+        Columns are described in results/columns.csv. Speeds are measured on this machine, once: delete the file to
+        measure them again. Raises InputError for an unknown question or, in a recorded study, a table that is not
+        there.
         """
         if question not in QUESTIONS:
             raise InputError(f"There is no question {question!r}; choose one of {', '.join(QUESTIONS)}.")
         file = self.folder / QUESTIONS[question].file
-        if self.profile is not None:
-            table = self._measured(question)
+        if self.profile is not None and not (question in SPEEDS and file.exists()):
+            table = self.speeds(question) if question in SPEEDS else self._measured(question)
             with paths.written_aside(file) as aside:
                 table.to_csv(aside, index=False, float_format="%.8g")
         if not file.exists():
@@ -164,6 +171,15 @@ class Study:
         if self.profile is not None:
             with paths.written_aside(self.folder.parent / "verdicts" / f"{notebook}.csv") as aside:
                 verdicts.to_csv(aside, index=False)
+
+    def speeds(self, question: str) -> pd.DataFrame:
+        """The table of a question of SPEEDS, measured now; the trained models are those of `trained_model`."""
+        models = {activation: self.trained_model(activation)[0].eval() for activation in self.profile.study.activations}
+        tokens, settings = self.corpus.tokens("validation"), self.profile.measure
+        context = next(iter(models.values())).config.max_position_embeddings
+        calibration = measurement_batches(tokens, context, "calibration", settings.calibration_tokens)
+        windows = measurement_batches(tokens, context, "evaluation", MAX_TOKENS * context)[0]["input_ids"]
+        return SPEEDS[question](models, calibration, windows, settings.p, self.profile.speed)
 
     def configs(self, question: str) -> list[RunConfig]:
         """The runs that a question needs."""
