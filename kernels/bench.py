@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import date
+from functools import cache
 from importlib.metadata import version
 
 import numpy as np
@@ -20,30 +21,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kernels import MAX_TOKENS, naive
+from kernels import MAX_TOKENS, SparseFFN, naive
 from kernels.bench_cases import SHAPES, Case, Pattern, Problem, build, random_pattern
 from kernels.reading import reading
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.935, 0.97, 0.99)
+FEWER_SPARSITIES = (0.0, 0.5, 0.9, 0.97)
 BATCHES = (2, 4, 8, 16)
 ROUNDS = 15
-WEIGHTS = {"cpu": 2**29, "cuda": 2**30}  # bytes of all copies together: several times the largest cache
+WEIGHTS = {"cpu": 2**28, "cuda": 2**30}  # bytes of all copies together: several times the largest cache
 AGREE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # relative RMS
+DENSE = ("dense", "dense compiled", "all rows")  # ways that read all weights: torch twice, and the kernel itself
+EVERY_ROW = {"act": "silu", "rule": "gate", "threshold": 0.0}  # SiLU is zero nowhere
 Way = Callable[[Problem], Tensor]
 
 
 def grid(shapes: Iterable[str] = SHAPES, patterns: Iterable[Pattern] = ()) -> list[Case]:
-    """The cases of the bench: every sparsity on every shape, then other dtypes, batches and `patterns` on one shape."""
+    """The cases of the bench: few sparsities on every shape; all of them, dtypes, batches and `patterns` on one."""
     shapes = list(shapes)
-    cases = [Case(shape, random_pattern(sparsity, SHAPES[shape][1], 1)) for shape in shapes for sparsity in SPARSITIES]
     one = "2.4B" if "2.4B" in shapes else shapes[-1]
-    for dtype in (torch.float16, torch.bfloat16):
-        cases += [Case(one, random_pattern(sparsity, SHAPES[one][1], 1), 1, dtype) for sparsity in SPARSITIES]
-    cases += [
-        Case(one, random_pattern(sparsity, SHAPES[one][1], MAX_TOKENS), batch)
-        for batch in BATCHES
-        for sparsity in (0.0, 0.5, 0.9, 0.97)
-    ]
+
+    def random_cases(shape: str, sparsities: Iterable[float], tokens: int = 1, dtype: torch.dtype = torch.float32):
+        return [
+            Case(shape, random_pattern(sparsity, SHAPES[shape][1], MAX_TOKENS), tokens, dtype)
+            for sparsity in sparsities
+        ]
+
+    cases = [case for shape in shapes if shape != one for case in random_cases(shape, FEWER_SPARSITIES)]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        cases += random_cases(one, SPARSITIES, dtype=dtype)
+    for batch in BATCHES:
+        cases += random_cases(one, FEWER_SPARSITIES, batch)
     return cases + [Case(one, pattern, batch) for pattern in patterns for batch in (1, *BATCHES)]
 
 
@@ -88,6 +96,13 @@ def bandwidth(device: str, rounds: int = ROUNDS) -> dict[str, float]:
     return {name: round(moved[name] / np.median(seconds[name]) / 1e9, 1) for name in moved}
 
 
+def median_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The median between the ends of its 90% interval: the sign test's order statistics, normal approximation."""
+    reach = min(1.645 * 0.5 / np.sqrt(len(values)), 0.5)
+    low, median, high = np.quantile(values, (0.5 - reach, 0.5, 0.5 + reach))
+    return float(low), float(median), float(high)
+
+
 def timed(work: Callable[[], object], device: str) -> float:
     """Seconds of one call."""
     if device == "cuda":
@@ -118,8 +133,9 @@ def _case_rows(case: Case, device: str, compiled: bool, rounds: int) -> Iterator
     count = max(1, WEIGHTS[device] // first.nbytes)
     problems = [first, *(first.copied() for _ in range(count - 1))]
     ways: dict[str, tuple[Way, list[Problem]]] = {"dense": (dense, problems)}
-    if compiled and (way := _compiled(first)) is not None:
+    if compiled and (way := _compiled(first.ffn.act, first.x.shape, case.dtype, device)) is not None:
         ways["dense compiled"] = way, problems
+    ways["all rows"] = sparse, [replace(problem, ffn=replace(problem.ffn, **EVERY_ROW)) for problem in problems]
     ways["sparse"] = sparse, problems
     if device == "cpu" and first.ffn.act == "relu":
         ways["certified"] = sparse, [replace(problem, ffn=problem.ffn.certified()) for problem in problems]
@@ -131,7 +147,7 @@ def _case_rows(case: Case, device: str, compiled: bool, rounds: int) -> Iterator
         for name, work in works.items():
             seconds[name].append(timed(work, device) / count)
     for name, (_, given) in ways.items():
-        yield _row(case, name, given[0], seconds)
+        yield _row(case, name, first, given[0].ffn, {way: np.array(times) for way, times in seconds.items()})
 
 
 def _pass(way: Way, problems: list[Problem], device: str) -> Callable[[], object]:
@@ -151,17 +167,19 @@ def _pass(way: Way, problems: list[Problem], device: str) -> Callable[[], object
     return graph.replay
 
 
-def _compiled(problem: Problem) -> Way | None:
-    """`dense` under torch.compile; None where that cannot be had."""
+@cache
+def _compiled(act: str, shape: torch.Size, dtype: torch.dtype, device: str) -> Way | None:
+    """`dense` under torch.compile for x of a shape; None where that cannot be had."""
+    function = naive.ACTIVATIONS[act]
 
     def linear_maps(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return F.linear(act(F.linear(x, gate)) * F.linear(x, up), down)
+        return F.linear(function(F.linear(x, gate)) * F.linear(x, up), down)
 
-    act = naive.ACTIVATIONS[problem.ffn.act]
     torch.compiler.reset()  # after eight shapes of one function torch would stop compiling it
     maps = torch.compile(linear_maps, dynamic=False)
+    tiny = (torch.zeros(size, dtype=dtype, device=device) for size in (shape, (8, shape[1]), (8, shape[1]), (8, 8)))
     try:
-        maps(problem.x, problem.ffn.w_gate, problem.ffn.w_up, problem.w_down)
+        maps(*tiny)
     except Exception as error:
         print(f"torch.compile is left out: {type(error).__name__}")
         return None
@@ -179,12 +197,14 @@ def _check(case: Case, way: str, y: Tensor, problem: Problem) -> None:
         raise RuntimeError(f"No speed is reported: {way} at {case.shape} is off by {error:.2g}.")
 
 
-def _row(case: Case, way: str, problem: Problem, seconds: dict[str, list[float]]) -> dict:
+def _row(case: Case, way: str, problem: Problem, ffn: SparseFFN, seconds: dict[str, np.ndarray]) -> dict:
     d, d_ff = SHAPES[case.shape]
-    rows = reading(problem.ffn, problem.x)
-    read = rows.dense_nbytes if way.startswith("dense") else rows.nbytes
-    low, median, high = np.quantile(seconds[way], (0.1, 0.5, 0.9))
-    speedup = np.median(np.array(seconds["dense"]) / np.array(seconds[way]))
+    pattern, rows = reading(problem.ffn, problem.x), reading(ffn, problem.x)
+    read = rows.dense_nbytes if way in DENSE else rows.nbytes
+    low, median, high = np.quantile(seconds[way], (0.05, 0.5, 0.95))
+    fastest = min((name for name in DENSE if name in seconds), key=lambda name: np.median(seconds[name]))
+    low_speedup, speedup, high_speedup = median_interval(seconds["dense"] / seconds[way])
+    low_strict, strict, high_strict = median_interval(seconds[fastest] / seconds[way])
     return {
         "shape": case.shape,
         "d_model": d,
@@ -194,7 +214,7 @@ def _row(case: Case, way: str, problem: Problem, seconds: dict[str, list[float]]
         "pattern": case.pattern.name,
         "activation": case.pattern.act,
         "rule": case.pattern.rule,
-        "sparsity": rows.sparsity,
+        "sparsity": pattern.sparsity,
         "gate_share": rows.gate,
         "up_share": rows.up,
         "active_share": rows.active,
@@ -204,8 +224,12 @@ def _row(case: Case, way: str, problem: Problem, seconds: dict[str, list[float]]
         "high_milliseconds": 1e3 * high,
         "megabytes": read / 1e6,
         "gb_per_s": read / median / 1e9,
-        "speedup": speedup,
         "ideal_speedup": rows.dense_nbytes / read,
-        "share_of_ideal": speedup * read / rows.dense_nbytes,
+        "speedup": speedup,
+        "low_speedup": low_speedup,
+        "high_speedup": high_speedup,
+        "strict_speedup": strict,
+        "low_strict_speedup": low_strict,
+        "high_strict_speedup": high_strict,
         "rounds": len(seconds[way]),
     }

@@ -75,12 +75,12 @@ def build(case: Case, device: str, seed: int = 0) -> Problem:
     x = torch.randn(case.tokens, d, generator=random)
     gate, up, down = (torch.randn(d_ff, d, generator=random) * d**-0.5 for _ in range(3))
     nonzero, active = (spread(part, d_ff, case.tokens) for part in (case.pattern.nonzero, case.pattern.active))
-    g = shifted_normal(nonzero if case.pattern.act == "relu" else torch.ones_like(nonzero), random)
-    by_neuron, threshold = case.pattern.rule == "neuron", 0.0
+    g = shifted_normal(nonzero if case.pattern.act == "relu" else torch.ones_like(nonzero), active, random)
+    threshold = 0.0
     gate = steered(gate, x, g)
-    if by_neuron:  # |h| is 1.5 for active neurons and 0.5 for others, on either side of a threshold of 1
-        s = naive.ACTIVATIONS[case.pattern.act](g)
-        up = steered(up, x, torch.where(active, 1.5, 0.5) / torch.where(s == 0, 1.0, s.abs()))
+    if case.pattern.rule == "neuron":  # |h| is 1.5 for active neurons and at most 0.5 for others; the threshold is 1
+        s = naive.ACTIVATIONS[case.pattern.act](g).abs().clamp(min=1e-3)
+        up = steered(up, x, torch.where(active, 1.5 / s, (0.5 / s).clamp(max=3)))
         threshold = 1.0
     x, gate, up, down = (part.to(device, case.dtype) for part in (x, gate, up, down))
     ffn = SparseFFN(gate, up, down, threshold, case.pattern.act, case.pattern.rule)
@@ -94,20 +94,23 @@ def spread(mask: np.ndarray, d_ff: int, tokens: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(mask[:tokens, order].T))
 
 
-def shifted_normal(positive: Tensor, random: torch.Generator) -> Tensor:
+def shifted_normal(positive: Tensor, active: Tensor, random: torch.Generator) -> Tensor:
     """Numbers of one normal distribution per token, shifted so that just those in `positive`, (d_ff, tokens), are > 0.
 
-    Gates of trained models look like this, and how near they lie to zero decides what a certified gate can prove.
+    Gates of trained models look like this, and how near they lie to zero decides what a certified gate can prove. The
+    largest go to the neurons in `active`, a part of `positive`.
     """
     g = torch.empty(positive.shape)
-    for token, mask in enumerate(positive.T):
-        drawn = torch.randn(len(mask), generator=random).sort().values
-        off = int((~mask).sum())
-        edges = drawn[max(off - 1, 0)], drawn[min(off, len(mask) - 1)]
-        drawn = drawn - (edges[0] + edges[1]) / 2 if 0 < off < len(mask) else drawn.abs() * (1 if off == 0 else -1)
-        low, high = drawn[:off], drawn[off:]
-        g[~mask, token] = low[torch.randperm(len(low), generator=random)]
-        g[mask, token] = high[torch.randperm(len(high), generator=random)]
+    for token in range(positive.shape[1]):
+        drawn = torch.randn(len(g), generator=random).sort().values
+        off = int((~positive[:, token]).sum())
+        if 0 < off < len(g):
+            drawn -= (drawn[off - 1] + drawn[off]) / 2
+        else:  # all or none are positive
+            drawn = drawn.abs().sort().values if off == 0 else -drawn.abs()
+        places = torch.randperm(len(g), generator=random)
+        rank = positive[places, token].int() + active[places, token].int()
+        g[places[rank.argsort(stable=True)], token] = drawn
     return g
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsity_utils import pattern_plots
+from sparsity_utils import pattern_plots, speed_plots
 from sparsity_utils.cost import with_weights_read
 from sparsity_utils.laws import fit_data_law
 from sparsity_utils.limits import fit_points, last_means, limits_table, published_form
@@ -156,6 +156,10 @@ FIGURES = {
     "05_token_patterns": ("token_patterns", pattern_plots.token_patterns),
     "05_dead_neurons": ("dead_neurons", pattern_plots.dead_neurons),
     "05_transfer": ("transfer", pattern_plots.transfer),
+    "06_speed_against_sparsity": ("sparse_ffn", speed_plots.speed_against_sparsity),
+    "06_roofline": ("sparse_ffn", speed_plots.roofline),
+    "06_batches": ("sparse_ffn", speed_plots.batches),
+    "06_decoding": ("sparse_decoding", speed_plots.decoding),
 }
 
 

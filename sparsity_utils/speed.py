@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels import SparseFFN
-from kernels.bench import machine
+from kernels.bench import machine, median_interval
 from kernels.bench_cases import Pattern
 from kernels.reading import Reading, reading
 from sparsity_utils.activations import activation_name
@@ -97,14 +97,17 @@ def _can_certify(model: nn.Module, thresholds: Thresholds) -> bool:
 
 
 def _row(way: str, speeds: Mapping[str, list[float]], right: bool) -> dict:
-    low, median, high = np.quantile(speeds[way], (0.1, 0.5, 0.9))
+    low, median, high = np.quantile(speeds[way], (0.05, 0.5, 0.95))
+    low_speedup, speedup, high_speedup = median_interval(np.array(speeds[way]) / np.array(speeds["dense"]))
     return {
         "way": way,
         "same_tokens": right,
         "tokens_per_second": median,
         "low_tokens_per_second": low,
         "high_tokens_per_second": high,
-        "speedup": np.median(np.array(speeds[way]) / np.array(speeds["dense"])),
+        "speedup": speedup,
+        "low_speedup": low_speedup,
+        "high_speedup": high_speedup,
     }
 
 
