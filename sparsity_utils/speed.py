@@ -126,9 +126,14 @@ def _anatomy(model: PreTrainedModel, prompts: Tensor, new_tokens: int, kernels: 
     embeddings = model.get_input_embeddings().weight
     if embeddings is not model.get_output_embeddings().weight:
         everything -= embeddings.nbytes  # one row per token is read
-    shares = {f"{name}_share": parts.seconds[name] / seconds for name in PARTS}
-    return shares | {
-        "sparsity": np.mean([r.sparsity for r in readings]) if readings else 0.0,
+    rows = {
+        "sparsity": [r.sparsity for r in readings] or [0.0],
+        "gate_share": [r.gate for r in readings] or [1.0],
+        "up_share": [r.up for r in readings] or [1.0],
+        "active_share": [r.active for r in readings] or [1.0],
+    }
+    return {f"{name}_time": parts.seconds[name] / seconds for name in PARTS} | {
+        **{name: np.mean(values) for name, values in rows.items()},
         "ffn_megabytes": ffn_bytes / 1e6,
         "megabytes": (everything - dense_ffn + ffn_bytes) / 1e6,
     }

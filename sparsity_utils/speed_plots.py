@@ -140,7 +140,7 @@ def _steps(axes: Axes, table: pd.DataFrame) -> None:
     table = table[~pd.Series(names, index=table.index).duplicated()]
     names, left = list(dict.fromkeys(names)), np.zeros(len(table))
     total = 1e3 / table["tokens_per_second"].to_numpy()
-    known = table[["ffn_share", "attention_share", "head_share"]].to_numpy()
+    known = table[["ffn_time", "attention_time", "head_time"]].to_numpy()
     shares = np.column_stack([known, 1 - known.sum(axis=1)])
     for part, label, colour in zip(shares.T, PARTS.values(), COLOURS, strict=False):
         axes.barh(names, part * total, left=left, color=colour, label=label, height=0.6, edgecolor="white")

@@ -11,7 +11,10 @@ from kernels import naive, sparse_ffn
 GPU = torch.cuda.is_available()
 BACKENDS = {"cpu": "kernels.cpu_ffn", "triton": "kernels.triton_ffn"}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # numpy in the interpreter, on NaN
+]
 
 
 @pytest.fixture(params=sorted(BACKENDS))
