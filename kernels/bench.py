@@ -67,15 +67,11 @@ def ffn_speeds(
     Raises `RuntimeError` when an output does not agree with the same rule run densely.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    limits = bandwidth(device)
-    rows = []
+    memory, rows = memory_works(device), []
     with torch.inference_mode():
         for case in tqdm(list(cases), desc="sparse FFNs", disable=bool(os.environ.get("CI")), leave=False):
-            rows += list(_case_rows(case, device, compiled, rounds))
-    table = pd.DataFrame(rows)
-    for name, value in limits.items():
-        table[name] = value
-    return table.assign(**machine(device))
+            rows += list(_case_rows(case, device, compiled, rounds, memory))
+    return pd.DataFrame(rows).assign(**machine(device))
 
 
 def machine(device: str) -> dict[str, str | int]:
@@ -86,14 +82,17 @@ def machine(device: str) -> dict[str, str | int]:
     return {"device": name, "threads": torch.get_num_threads(), "versions": versions, "date": str(date.today())}
 
 
-def bandwidth(device: str, rounds: int = ROUNDS) -> dict[str, float]:
-    """GB/s of copying and of reading memory, medians: the limits of whatever is bound by memory."""
+def memory_works(device: str) -> dict[str, tuple[Callable[[], object], int]]:
+    """Copying and reading memory, the limits of whatever is bound by it, each with the bytes that it moves.
+
+    They alternate with the ways of each case: what memory gives may change from minute to minute.
+    """
     source = torch.ones(WEIGHTS[device] // 8, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    moved = {"copy_gb_per_s": 2 * source.nbytes, "read_gb_per_s": source.nbytes}
-    works = {"copy_gb_per_s": lambda: target.copy_(source), "read_gb_per_s": lambda: source.sum()}
-    seconds = {name: [timed(work, device) for _ in range(rounds)] for name, work in works.items()}
-    return {name: round(moved[name] / np.median(seconds[name]) / 1e9, 1) for name in moved}
+    return {
+        "copy": (lambda: target.copy_(source), 2 * source.nbytes),
+        "read": (lambda: source.sum(), source.nbytes),
+    }
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -128,7 +127,7 @@ def sparse(problem: Problem) -> Tensor:
     return problem.ffn(problem.x)
 
 
-def _case_rows(case: Case, device: str, compiled: bool, rounds: int) -> Iterator[dict]:
+def _case_rows(case: Case, device: str, compiled: bool, rounds: int, memory: dict) -> Iterator[dict]:
     first = build(case, device)
     count = max(1, WEIGHTS[device] // first.nbytes)
     problems = [first, *(first.copied() for _ in range(count - 1))]
@@ -143,11 +142,16 @@ def _case_rows(case: Case, device: str, compiled: bool, rounds: int) -> Iterator
         _check(case, name, way(given[0]), given[0])
     works = {name: _pass(way, given, device) for name, (way, given) in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in works}
+    rates: dict[str, list[float]] = {name: [] for name in memory}
     for _ in range(rounds):
         for name, work in works.items():
             seconds[name].append(timed(work, device) / count)
+        for name, (work, moved) in memory.items():
+            rates[name].append(moved / timed(work, device) / 1e9)
+    limits = {f"{name}_gb_per_s": np.median(values) for name, values in rates.items()}
     for name, (_, given) in ways.items():
-        yield _row(case, name, first, given[0].ffn, {way: np.array(times) for way, times in seconds.items()})
+        times = {way: np.array(values) for way, values in seconds.items()}
+        yield _row(case, name, first, given[0].ffn, times) | limits
 
 
 def _pass(way: Way, problems: list[Problem], device: str) -> Callable[[], object]:

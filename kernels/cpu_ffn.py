@@ -46,7 +46,12 @@ def run(ffn: SparseFFN, x: Tensor) -> Tensor:
         parts = _parts[ffn] = arrays(ffn)
     gate, up, down, copy, limits = parts
     rule = limits, ffn.threshold.numpy(), ffn.rule == "neuron", ACTIVATIONS[ffn.act]
-    y = computed(wide, gate, up, down, copy, *rule, threads(ffn))
+    count, before = threads(ffn), numba.get_num_threads()
+    numba.set_num_threads(count)
+    try:
+        y = computed(wide, gate, up, down, copy, *rule, count)
+    finally:
+        numba.set_num_threads(before)
     return torch.from_numpy(y).to(x.dtype)
 
 
@@ -67,11 +72,7 @@ def arrays(ffn: SparseFFN) -> tuple:
 def threads(ffn: SparseFFN) -> int:
     """How many threads to share the rows among: torch's number, fewer for an FFN that is small."""
     size = ffn.w_gate.nbytes + ffn.w_down_t.nbytes + (0 if ffn.w_up is None else ffn.w_up.nbytes)
-    wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, size // BYTES_PER_THREAD)
-    count = max(wanted, 1)
-    if numba.get_num_threads() != count:
-        numba.set_num_threads(count)
-    return count
+    return max(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, size // BYTES_PER_THREAD), 1)
 
 
 def array(weight: Tensor) -> np.ndarray:

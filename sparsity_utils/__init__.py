@@ -6,6 +6,7 @@ import warnings
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 from sparsity_utils.checkpoints import open_checkpoint  # noqa: E402
+from sparsity_utils.decode import sparse_kernels  # noqa: E402
 from sparsity_utils.errors import InputError  # noqa: E402
 from sparsity_utils.hooks import find_ffns, observe_neurons, sparse_neurons  # noqa: E402
 from sparsity_utils.metrics import SparsityReport, apply_thresholds, measure_sparsity  # noqa: E402
@@ -23,6 +24,7 @@ __all__ = [
     "measure_sparsity",
     "observe_neurons",
     "open_checkpoint",
+    "sparse_kernels",
     "sparse_neurons",
     "transfer_matrix",
 ]

@@ -1,4 +1,4 @@
-"""`make bench`: training throughput beside transformers.Trainer, and the price of a measurement, on this machine.
+"""`make bench`: sparse FFNs and decoding, training beside transformers.Trainer, and the price of a measurement.
 
 Each comparison alternates the two sides in one process and quotes medians over rounds with their range, beside the
 measured rate of a large matrix product. Before a speed is printed, both sides must reach the same loss.
@@ -26,22 +26,41 @@ from sparsity_utils.train import Schedule, matmul_rate, train, validation_loss
 
 ROUNDS = 5
 STEPS = 30  # optimizer steps of one round, before the decay
+SPEED_COLUMNS = {
+    "sparse_ffn": [
+        *("shape", "dtype", "tokens", "pattern", "sparsity", "way", "milliseconds", "gb_per_s", "read_gb_per_s"),
+        *("ideal_speedup", "speedup", "strict_speedup"),
+    ],
+    "sparse_decoding": [
+        *("model", "activation", "shape", "sequences", "way", "same_tokens", "sparsity", "tokens_per_second"),
+        *("speedup", "ffn_time", "attention_time", "head_time", "megabytes"),
+    ],
+}  # what is printed of the wide tables
 LOSS_TOLERANCE = 0.02  # nats: float32 sums in another order drift apart by less in STEPS steps
 
 
 def main() -> int:
     """Measure with the settings of the laptop profile, print the tables and keep them under build/bench."""
     study = Study.from_profile("laptop")
-    torch.set_num_threads(study.profile.threads)
     about = (
         f"{date.today()}, torch {torch.__version__}, transformers {transformers.__version__}, {os.cpu_count()} cores"
     )
+    for name, shown in SPEED_COLUMNS.items():  # on all cores
+        _keep(name, study.speeds(name), about, shown)
+    torch.set_num_threads(study.profile.threads)
     for name, measured in (("training", training), ("search", search), ("memory", memory)):
-        table = measured(study)
-        with paths.written_aside(paths.build() / "bench" / f"{name}.csv") as aside:
-            table.assign(machine=about).to_csv(aside, index=False)
-        print(f"\n{name}, {study.profile.threads} thread(s), {about}\n{table.to_string(index=False)}")
+        _keep(name, measured(study), about)
     return 0
+
+
+def _keep(name: str, table: pd.DataFrame, about: str, shown: list[str] | None = None) -> None:
+    """Write a table as CSV and print it, or its columns `shown`."""
+    with paths.written_aside(paths.build() / "bench" / f"{name}.csv") as aside:
+        table.assign(machine=about).to_csv(aside, index=False)
+    printed = table if shown is None else table[shown]
+    print(
+        f"\n{name}, {torch.get_num_threads()} thread(s), {about}\n{printed.round(3).to_string(index=False)}", flush=True
+    )
 
 
 def training(study: Study) -> pd.DataFrame:

@@ -28,18 +28,21 @@ def thresholds_at(model: nn.Module, calibration: list, p: float) -> Thresholds:
     return measure_sparsity(model, calibration, "cett-ppl", p=p, show_progress=False).thresholds
 
 
-def ffn_table(models: Mapping[str, nn.Module], calibration: list, windows: Tensor, p: float, settings: SpeedConfig):
+def ffn_table(
+    models: Mapping[str, nn.Module], calibration: list, windows: Tensor, p: float, settings: SpeedConfig
+) -> pd.DataFrame:
     """Speeds of single FFNs with random patterns and with those of trained models, table sparse_ffn.
 
     Args:
-        models: of each activation function.
-        windows: ids, (windows, length); their last tokens give the patterns.
+        models: one of each activation function, on the device to measure.
+        windows: ids, (windows, length), there too; their last tokens give the patterns.
     """
     patterns = [
         decode_pattern(f"trained {name}", model, thresholds_at(model, calibration, p), windows)
         for name, model in models.items()
     ]
-    return ffn_speeds(grid(settings.shapes, patterns), compiled=settings.compiled, rounds=settings.rounds)
+    cases, device = grid(settings.shapes, patterns), windows.device.type
+    return ffn_speeds(cases, compiled=settings.compiled, rounds=settings.rounds, device=device)
 
 
 def decoding_table(
@@ -51,10 +54,11 @@ def decoding_table(
         thresholds, shape = thresholds_at(model, calibration, p), shape_of(model)
         for count in SEQUENCES:
             speeds = decode_speeds(model, windows[:count, :PROMPT], thresholds, new_tokens=settings.new_tokens)
-            tables.append(speeds.assign(model="trained", activation=name, shape=shape, rule=thresholds.rule))
+            about = {"model": "trained", "activation": name, "shape": shape, "rule": thresholds.rule, "setting": p}
+            tables.append(speeds.assign(**about))
     if settings.published_decoder:
-        tables += _published(settings)
-    first = ["model", "activation", "shape", "rule"]
+        tables += _published(settings, windows.device)
+    first = ["model", "activation", "shape", "rule", "setting"]
     table = pd.concat(tables, ignore_index=True)
     return table[first + [column for column in table.columns if column not in first]]
 
@@ -65,15 +69,16 @@ def shape_of(model: nn.Module) -> str:
     return f"{ffns[0].down_weight.shape[0]}x{layer_count(ffns)}"
 
 
-def _published(settings: SpeedConfig) -> list[pd.DataFrame]:
+def _published(settings: SpeedConfig, device: torch.device) -> list[pd.DataFrame]:
     """A decoder of the published shape with random weights: what sparsity would buy if training gave it."""
-    model = build_model(PUBLISHED, seed=0).eval()
-    prompt = torch.randint(0, PUBLISHED.vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    model = build_model(PUBLISHED, seed=0).eval().to(device)
+    prompt = torch.randint(0, PUBLISHED.vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
     tables = []
     for sparsity in progress(PUBLISHED_SPARSITIES, "decoding at the published 0.1B shape"):
         thresholds = quantile_thresholds(model, prompt, sparsity)
         speeds = decode_speeds(model, prompt, thresholds, new_tokens=settings.new_tokens)
-        tables.append(speeds.assign(model="random weights", activation="relu", shape=shape_of(model), rule="fat"))
+        about = {"model": "random weights", "activation": "relu", "shape": shape_of(model)}
+        tables.append(speeds.assign(**about, rule="fat", setting=100 * sparsity))
     return tables
 
 

@@ -30,7 +30,7 @@ from sparsity_utils.checkpoints import open_checkpoint
 from sparsity_utils.corpus import Corpus, build_corpus, open_corpus
 from sparsity_utils.curves import decided_by, kept, metric_comparison, sparsity_curve
 from sparsity_utils.errors import InputError
-from sparsity_utils.model import head_count, solve_shape
+from sparsity_utils.model import default_device, head_count, solve_shape
 from sparsity_utils.portraits import dead_curve, domain_transfer, neuron_frequencies, token_ratios
 from sparsity_utils.profiles import MeasureConfig, Profile, read_profile
 from sparsity_utils.runs import Run, RunConfig, find_run, train_run
@@ -173,13 +173,16 @@ class Study:
                 verdicts.to_csv(aside, index=False)
 
     def speeds(self, question: str) -> pd.DataFrame:
-        """The table of a question of SPEEDS, measured now; the trained models are those of `trained_model`."""
-        models = {activation: self.trained_model(activation)[0].eval() for activation in self.profile.study.activations}
+        """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s."""
+        models = {
+            activation: self.trained_model(activation)[0].eval().to(default_device())
+            for activation in self.profile.study.activations
+        }
         tokens, settings = self.corpus.tokens("validation"), self.profile.measure
         context = next(iter(models.values())).config.max_position_embeddings
         calibration = measurement_batches(tokens, context, "calibration", settings.calibration_tokens)
         windows = measurement_batches(tokens, context, "evaluation", MAX_TOKENS * context)[0]["input_ids"]
-        return SPEEDS[question](models, calibration, windows, settings.p, self.profile.speed)
+        return SPEEDS[question](models, calibration, windows.to(default_device()), settings.p, self.profile.speed)
 
     def configs(self, question: str) -> list[RunConfig]:
         """The runs that a question needs."""

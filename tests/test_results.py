@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import profile_content, write_profile, write_text
 
-from sparsity_utils import measure_sparsity, paths, pattern_verdicts, plots, record, verdicts
+from sparsity_utils import measure_sparsity, paths, pattern_verdicts, plots, record, speed_verdicts, verdicts
 from sparsity_utils.errors import InputError
 from sparsity_utils.measure import window_length
 from sparsity_utils.model import load_model
@@ -51,6 +51,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
         verdicts.width_depth: ["width_depth_ratio"],
         verdicts.scale_insensitivity: ["scale_insensitivity"],
         pattern_verdicts.activation_patterns: ["activation_patterns", "token_patterns", "dead_neurons", "transfer"],
+        speed_verdicts.sparse_decoding: ["sparse_ffn", "sparse_decoding"],
     }
     found = [row for judge, questions in judges.items() for row in judge(*map(study.table, questions))]
     stored = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False).drop(columns="minutes")

@@ -119,7 +119,8 @@ def decoding(trained=0.8, shape=1.4, same=True):
         for way, sparsity in (("dense", 0.0), ("sparse", 0.9)):
             value = 1.0 if way == "dense" else gain if same else np.nan
             rows.append(
-                {"model": model, "activation": activation, "shape": "48x4", "sequences": 1, "way": way,
+                {"model": model, "activation": activation, "shape": "48x4", "sequences": 1, "rule": "cett",
+                 "setting": 90, "way": way,
                  "sparsity": sparsity, "speedup": value, "low_speedup": value * 0.99, "high_speedup": value * 1.01,
                  "same_tokens": same}
             )  # fmt: skip
