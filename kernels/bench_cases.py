@@ -88,9 +88,10 @@ def build(case: Case, device: str, seed: int = 0) -> Problem:
 
 
 def spread(mask: np.ndarray, d_ff: int, tokens: int) -> Tensor:
-    """The first tokens of a mask, (d_ff, tokens); a smaller model's neurons are repeated, in a random order."""
-    repeated = np.resize(np.arange(mask.shape[1]), d_ff)
-    order = np.random.default_rng(0).permutation(repeated) if mask.shape[1] != d_ff else repeated
+    """The first tokens of a mask, (d_ff, tokens); neurons of another number are drawn at random, or repeated."""
+    order = np.arange(d_ff)
+    if mask.shape[1] != d_ff:
+        order = np.resize(np.random.default_rng(0).permutation(mask.shape[1]), d_ff)
     return torch.from_numpy(np.ascontiguousarray(mask[:tokens, order].T))
 
 

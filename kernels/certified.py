@@ -22,6 +22,7 @@ from kernels import naive
 
 LEVELS = 127  # of an int8, on either side of zero
 UNIT = 2.0**-24  # of float32
+LARGEST = 1e38  # a third of what float32 holds
 UP = 1 + 1e-9  # covers the rounding of float64
 TINY = 2.0**-120  # per term: what products lose that are too small for float32
 ACT_ERROR = 1e-5  # relative, of an activation function computed in float32
@@ -36,16 +37,25 @@ class CertifiedGate:
     scale: Tensor  # (d_ff,), float64 of a float32
     radius: Tensor  # (d_ff,), float64: largest distance of g_i from its estimate, per unit of ||x||
     fixed: Tensor  # (d_ff,), float64: what is added to that for any x
+    most: Tensor  # (d_ff,), float64: the ||x|| up to which no float32 sum can overflow
     region: Tensor  # (3, d_ff), float64: tail, low, high
 
+    @property
+    def nbytes(self) -> int:
+        """Of all that is read for a call."""
+        parts = (self.bits, self.scale, self.radius, self.fixed, self.most, self.region)
+        return sum(part.nbytes for part in parts)
+
     def certain(self, x: Tensor, b_gate: Tensor | None = None) -> Tensor:
-        """Which neurons are certainly inactive for which token, bool, (tokens, d_ff); as the kernel decides it."""
+        """Which neurons are certainly inactive for which token, bool, (tokens, d_ff): the kernel's rule in float64."""
         wide = x.double()
         middle = wide @ (self.scale[:, None] * self.bits.double()).T
         middle = middle if b_gate is None else middle + b_gate.double()
-        reach = wide.norm(dim=1, keepdim=True) * self.radius + self.fixed
+        sizes = wide.norm(dim=1, keepdim=True)
+        reach = sizes * self.radius + self.fixed
         tail, low, high = self.region
-        return (middle + reach <= tail) | ((middle - reach >= low) & (middle + reach <= high))
+        inside = (middle + reach <= tail) | ((middle - reach >= low) & (middle + reach <= high))
+        return inside & (sizes <= self.most)
 
 
 def certified_gate(w_gate: Tensor, b_gate: Tensor | None, act: str, limit: Tensor) -> CertifiedGate:
@@ -75,17 +85,22 @@ def certified_gate(w_gate: Tensor, b_gate: Tensor | None, act: str, limit: Tenso
     radius = (error + gamma * (2 * w.norm(dim=1) + error)) * UP
     bias = torch.zeros(len(w), dtype=torch.float64) if b_gate is None else b_gate.detach().double().abs()
     fixed = 4 * UNIT * bias + d * TINY * (1 + scale)
-    return CertifiedGate(bits.to(torch.int8), scale, radius, fixed, region)
+    largest = torch.maximum(
+        w.norm(dim=1), bits.norm(dim=1)
+    )  # by Cauchy and Schwarz no partial sum exceeds it times ||x||
+    most = torch.where(bias < LARGEST, LARGEST / largest, 0.0)
+    return CertifiedGate(bits.to(torch.int8), scale, radius, fixed, most, region)
 
 
 def inactive_region(act: str, limit: Tensor) -> Tensor:
     """Where |act(g)| <= limit for certain, also as computed in float32: tail, low and high, (3, d_ff), float64.
 
-    low > high where there is no such interval. `limit`: (d_ff,), zero or more.
+    low > high where there is no such interval. `limit`: (d_ff,); below zero nothing is inactive.
     """
-    limit = limit.double()
+    limit = limit.double().clamp(max=torch.finfo(torch.float32).max)
     if act in ("relu", "relu2"):
-        tail = limit if act == "relu" else limit.sqrt() * (1 - ACT_ERROR)
+        tail = limit if act == "relu" else limit.clamp(min=0).sqrt() * (1 - ACT_ERROR)
+        tail = tail.masked_fill(limit < 0, -torch.inf)
         return torch.stack([tail, torch.full_like(tail, torch.inf), torch.full_like(tail, -torch.inf)])
     margin = limit * ACT_ERROR + (GELU_ERROR if act.startswith("gelu") else 0)
     return torch.stack(_around_a_minimum(act, limit - margin))
@@ -102,7 +117,7 @@ def _around_a_minimum(act: str, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tail = _bisected(lambda g: function(g) >= -limit, -far, bottom)
     everywhere_left = function(place) >= -limit  # then even the minimum is within the limit
     nothing = limit <= 0
-    tail = torch.where(everywhere_left, high, tail)
+    tail = torch.where(everywhere_left, high, tail.masked_fill(function(-far) < -limit, -torch.inf))
     return tail.masked_fill(nothing, -torch.inf), low.masked_fill(nothing, torch.inf), high
 
 

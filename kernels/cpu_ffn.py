@@ -9,6 +9,7 @@ threads give equal bits.
 """
 
 import math
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numba
@@ -44,12 +45,12 @@ def run(ffn: SparseFFN, x: Tensor) -> Tensor:
     parts = _parts.get(ffn)
     if parts is None:
         parts = _parts[ffn] = arrays(ffn)
-    gate, up, down, copy, limits = parts
+    gate, up, down, quantised, limits = parts
     rule = limits, ffn.threshold.numpy(), ffn.rule == "neuron", ACTIVATIONS[ffn.act]
     count, before = threads(ffn), numba.get_num_threads()
     numba.set_num_threads(count)
     try:
-        y = computed(wide, gate, up, down, copy, *rule, count)
+        y = computed(wide, gate, up, down, quantised, *rule, count)
     finally:
         numba.set_num_threads(before)
     return torch.from_numpy(y).to(x.dtype)
@@ -58,15 +59,35 @@ def run(ffn: SparseFFN, x: Tensor) -> Tensor:
 _parts: WeakKeyDictionary[SparseFFN, tuple] = WeakKeyDictionary()  # what `arrays` gave, as long as the FFN lives
 
 
-def arrays(ffn: SparseFFN) -> tuple:
-    """Weights and biases as numba takes them, sharing memory: gate, up, down, the certified copy, and the limits."""
-    gate = array(ffn.w_gate), vector(ffn.b_gate)
-    up = gate if ffn.w_up is None else (array(ffn.w_up), vector(ffn.b_up))
-    copy, none = ffn.certificate, np.empty(0, np.float64)
-    bits = np.empty((0, 0), np.int8), none, none, none, np.empty((0, 0), np.float64)
-    if copy is not None:
-        bits = tuple(part.numpy() for part in (copy.bits, copy.scale, copy.radius, copy.fixed, copy.region))
-    return gate, (*up, ffn.w_up is not None), (array(ffn.w_down_t), vector(ffn.b_down)), bits, ffn.gate_limit.numpy()
+class Rows(NamedTuple):
+    """A matrix with one row per neuron, or their bits, and the bias, in float32; empty for none."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+
+class Quantised(NamedTuple):
+    """The arrays of a `CertifiedGate`; of no rows where an FFN has none."""
+
+    bits: np.ndarray
+    scale: np.ndarray
+    radius: np.ndarray
+    fixed: np.ndarray
+    most: np.ndarray
+    region: np.ndarray
+
+
+NOT_QUANTISED = Quantised(np.empty((0, 0), np.int8), *[np.empty(0)] * 4, np.empty((0, 0)))
+
+
+def arrays(ffn: SparseFFN) -> tuple[Rows, Rows, Rows, Quantised, np.ndarray]:
+    """Gate, up, down, the quantised gate and the limits as numba takes them; weights share the FFN's memory."""
+    gate = Rows(array(ffn.w_gate), vector(ffn.b_gate))
+    up = Rows(gate.weight[:0] if ffn.w_up is None else array(ffn.w_up), vector(ffn.b_up))
+    quantised = NOT_QUANTISED
+    if ffn.certificate is not None:
+        quantised = Quantised(*(getattr(ffn.certificate, name).numpy() for name in Quantised._fields))
+    return gate, up, Rows(array(ffn.w_down_t), vector(ffn.b_down)), quantised, ffn.gate_limit.numpy()
 
 
 def threads(ffn: SparseFFN) -> int:
@@ -168,26 +189,30 @@ def dots(row, x, tokens, count, bias, out, wide):
 
 
 @njit(cache=True)
-def computed(x, gate, up, down, copy, limits, threshold, by_neuron, act, shares):
-    """y, (tokens, d_out), in float32."""
+def indices(chosen):
+    """The numbers of the neurons that are chosen, bool (d_ff,), in rising order."""
+    return np.flatnonzero(chosen)
+
+
+@njit(cache=True)
+def computed(x, gate, up, down, quantised, limits, threshold, by_neuron, act, shares):
+    """y, (tokens, d_out), in float32; a plain FFN has no rows of `up`."""
     g = np.empty((len(limits), len(x)), np.float32)
-    candidates = np.ones(len(limits), np.bool_)
-    if len(copy[0]):
-        undecided(x, gate[1], copy, shares, candidates)
-    neurons = np.flatnonzero(candidates)
-    select(x, gate, neurons, limits, act, shares, g, candidates)
-    neurons = neurons[candidates[neurons]]
-    y = np.zeros((shares, len(x), down[0].shape[1]), np.float32)
-    combine(x, neurons, g, up, down[0], limits, threshold, by_neuron, act, y)
+    chosen = np.ones(len(limits), np.bool_)
+    if len(quantised.bits):
+        undecided(x, gate.bias, quantised, shares, chosen)
+    select(x, gate, indices(chosen), limits, act, shares, g, chosen)
+    y = np.zeros((shares, len(x), down.weight.shape[1]), np.float32)
+    combine(x, indices(chosen), g, up, down.weight, limits, threshold, by_neuron, act, y)
     for share in range(1, shares):
         y[0] += y[share]
-    return y[0] + down[1] if len(down[1]) else y[0]
+    return y[0] + down.bias if len(down.bias) else y[0]
 
 
 @njit(fastmath=MATH, cache=True, parallel=True)
-def undecided(x, bias, copy, shares, candidates):
-    """Sets candidates, (d_ff,), to whether the 8-bit copy leaves any doubt that the neuron is inactive."""
-    bits, scale, radius, fixed, region = copy
+def undecided(x, bias, quantised, shares, chosen):
+    """Sets chosen, (d_ff,), to whether the 8-bit copy leaves any doubt that the neuron is inactive."""
+    bits, scale, radius, fixed, most, region = quantised
     sizes = np.sqrt((x.astype(np.float64) ** 2).sum(axis=1))  # ||x|| of each token
     for share in prange(shares):
         wide, everyone = np.empty(x.shape[1], np.float32), np.arange(len(x))
@@ -195,12 +220,13 @@ def undecided(x, bias, copy, shares, candidates):
         for i in range(len(bits) * share // shares, len(bits) * (share + 1) // shares):
             dots(bits[i], x, everyone, len(x), np.float32(0), estimate, wide)
             b = bias[i] if len(bias) else np.float32(0)
-            candidates[i] = False
+            chosen[i] = False
             for t in everyone:
                 middle, reach = scale[i] * estimate[t] + b, radius[i] * sizes[t] + fixed[i]
                 tail, low, high = region[0, i], region[1, i], region[2, i]
-                if not (middle + reach <= tail or (middle - reach >= low and middle + reach <= high)):
-                    candidates[i] = True
+                inside = middle + reach <= tail or (middle - reach >= low and middle + reach <= high)
+                if not (inside and sizes[t] <= most[i]):
+                    chosen[i] = True
 
 
 @njit(fastmath=MATH, cache=True, parallel=True)
@@ -225,7 +251,8 @@ def select(x, gate, neurons, limits, act, shares, g, needed):
 @njit(fastmath=MATH, cache=True, parallel=True)
 def combine(x, neurons, g, up, down, limits, threshold, by_neuron, act, y):
     """Adds the output of the given neurons to y, (shares, tokens, d_out)."""
-    weight, bias, gated = up
+    weight, bias = up
+    gated = len(weight) > 0
     shares, tokens = y.shape[:2]
     for share in prange(shares):
         wide, needing = np.empty(x.shape[1], np.float32), np.empty(tokens, np.int64)
@@ -234,7 +261,8 @@ def combine(x, neurons, g, up, down, limits, threshold, by_neuron, act, y):
         for k in range(first, end):
             i = neurons[k]
             fetch_start(down[i])
-            fetch_start(weight[neurons[min(k + 1, end - 1)]])
+            if gated:
+                fetch_start(weight[neurons[min(k + 1, end - 1)]])
             count = 0
             for t in range(tokens):
                 s[t] = activated(g[i, t], act)
@@ -247,6 +275,6 @@ def combine(x, neurons, g, up, down, limits, threshold, by_neuron, act, y):
                 t = needing[place]
                 h = s[t] * u[t]
                 kept = not by_neuron or (abs(h) >= threshold[i] and h != 0)
-                if kept or not math.isfinite(g[i, t]):
+                if kept or not math.isfinite(h) or not math.isfinite(g[i, t]):
                     for j in range(down.shape[1]):
                         y[share, t, j] += h * widened(down[i, j])

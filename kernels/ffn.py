@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 
@@ -23,7 +23,8 @@ class SparseFFN:
 
     Symbols and rules are those of `kernels.naive`. All tensors are on one device and of one dtype (float32, float16 or
     bfloat16), sums are kept in float32. The same input gives the same bits on every call. No gradient flows through
-    it. More than MAX_TOKENS tokens are computed densely, by `naive.sparse_ffn`.
+    it. More than MAX_TOKENS tokens are computed densely, by `naive.sparse_ffn`: in half precision that compares rounded
+    numbers with the threshold, the kernels unrounded ones, so that a neuron next to it may differ.
 
     Raises `ValueError` when shapes, dtypes or devices do not fit, and when act or rule is unknown.
     """
@@ -31,13 +32,15 @@ class SparseFFN:
     w_gate: Tensor  # (d_ff, d); of a plain FFN, the one matrix before the activation function
     w_up: Tensor | None  # (d_ff, d); None: a plain FFN
     w_down_t: Tensor  # (d_ff, d_out): the down projection transposed, so that a neuron is one contiguous row
-    threshold: Tensor | float  # one for all neurons, or (d_ff,), as `Thresholds.per_neuron(ffn)` returns
+    threshold: (
+        Tensor | float
+    )  # one for all neurons, or (d_ff,), as `Thresholds.per_neuron(ffn)` returns; -1: all active
     act: str = "relu"  # one of naive.ACTIVATIONS
     rule: str = "gate"  # one of naive.RULES
     b_gate: Tensor | None = None  # (d_ff,)
     b_up: Tensor | None = None  # (d_ff,)
     b_down: Tensor | None = None  # (d_out,)
-    certificate: CertifiedGate | None = None  # made by `certified`
+    certificate: CertifiedGate | None = field(default=None, init=False)  # made by `certified`
 
     def __post_init__(self) -> None:
         self._check()
@@ -58,9 +61,13 @@ class SparseFFN:
     def certified(self) -> "SparseFFN":
         """The same FFN with an 8-bit copy of W_gate, which is read first: see `kernels.certified`. The same bits.
 
+        The copy is made of the weights as they are now: after a change of them make another.
+
         Raises `ValueError` on other devices than a CPU, and where no neuron could ever be certainly inactive.
         """
-        return replace(self, certificate=certified_gate(self.w_gate, self.b_gate, self.act, self.gate_limit))
+        same = replace(self)
+        object.__setattr__(same, "certificate", certified_gate(self.w_gate, self.b_gate, self.act, self.gate_limit))
+        return same
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -87,6 +94,9 @@ class SparseFFN:
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}.")
         tensors = self._tensors()
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name} is of type {type(tensor).__name__}; it must be a torch tensor.")
         for name in ("w_gate", "w_down_t"):
             if tensors[name].dim() != 2 or 0 in tensors[name].shape:
                 raise ValueError(f"{name} is {described(tensors[name])}; it must have two dimensions, d_ff first.")
@@ -110,18 +120,19 @@ class SparseFFN:
     def _threshold_per_neuron(self) -> Tensor:
         """(d_ff,), float32, on the device of the weights."""
         given, device = self.threshold, self.w_gate.device
+        if isinstance(given, (int, float)):
+            given = torch.tensor(float(given), dtype=torch.float64, device=device)
         if not isinstance(given, Tensor):
-            if not given >= 0:
-                raise ValueError(f"The threshold is {given}; it must be 0 or more.")
-            return torch.full((self.d_ff,), float(given), dtype=torch.float32, device=device)
-        if given.dim() == 0:
-            given = given.expand(self.d_ff)
-        if given.shape != (self.d_ff,) or given.device != device:
+            raise ValueError(f"The threshold is {given!r}; it must be a number, or a tensor of one per neuron.")
+        if given.device != device or given.shape not in ((), (self.d_ff,)):
             raise ValueError(
                 f"The threshold is {described(given)}; it must be one number, or one per neuron, ({self.d_ff},), on "
                 f"the device of the weights, {device}."
             )
-        return given.detach().to(torch.float32).contiguous()
+        if device.type == "cpu" and given.isnan().any():  # elsewhere a look would wait for the device
+            raise ValueError("A threshold is NaN; it must be a number.")
+        largest = torch.finfo(torch.float32).max
+        return given.detach().clamp(max=largest).to(torch.float32).expand(self.d_ff).contiguous()
 
 
 def sparse_ffn(
@@ -158,7 +169,7 @@ def backend(device: str) -> Callable[[SparseFFN, Tensor], Tensor]:
     else:
         try:
             return import_module(BACKENDS[device]).run
-        except ImportError as error:
+        except Exception as error:  # not installed, too old, or nowhere to keep what it compiles
             reason = f"{BACKENDS[device]} cannot be used ({error})"
     warnings.warn(f"Sparse FFNs on {device} run densely, with a mask: {reason}.", stacklevel=3)
     return run_dense

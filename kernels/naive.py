@@ -6,8 +6,9 @@ y = W_down h; a plain one (w_up is None) h = s. A neuron is inactive for a token
 - under the rule "gate" where |s_i| <= t_i: known before u, so a kernel reads W_up and W_down for active neurons alone;
 - under the rule "neuron" (CETT) where |h_i| < t_i or h_i = 0: a kernel reads W_up wherever s_i is not zero.
 
-Comparisons are made in float32 or wider. A neuron whose g_i is infinite or NaN is always active, so that broken numbers
-reach the output as they do in a dense FFN.
+Comparisons are made in float32 or wider; a threshold below zero leaves every neuron active under the rule "gate". A
+neuron whose g_i is infinite or NaN is always active, and under "neuron" one whose h_i is, so that broken numbers reach
+the output as they do in a dense FFN; only those in weights that the rule does not read stay unseen.
 """
 
 from collections.abc import Callable
@@ -53,4 +54,5 @@ def active_neurons(g: Tensor, s: Tensor, h: Tensor, threshold: Tensor | float, r
     broken = ~g.isfinite()
     if rule == "gate":
         return (s.to(wide).abs() > threshold) | broken
+    broken |= (s != 0) & ~h.isfinite()
     return ((h.to(wide).abs() >= threshold) & (h != 0)) | broken

@@ -35,7 +35,7 @@ def reading(ffn: SparseFFN, x: Tensor) -> Reading:
     active = naive.active_neurons(g, s, h, ffn.threshold, ffn.rule)
     gate, copied = 1.0, 0
     if ffn.certificate is not None:
-        gate, copied = share(~ffn.certificate.certain(x, ffn.b_gate)), ffn.certificate.bits.nbytes
+        gate, copied = share(~ffn.certificate.certain(x, ffn.b_gate)), ffn.certificate.nbytes
     up = 0.0 if ffn.w_up is None else share(s.abs() > ffn.gate_limit)
     down = share(active)
     up_size = 0 if ffn.w_up is None else ffn.w_up.nbytes

@@ -351,5 +351,7 @@ def needs_up(g, s, threshold, RULE: tl.constexpr):
 @triton.jit
 def is_active(g, s, h, threshold, RULE: tl.constexpr):
     """As naive.active_neurons."""
-    loud = tl.abs(s) > threshold if RULE == "gate" else (tl.abs(h) >= threshold) & (h != 0)
+    loud = tl.abs(s) > threshold
+    if RULE == "neuron":
+        loud = ((tl.abs(h) >= threshold) & (h != 0)) | ((s != 0) & ~(tl.abs(h) < float("inf")))
     return loud | ~(tl.abs(g) < float("inf"))

@@ -91,6 +91,18 @@ def _bias(module: nn.Module | None, outputs: slice, size: int) -> Tensor | None:
     return chosen if chosen is not None and len(chosen) == size else None
 
 
+bypassed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose FFNs run on sparse kernels just now
+
+
+def check_not_bypassed(model: nn.Module) -> None:
+    """Raises `InputError` for a model inside a `sparse_kernels` block: between its FFNs' modules run zeros."""
+    if model in bypassed:
+        raise InputError(
+            f"The FFNs of this {type(model).__name__} run on sparse kernels; leave that block before they are "
+            f"observed, masked or replaced."
+        )
+
+
 def widened(x: Tensor) -> Tensor:
     """`x` in float32, or as it is when already float64: the precision of norms and errors."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_utils.errors import InputError
-from sparsity_utils.ffns import FFN, find_ffns, layer_count, owners, widened
+from sparsity_utils.ffns import FFN, check_not_bypassed, find_ffns, layer_count, owners, widened
 from sparsity_utils.flow import Down, Flow
 
 __all__ = ["FFN", "Rule", "check_layers", "find_ffns", "layer_count", "observe_neurons", "sparse_neurons", "widened"]
@@ -85,6 +85,7 @@ def check_layers(thresholds: Rule, ffns: list[FFN]) -> None:
 @contextmanager
 def _visited(model: nn.Module, ffns: list[FFN], visit: Visit) -> Iterator[list[FFN]]:
     """Call `visit(ffn, s, h, tokens)` just before each down projection; a tensor it returns takes the place of `h`."""
+    check_not_bypassed(model)
     with ExitStack() as stack:
         pending: dict[nn.Module, Tensor] = {}  # activation -> s, until its down projection
         for ffn in ffns:

@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparsity_utils.profiles import ACTIVATIONS
+from sparsity_utils.speed import DENSE
 from sparsity_utils.style import COLOURS, Look, captioned, side_by_side, styled
 
 NAMES = {
@@ -134,8 +135,9 @@ def decoding(steps: pd.DataFrame) -> Figure:
 
 def _steps(axes: Axes, table: pd.DataFrame) -> None:
     """One bar per way and sparsity, cut by the part of the model that the time goes to."""
-    table = table[(table["way"] != "dense") | ~table["way"].duplicated()]  # dense is timed beside each sparsity
-    names = [row.way if row.way == "dense" else f"{row.way}\n{100 * row.sparsity:.0f}%" for row in table.itertuples()]
+    full = table["way"].isin(DENSE)
+    table = table[~full | ~table["way"].duplicated()]  # these are timed beside each sparsity
+    names = [row.way if row.way in DENSE else f"{row.way}\n{100 * row.sparsity:.0f}%" for row in table.itertuples()]
     left = np.zeros(len(table))
     total = 1e3 / table["tokens_per_second"].to_numpy()
     known = table[["ffn_time", "attention_time", "head_time"]].to_numpy()

@@ -12,9 +12,9 @@ from sparsity_utils.hooks import find_ffns, observe_neurons
 from sparsity_utils.metrics import measure_sparsity
 from sparsity_utils.model import build_model
 from sparsity_utils.modes import evaluating
-from sparsity_utils.profiles import ModelConfig, SpeedConfig
+from sparsity_utils.profiles import ACTIVATIONS, ModelConfig, SpeedConfig
 from sparsity_utils.progress import progress
-from sparsity_utils.speed import decode_pattern, decode_speeds
+from sparsity_utils.speed import ROUNDS, decode_pattern, decode_speeds
 from sparsity_utils.thresholds import Thresholds
 
 SEQUENCES = (1, 4, 16)  # decoded side by side
@@ -38,7 +38,7 @@ def ffn_table(
         windows: ids, (windows, length), there too; their last tokens give the patterns.
     """
     patterns = [
-        decode_pattern(f"trained {name}", model, thresholds_at(model, calibration, p), windows)
+        decode_pattern(f"trained {ACTIVATIONS[name]}", model, thresholds_at(model, calibration, p), windows)
         for name, model in models.items()
     ]
     cases, device = grid(settings.shapes, patterns), windows.device.type
@@ -49,11 +49,11 @@ def decoding_table(
     models: Mapping[str, nn.Module], calibration: list, windows: Tensor, p: float, settings: SpeedConfig
 ) -> pd.DataFrame:
     """Speeds of greedy decoding, table sparse_decoding."""
-    tables = []
+    tables, options = [], decode_options(settings)
     for name, model in models.items():
         thresholds, shape = thresholds_at(model, calibration, p), shape_of(model)
         for count in SEQUENCES:
-            speeds = decode_speeds(model, windows[:count, :PROMPT], thresholds, new_tokens=settings.new_tokens)
+            speeds = decode_speeds(model, windows[:count, :PROMPT], thresholds, **options)
             about = {"model": "trained", "activation": name, "shape": shape, "rule": thresholds.rule, "setting": p}
             tables.append(speeds.assign(**about))
     if settings.published_decoder:
@@ -61,6 +61,11 @@ def decoding_table(
     first = ["model", "activation", "shape", "rule", "setting"]
     table = pd.concat(tables, ignore_index=True)
     return table[first + [column for column in table.columns if column not in first]]
+
+
+def decode_options(settings: SpeedConfig) -> dict[str, int]:
+    """How much is decoded: fewer rounds than of single FFNs, which are far shorter."""
+    return {"new_tokens": settings.new_tokens, "rounds": min(settings.rounds, ROUNDS)}
 
 
 def shape_of(model: nn.Module) -> str:
@@ -76,7 +81,7 @@ def _published(settings: SpeedConfig, device: torch.device) -> list[pd.DataFrame
     tables = []
     for sparsity in progress(PUBLISHED_SPARSITIES, "decoding at the published 0.1B shape"):
         thresholds = quantile_thresholds(model, prompt, sparsity)
-        speeds = decode_speeds(model, prompt, thresholds, new_tokens=settings.new_tokens)
+        speeds = decode_speeds(model, prompt, thresholds, **decode_options(settings))
         about = {"model": "random weights", "activation": "relu", "shape": shape_of(model)}
         tables.append(speeds.assign(**about, rule="fat", setting=100 * sparsity))
     return tables

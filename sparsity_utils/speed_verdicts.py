@@ -29,8 +29,9 @@ def sparse_decoding(ffns: pd.DataFrame, decoding: pd.DataFrame) -> list[Verdict]
     The tables of the questions sparse_ffn and sparse_decoding, as results/columns.csv describes them. Raises
     InputError for missing columns, duplicates and NaN.
     """
-    require(ffns, [*CASE, *INTERVALS, "ideal_speedup"], CASE, ["sparsity", "ideal_speedup", *INTERVALS], "FFN speeds")
-    require(decoding, [*MODEL, *INTERVALS[:3], "sparsity"], MODEL, ["sparsity"], "decoding speeds")
+    numbers = ["sparsity", "ideal_speedup", "speedup", "strict_speedup"]
+    require(ffns, [*CASE, *INTERVALS, "ideal_speedup"], CASE, numbers, "FFN speeds")
+    require(decoding, [*MODEL, *INTERVALS, "sparsity"], MODEL, ["sparsity"], "decoding speeds")
     one = ffns.query("shape == @SHAPE and dtype == 'float32' and tokens == 1 and pattern == 'random'")
     shape, trained = (decoding[decoding["model"] == name] for name in ("random weights", "trained"))
     return [
@@ -43,8 +44,8 @@ def sparse_decoding(ffns: pd.DataFrame, decoding: pd.DataFrame) -> list[Verdict]
             claims.BEYOND_WALL,
         ),
         _published_speed(),
-        _above(claims.SHAPE_GAINS, _decoded(shape[shape["setting"] == 90])),
-        _above(claims.TRAINED_GAIN, _decoded(trained)),
+        _above(claims.SHAPE_GAINS, _decoded(shape[shape["setting"] == 90]), "strict_speedup", 1.0),
+        _above(claims.TRAINED_GAIN, _decoded(trained), "strict_speedup", 1.0),
     ]
 
 
@@ -60,13 +61,17 @@ def _nearly_ideal(rows: pd.DataFrame) -> Verdict:
     return _above(claims.NEARLY_IDEAL, shares, "strict_speedup", claims.NEAR_IDEAL)
 
 
-def _above(claim: Claim, rows: pd.DataFrame, column: str = "speedup", bound: float = 1.0) -> Verdict:
+def _above(claim: Claim, rows: pd.DataFrame, column: str, bound: float) -> Verdict:
     """The row with the lowest interval decides; rows without a speed gave other tokens than the masked model."""
+    nothing, reason = Estimate(math.nan, math.nan, math.nan, LEVEL, 0), ""
     if rows.empty:
-        return claim.judged(Estimate(math.nan, math.nan, math.nan, LEVEL, 0), INCONCLUSIVE, "it was not measured")
-    if rows[column].isna().any():
+        reason = "it was not measured"
+    elif rows[column].isna().any():
         reason = "the kernels gave other tokens than the masked model"
-        return claim.judged(Estimate(math.nan, math.nan, math.nan, LEVEL, 0), INCONCLUSIVE, reason)
+    elif rows[f"low_{column}"].isna().any():
+        reason = "too few rounds for an interval"
+    if reason:
+        return claim.judged(nothing, INCONCLUSIVE, reason)
     lowest = rows.loc[rows[f"low_{column}"].idxmin()]
     estimate = Estimate(lowest[column], lowest[f"low_{column}"], lowest[f"high_{column}"], LEVEL, len(rows))
     verdict = SUPPORTED if estimate.low >= bound else NOT_SUPPORTED if estimate.high < bound else INCONCLUSIVE

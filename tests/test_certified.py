@@ -1,10 +1,14 @@
 """The certified gate: the bound holds for the worst inputs, and the result has the bits of the exact kernel."""
 
+import dataclasses
+
+import numba
 import pytest
 import torch
 from ffn_cases import SHAPES, ffn_case, neurons
 
-from kernels import SparseFFN, naive
+from kernels import SparseFFN, cpu_ffn, naive
+from kernels import certified as certified_module
 from kernels.certified import LEVELS, certified_gate, inactive_region
 
 
@@ -20,6 +24,66 @@ def test_the_same_bits_as_without_the_copy(shape, tokens, dtype):
     case = ffn_case(shape, 0.8, tokens=tokens, dtype=dtype, biases=True)
     exact, certified = plain_and_certified(case)
     assert torch.equal(certified(case["x"]), exact(case["x"]))
+
+
+def test_the_same_bits_with_several_threads(monkeypatch):
+    monkeypatch.setattr(cpu_ffn, "threads", lambda ffn: numba.config.NUMBA_NUM_THREADS)
+    case = ffn_case("tall", 0.8, tokens=3)
+    exact, certified = plain_and_certified(case)
+    assert torch.equal(certified(case["x"]), exact(case["x"]))
+
+
+def cancelling(size=300, rows=600):
+    """Rows that 8 bits hold exactly, and for each an x that float32 sums to about its own rounding error."""
+    random = torch.Generator().manual_seed(0)
+    bits = torch.randint(-126, 127, (rows, size), generator=random).double()
+    bits[:, 0] = 127
+    w = bits * 3 / 1024
+    x = torch.randn(rows, size, generator=random, dtype=torch.float64)
+    x = (x - (x * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True) * w).float()
+    return w.float(), x
+
+
+def missed(w, x):
+    """How many rows the certified kernel calls inactive that the exact one computes, each for its own x."""
+    exact = SparseFFN(w, None, torch.eye(len(w)), 0.0)
+    certified = exact.certified()
+    return sum(bool((exact(one)[i] != 0) & (certified(one)[i] == 0)) for i, one in enumerate(x))
+
+
+def test_the_rounding_of_sums_is_part_of_the_bound(monkeypatch):
+    w, x = cancelling()
+    assert missed(w, x) == 0
+    monkeypatch.setattr(certified_module, "UNIT", 0.0)  # a bound that forgets it
+    assert missed(w, x) > 0
+
+
+OVERFLOWING = {  # x, w, threshold: sums that leave float32 on one side alone
+    "the estimate": ([-2.7e36, 2.6e36, 2.6e36], [1.0, 1.0, 1.0], 0.0),
+    "the exact sum": ([1e30, 1e30, 1e30], [1e10, -1e10, -1e10], 0.0),
+    "infinite threshold": ([float("inf"), 1.0, 0.0], [1.0, 0.0, 0.0], float("inf")),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWING)
+def test_overflow_is_never_certain(name):
+    x, w, threshold = OVERFLOWING[name]
+    exact = SparseFFN(torch.tensor([w]), None, torch.ones(1, 1), threshold)
+    certified, given = exact.certified(), torch.tensor(x)
+    assert torch.equal(certified(given).nan_to_num(7), exact(given).nan_to_num(7))
+    assert not certified.certificate.certain(given[None]).any()
+
+
+def test_far_tails_of_a_tiny_limit():
+    exact = SparseFFN(torch.ones(1, 1), None, torch.full((1, 1), 1e18), 1e-20, act="silu")
+    x = torch.tensor([-41.0])
+    assert torch.equal(exact.certified()(x), exact(x)) and exact(x) != 0
+
+
+def test_another_ffn_has_no_certificate():
+    case = ffn_case("odd", 0.9)
+    certified = plain_and_certified(case)[1]
+    assert dataclasses.replace(certified, threshold=0.0).certificate is None
 
 
 @pytest.mark.parametrize("act", sorted(naive.ACTIVATIONS))

@@ -1,5 +1,7 @@
 """Models whose FFNs run on sparse kernels give what the same masks give densely, and are left as they were."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from families import FAMILIES, build, inputs, left_behind, output
@@ -9,7 +11,7 @@ from torch import nn
 from kernels import SparseFFN
 from sparsity_utils.decode import kernel_of, kernel_rule, sparse_kernels
 from sparsity_utils.errors import InputError
-from sparsity_utils.hooks import find_ffns, sparse_neurons
+from sparsity_utils.hooks import find_ffns, observe_neurons, sparse_neurons
 from sparsity_utils.model import load_model
 from sparsity_utils.paths import RECORDED_MODELS
 from sparsity_utils.thresholds import Thresholds
@@ -132,11 +134,103 @@ class Unknown(Shifted):
         return x + self.down(self.act(self.gate(x)) * self.up(x))
 
 
-@pytest.mark.parametrize(("kind", "match"), [(Shifted, "computes more than"), (Unknown, "function Tanh")])
+class Leaking(Shifted):
+    """A model that uses the gate once more, outside its FFN."""
+
+    def forward(self, x):
+        g = self.gate(x)
+        return x + self.down(self.act(g) * self.up(x)) + g[..., :8]
+
+
+class Adapted(Shifted):
+    """A down projection with an adapter beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+    def forward(self, x):
+        h = self.act(self.gate(x)) * self.up(x)
+        return x + self.down(h) + self.b(self.a(h))
+
+
+class Twice(nn.Module):
+    """Two FFNs of one block with a common down projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.act, self.act_too = nn.SiLU(), nn.SiLU()
+
+    def forward(self, x):
+        x = x + self.down(self.act(self.one(x)))
+        return x + self.down(self.act_too(self.other(x)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        (Shifted, "computes more than"),
+        (Unknown, "function Tanh"),
+        (Leaking, "makes more of the parts"),
+        (Adapted, "makes more of the parts"),
+    ],
+)
 def test_ffns_that_compute_something_else_are_refused(kind, match):
     torch.manual_seed(0)
     model = nn.Sequential(kind()).eval()
     refused(model, match, thresholds=Thresholds("relu", (0.0,)), inputs=torch.randn(2, 5, 8))
+
+
+def test_a_down_projection_that_serves_another_ffn_too():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Twice()).eval(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        expected = model(x)
+        with sparse_kernels(model, None, inputs=x):
+            assert torch.allclose(model(x), expected, atol=1e-5)
+    assert not left_behind(model)
+
+
+def test_with_nothing_skipped_a_model_computes_what_it_computes_densely():
+    model, batch = build("llama", dtype=torch.float32), few("llama", torch.float32)
+    expected = output(model, batch)
+    with sparse_kernels(model, None):
+        assert torch.allclose(output(model, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_training_inside_the_block_is_refused():
+    model, batch = build("llama", dtype=torch.float32), few("llama", torch.float32)
+    with sparse_kernels(model, None):
+        with pytest.raises(InputError, match="does not train"):
+            model(**batch)
+        model.train()
+        with pytest.raises(InputError, match="does not train"):
+            output(model, batch)
+
+
+def test_observing_masking_and_nesting_inside_the_block_are_refused():
+    model = build("llama", dtype=torch.float32)
+    with sparse_kernels(model, None):
+        for block in (observe_neurons(model, print), sparse_neurons(model, thresholds("relu", model)),
+                      sparse_kernels(model, None)):  # fmt: skip
+            with pytest.raises(InputError, match="run on sparse kernels; leave that block"), block:
+                pass
+    assert not left_behind(model)
+    with observe_neurons(model, lambda *seen: None):
+        output(model, few("llama", torch.float32))
+
+
+def test_threads_may_share_a_model():
+    model = build("llama", dtype=torch.float32)
+    batches = [
+        {"input_ids": torch.randint(3, 41, (1, 9), generator=torch.Generator().manual_seed(i))} for i in range(24)
+    ]
+    with sparse_kernels(model, None), ThreadPoolExecutor(4) as pool:
+        expected = [output(model, batch) for batch in batches]
+        for _ in range(5):
+            found = list(pool.map(lambda batch: output(model, batch), batches))
+            assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_model_is_as_before_after_an_exception():

@@ -24,8 +24,10 @@ BAD = {
     "w_gate is .*float64.*float32, float16 or bfloat16": {"w_gate": torch.zeros(157, 63, dtype=torch.float64)},
     "threshold is (156,).*one per neuron, (157,)": {"threshold": torch.zeros(156)},
     "threshold is .*on meta": {"threshold": torch.zeros(157, device="meta")},
-    "threshold is -0.1; it must be 0 or more": {"threshold": -0.1},
-    "threshold is nan": {"threshold": float("nan")},
+    "threshold is NaN; it must be a number": {"threshold": float("nan")},
+    "A threshold is NaN": {"threshold": torch.full((157,), float("nan"))},
+    "threshold is '0.1'; it must be a number": {"threshold": "0.1"},
+    "w_gate is of type list; it must be a torch tensor": {"w_gate": [1.0]},
     "act is 'tanh'; choose one of relu, relu2": {"act": "tanh"},
     "rule is 'top-k'; choose one of gate, neuron": {"rule": "top-k"},
     "b_up was given without w_up": {"w_up": None},
@@ -69,6 +71,14 @@ def test_thresholds_may_be_a_number_a_tensor_or_one_per_neuron():
     expected = sparse_ffn(**given)
     for threshold in (torch.tensor(value), torch.full((157,), value), torch.full((157,), value, dtype=torch.float32)):
         assert torch.equal(sparse_ffn(**given | {"threshold": threshold}), expected)
+
+
+def test_extreme_thresholds_leave_all_or_none():
+    given = ffn_case("odd", 0.5, act="silu")
+    for threshold, sparsity in ((-1, 0), (1e39, 1), (float("inf"), 1)):
+        y = sparse_ffn(**given | {"threshold": threshold})
+        expected = reference(given | {"threshold": -1.0 if sparsity == 0 else 1e30})
+        assert torch.allclose(y.double(), expected, atol=1e-5) and (y == 0).all() == bool(sparsity)
 
 
 def test_no_gradient_flows_and_none_is_asked_for():

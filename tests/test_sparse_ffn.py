@@ -103,6 +103,14 @@ def test_an_infinite_weight_of_an_inactive_neuron_is_not_read(backend):
     assert_close(y, reference(case))
 
 
+@pytest.mark.parametrize("rule", naive.RULES)
+def test_a_broken_weight_of_a_needed_row_reaches_the_output(backend, rule):
+    case = make(backend, "odd", 0.5, rule=rule)
+    _, s, _ = neurons(case)
+    case["w_up"][int(s[0].argmax())] = float("nan")
+    assert not run(backend, case).isfinite().any() and not reference(case).isfinite().any()
+
+
 @pytest.mark.parametrize("name", ["x", "w_gate", "w_up", "w_down_t"])
 def test_tensors_that_are_not_contiguous(backend, name):
     case = make(backend, "odd", 0.5, tokens=2)

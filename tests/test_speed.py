@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from families import build
+from test_moe import build as build_mixture
 
 from sparsity_utils import speed, speed_summary, speed_verdicts
 from sparsity_utils.cost import decoding_limit
@@ -38,12 +39,14 @@ def test_greedy_tokens_are_those_of_generate(model, prompts):
 
 def test_every_way_is_timed_and_gives_the_masked_model_s_tokens(model, prompts):
     table = speed.decode_speeds(model, prompts, CETT, new_tokens=6, rounds=2).set_index("way")
-    assert list(table.index) == ["dense", "sparse", "certified"] and table["same_tokens"].all()
+    assert list(table.index) == ["dense", "all rows", "sparse", "certified"] and table["same_tokens"].all()
     assert (table["tokens_per_second"] > 0).all() and table.loc["dense", "speedup"] == 1
     times = table[["ffn_time", "attention_time", "head_time"]]
     assert (times > 0).all(axis=None) and (times.sum(axis=1) < 1).all()
     assert table.loc["dense", "ffn_megabytes"] == pytest.approx(4 * 3 * 48 * 120 * 4 / 1e6)
-    assert table["ffn_megabytes"].is_monotonic_decreasing or table.loc["sparse", "ffn_megabytes"] < 0.27
+    assert table.loc["all rows", "ffn_megabytes"] == table.loc["dense", "ffn_megabytes"]
+    assert table.loc["sparse", "ffn_megabytes"] < table.loc["dense", "ffn_megabytes"]
+    assert table.loc[["dense", "all rows"], "strict_speedup"].max() == 1
     whole = sum(p.nbytes for p in model.parameters()) / 1e6
     assert table.loc["dense", "megabytes"] == pytest.approx(whole)  # tied embeddings are the head
     assert table.loc["sparse", "up_share"] >= table.loc["sparse", "active_share"] > 0
@@ -122,6 +125,7 @@ def decoding(trained=0.8, shape=1.4, same=True):
                 {"model": model, "activation": activation, "shape": "48x4", "sequences": 1, "rule": "cett",
                  "setting": 90, "way": way,
                  "sparsity": sparsity, "speedup": value, "low_speedup": value * 0.99, "high_speedup": value * 1.01,
+                 "strict_speedup": value, "low_strict_speedup": value * 0.99, "high_strict_speedup": value * 1.01,
                  "same_tokens": same}
             )  # fmt: skip
     return pd.DataFrame(rows)
@@ -159,6 +163,19 @@ def test_what_was_not_measured_is_inconclusive():
 def test_other_tokens_are_inconclusive():
     rows = verdicts(decoding=decoding(same=False))
     assert [row.verdict for row in rows[-2:]] == [INCONCLUSIVE] * 2 and "other tokens" in rows[-1].reason
+
+
+def test_too_few_rounds_are_inconclusive():
+    rows = verdicts(ffns=ffns().assign(low_strict_speedup=np.nan, high_strict_speedup=np.nan))
+    assert rows[0].verdict == INCONCLUSIVE and rows[0].reason == "too few rounds for an interval"
+
+
+def test_a_model_that_no_kernel_fits_is_refused_and_one_without_certificate_is_not(model, prompts):
+    with pytest.raises(InputError, match="routed experts"):
+        speed.decode_speeds(build_mixture("mixtral", dtype=torch.float32), torch.ones(1, 3, dtype=torch.long), CETT)
+    silu = load_model(RECORDED_MODELS / "silu").eval()
+    table = speed.decode_speeds(silu, prompts, CETT, new_tokens=2, rounds=1)
+    assert list(table["way"]) == ["dense", "all rows", "sparse"]
 
 
 def test_tables_that_cannot_be_used_are_refused():
