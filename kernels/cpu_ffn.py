@@ -9,6 +9,7 @@ threads give equal bits.
 """
 
 import math
+import os
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -26,7 +27,8 @@ from kernels.ffn import SparseFFN
 
 # torch's own threads and numba's then come from one pool, where both load the same libgomp. With a pool of its own
 # numba waits for torch's threads, which spin after each operation: 20 against 32 GB/s on 2 cores.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 ACTIVATIONS = {name: code for code, name in enumerate(naive.ACTIVATIONS)}
 RELU, RELU2, SILU, GELU, GELU_TANH = (ACTIVATIONS[name] for name in ("relu", "relu2", "silu", "gelu", "gelu_tanh"))
@@ -139,14 +141,14 @@ def fetch(context, place):
     return types.void(place), code
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True)
 def fetch_start(row):
     """Ask for the first part of a row; what follows the processor then fetches ahead by itself."""
     for offset in range(0, min(FETCHED, row.nbytes), 64):
         fetch(row.ctypes.data + offset)
 
 
-@njit(fastmath=MATH, cache=True, nogil=True)
+@njit(fastmath=MATH, cache=True)
 def activated(g, act):
     """act(g) of one number."""
     if act in (RELU, RELU2):
@@ -160,7 +162,7 @@ def activated(g, act):
     return np.float32(0.5) * g * (np.float32(1) + math.tanh(inner))
 
 
-@njit(fastmath=MATH, cache=True, nogil=True)
+@njit(fastmath=MATH, cache=True)
 def dots(row, x, tokens, count, bias, out, wide):
     """out[t] = row . x[t] + bias for the first `count` of `tokens`.
 

@@ -1,7 +1,8 @@
 """`make bench`: sparse FFNs and decoding, training beside transformers.Trainer, and the price of a measurement.
 
 Each comparison alternates the two sides in one process and quotes medians over rounds with their range, beside the
-measured rate of a large matrix product. Before a speed is printed, both sides must reach the same loss.
+measured rate of a large matrix product. Before a speed of training is printed, both sides must reach the same loss;
+before one of a sparse FFN, its output must agree with the same rule run densely.
 """
 
 import os
