@@ -57,21 +57,28 @@ def grid(shapes: Iterable[str] = SHAPES, patterns: Iterable[Pattern] = ()) -> li
 
 
 def ffn_speeds(
-    cases: Iterable[Case], *, compiled: bool = True, rounds: int = ROUNDS, device: str | None = None
+    cases: Iterable[Case],
+    *,
+    compiled: bool = True,
+    rounds: int = ROUNDS,
+    megabytes: int | None = None,
+    device: str | None = None,
 ) -> pd.DataFrame:
     """One row per case and way of computing it; columns are described in results/columns.csv, table sparse_ffn.
 
     Args:
         compiled: also time torch.compile, which on a CPU needs a C++ compiler.
+        megabytes: of all copies of the weights of a case together; None: several times the largest cache.
         device: "cpu" or "cuda"; None: a GPU where there is one.
 
     Raises `RuntimeError` when an output does not agree with the same rule run densely.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    memory, rows = memory_works(device), []
+    size = WEIGHTS[device] if megabytes is None else 10**6 * megabytes
+    memory, rows = memory_works(device, size // 2), []
     with torch.inference_mode():
         for case in tqdm(list(cases), desc="sparse FFNs", disable=bool(os.environ.get("CI")), leave=False):
-            rows += list(_case_rows(case, device, compiled, rounds, memory))
+            rows += list(_case_rows(case, device, size, compiled, rounds, memory))
     return pd.DataFrame(rows).assign(**machine(device))
 
 
@@ -83,12 +90,12 @@ def machine(device: str) -> dict[str, str | int]:
     return {"device": name, "threads": torch.get_num_threads(), "versions": versions, "date": str(date.today())}
 
 
-def memory_works(device: str) -> dict[str, tuple[Callable[[], object], int]]:
-    """Copying and reading memory, the limits of whatever is bound by it, each with the bytes that it moves.
+def memory_works(device: str, size: int) -> dict[str, tuple[Callable[[], object], int]]:
+    """Copying and reading `size` bytes, the limits of whatever is bound by it, each with the bytes that it moves.
 
     They alternate with the ways of each case: what memory gives may change from minute to minute.
     """
-    source = torch.ones(WEIGHTS[device] // 8, dtype=torch.float32, device=device)
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return {
         "copy": (lambda: target.copy_(source), 2 * source.nbytes),
@@ -131,9 +138,9 @@ def sparse(problem: Problem) -> Tensor:
     return problem.ffn(problem.x)
 
 
-def _case_rows(case: Case, device: str, compiled: bool, rounds: int, memory: dict) -> Iterator[dict]:
+def _case_rows(case: Case, device: str, size: int, compiled: bool, rounds: int, memory: dict) -> Iterator[dict]:
     first = build(case, device)
-    count = max(1, WEIGHTS[device] // first.nbytes)
+    count = max(1, size // first.nbytes)
     problems = [first, *(first.copied() for _ in range(count - 1))]
     ways: dict[str, tuple[Way, list[Problem]]] = {"dense": (dense, problems)}
     if compiled and (way := _compiled(first.ffn.act, first.x.shape, case.dtype, device)) is not None:
@@ -215,9 +222,9 @@ def _check(case: Case, way: str, y: Tensor, problem: Problem) -> None:
     threshold = ffn.threshold if way in ("sparse", "certified") else 0.0
     weights = (weight.float() for weight in (ffn.w_gate, ffn.w_up, ffn.w_down_t))
     expected = naive.sparse_ffn(problem.x.float(), *weights, threshold, ffn.act, ffn.rule)
-    error = ((y.float() - expected).square().mean() / expected.square().mean()).sqrt().item()
-    if not error <= AGREE[case.dtype] * (3 if way.startswith("dense") else 1):  # dense ways round s and h as well
-        raise RuntimeError(f"No speed is reported: {way} at {case.shape} is off by {error:.2g}.")
+    error, size = ((part.square().mean().sqrt()).item() for part in (y.float() - expected, expected))
+    if not error <= size * AGREE[case.dtype] * (3 if way.startswith("dense") else 1):  # those round s and h as well
+        raise RuntimeError(f"No speed is reported: {way} at {case.shape} is off by {error:.2g} of {size:.2g}.")
 
 
 def _row(case: Case, way: str, problem: Problem, ffn: SparseFFN, seconds: dict[str, np.ndarray]) -> dict:

@@ -49,12 +49,15 @@ def run(ffn: SparseFFN, x: Tensor) -> Tensor:
         parts = _parts[ffn] = arrays(ffn)
     gate, up, down, quantised, limits = parts
     rule = limits, ffn.threshold.numpy(), ffn.rule == "neuron", ACTIVATIONS[ffn.act]
-    count, before = threads(ffn), numba.get_num_threads()
+    count, wanted = threads(ffn), torch.get_num_threads()
+    before = numba.get_num_threads()
     numba.set_num_threads(count)
     try:
         y = computed(wide, gate, up, down, quantised, *rule, count)
     finally:
         numba.set_num_threads(before)
+        if torch.get_num_threads() != wanted:  # numba's first start of threads sets the number for all of OpenMP
+            torch.set_num_threads(wanted)
     return torch.from_numpy(y).to(x.dtype)
 
 

@@ -142,6 +142,7 @@ class SpeedConfig:
 
     shapes: tuple[str, ...] = tuple(SHAPES)  # of single FFNs, as kernels.bench_cases.SHAPES names them
     rounds: int = 15  # of each way of computing an FFN; medians are quoted
+    megabytes: int | None = None  # of weights that calls alternate between; None: several times the largest cache
     compiled: bool = True  # also time torch.compile
     published_decoder: bool = True  # also decode with random weights of the published 0.1B shape
     new_tokens: int = 64
@@ -150,6 +151,7 @@ class SpeedConfig:
         for shape in self.shapes:
             _check(shape in SHAPES, f"speed.shapes has {shape!r}; choose from {', '.join(SHAPES)}.")
         _check(len(self.shapes) > 0, "speed.shapes is empty; name at least one shape.")
+        _check(self.megabytes is None or self.megabytes >= 1, f"speed.megabytes is {self.megabytes}; 1 or more.")
         _check(self.rounds >= 1, f"speed.rounds is {self.rounds}; at least 1 is needed.")
         _check(self.new_tokens >= 2, f"speed.new_tokens is {self.new_tokens}; at least 2 are needed.")
 

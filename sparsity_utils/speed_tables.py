@@ -41,8 +41,13 @@ def ffn_table(
         decode_pattern(f"trained {ACTIVATIONS[name]}", model, thresholds_at(model, calibration, p), windows)
         for name, model in models.items()
     ]
-    cases, device = grid(settings.shapes, patterns), windows.device.type
-    return ffn_speeds(cases, compiled=settings.compiled, rounds=settings.rounds, device=device)
+    return ffn_speeds(
+        grid(settings.shapes, patterns),
+        compiled=settings.compiled,
+        rounds=settings.rounds,
+        megabytes=settings.megabytes,
+        device=windows.device.type,
+    )
 
 
 def decoding_table(

@@ -33,7 +33,14 @@ def profile_content(text: Path) -> dict:
             "ratio_seeds": [0],
         },
         "measure": {"calibration_tokens": 256, "evaluation_tokens": 512},
-        "speed": {"shapes": ["0.1B"], "rounds": 1, "compiled": False, "published_decoder": False, "new_tokens": 4},
+        "speed": {
+            "shapes": ["0.1B"],
+            "rounds": 1,
+            "megabytes": 1,
+            "compiled": False,
+            "published_decoder": False,
+            "new_tokens": 4,
+        },
         "workers": 2,
         "threads": 1,
     }

@@ -1,5 +1,8 @@
 """The one call: what it refuses, in which words, and where it falls back to the dense mask."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 from ffn_cases import ffn_case, reference
 
 from kernels import MAX_TOKENS, SparseFFN, ffn, naive, sparse_ffn
+from sparsity_utils.paths import ROOT
 
 
 def case(**changes):
@@ -121,6 +125,19 @@ def test_a_missing_backend_falls_back_and_says_so_once(fresh_backends, monkeypat
 def test_a_device_without_a_kernel_falls_back(fresh_backends):
     with pytest.warns(UserWarning, match="no kernel for 'mps'"):
         assert ffn.backend("mps") is ffn.run_dense
+
+
+def test_a_call_leaves_the_number_of_threads_of_torch_alone():
+    code = """
+import torch
+from kernels import SparseFFN
+before = torch.get_num_threads()
+SparseFFN(torch.ones(3, 2), None, torch.ones(3, 2), 0.0)(torch.ones(1, 2))
+assert torch.get_num_threads() == before == 1, torch.get_num_threads()
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_numbers_of_threads_change_the_order_of_sums_alone(monkeypatch):
