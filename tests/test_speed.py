@@ -46,7 +46,7 @@ def test_every_way_is_timed_and_gives_the_masked_model_s_tokens(model, prompts):
     assert table.loc["dense", "ffn_megabytes"] == pytest.approx(4 * 3 * 48 * 120 * 4 / 1e6)
     assert table.loc["all rows", "ffn_megabytes"] == table.loc["dense", "ffn_megabytes"]
     assert table.loc["sparse", "ffn_megabytes"] < table.loc["dense", "ffn_megabytes"]
-    assert table.loc[["dense", "all rows"], "strict_speedup"].max() == 1
+    assert (table.loc[["dense", "all rows"], "strict_speedup"] == 1).any()  # the faster of the two is the measure
     whole = sum(p.nbytes for p in model.parameters()) / 1e6
     assert table.loc["dense", "megabytes"] == pytest.approx(whole)  # tied embeddings are the head
     assert table.loc["sparse", "up_share"] >= table.loc["sparse", "active_share"] > 0
@@ -74,7 +74,7 @@ def test_parts_count_the_time_of_single_tokens_alone(model, prompts, monkeypatch
             speed.greedy(model, prompts, 4)
     finally:
         slow.remove()
-    assert 0.06 <= parts.seconds["ffn"] < 0.12 and parts.seconds["head"] < 0.05
+    assert parts.seconds["ffn"] >= 3 * 0.02 > parts.seconds["head"]  # three single tokens, slept in one of four FFNs
 
 
 def test_patterns_are_those_of_the_last_tokens(model):
