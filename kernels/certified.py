@@ -85,9 +85,8 @@ def certified_gate(w_gate: Tensor, b_gate: Tensor | None, act: str, limit: Tenso
     radius = (error + gamma * (2 * w.norm(dim=1) + error)) * UP
     bias = torch.zeros(len(w), dtype=torch.float64) if b_gate is None else b_gate.detach().double().abs()
     fixed = 4 * UNIT * bias + d * TINY * (1 + scale)
-    largest = torch.maximum(
-        w.norm(dim=1), bits.norm(dim=1)
-    )  # by Cauchy and Schwarz no partial sum exceeds it times ||x||
+    # By Cauchy and Schwarz no partial sum exceeds this times ||x||.
+    largest = torch.maximum(w.norm(dim=1), bits.norm(dim=1))
     most = torch.where(bias < LARGEST, LARGEST / largest, 0.0)
     return CertifiedGate(bits.to(torch.int8), scale, radius, fixed, most, region)
 
@@ -111,7 +110,7 @@ def _around_a_minimum(act: str, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     function, far = naive.ACTIVATIONS[act], torch.full_like(limit, 40.0)
     grid = torch.linspace(-3, 0, 300_001, dtype=torch.float64)
     place = grid[function(grid).argmin()]
-    bottom = far * 0 + place
+    bottom = torch.full_like(limit, float(place))
     high = _bisected(lambda g: function(g) <= limit, torch.zeros_like(limit), limit + far)
     low = _bisected(lambda g: function(g) >= -limit, torch.zeros_like(limit), bottom)
     tail = _bisected(lambda g: function(g) >= -limit, -far, bottom)
@@ -122,7 +121,7 @@ def _around_a_minimum(act: str, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _bisected(inside, start: Tensor, end: Tensor) -> Tensor:
-    """The last number from `start`, which is inside, towards `end` that is inside, to 1e-15 of the distance."""
+    """The farthest number from `start`, which is inside, towards `end` that still is, to 1e-15 of the distance."""
     for _ in range(60):
         middle = (start + end) / 2
         good = inside(middle)

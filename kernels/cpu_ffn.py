@@ -171,7 +171,7 @@ def dots(row, x, tokens, count, bias, out, wide):
 
     Four at a time, so that one reading of the row serves four. `wide`, (d,), holds the row in float32 meanwhile.
     """
-    d, done = x.shape[1], 0
+    d = x.shape[1]
     if count >= 4:
         for j in range(d):
             wide[j] = widened(row[j])
@@ -184,8 +184,7 @@ def dots(row, x, tokens, count, bias, out, wide):
             av += wide[j] * x[v, j]
             aw += wide[j] * x[w, j]
         out[t], out[u], out[v], out[w] = at + bias, au + bias, av + bias, aw + bias
-        done = k + 4
-    for k in range(done, count):
+    for k in range(count - count % 4, count):
         t = tokens[k]
         a = np.float32(0)
         for j in range(d):

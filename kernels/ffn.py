@@ -32,9 +32,7 @@ class SparseFFN:
     w_gate: Tensor  # (d_ff, d); of a plain FFN, the one matrix before the activation function
     w_up: Tensor | None  # (d_ff, d); None: a plain FFN
     w_down_t: Tensor  # (d_ff, d_out): the down projection transposed, so that a neuron is one contiguous row
-    threshold: (
-        Tensor | float
-    )  # one for all neurons, or (d_ff,), as `Thresholds.per_neuron(ffn)` returns; -1: all active
+    threshold: Tensor | float  # one for all neurons, or (d_ff,); below zero all are active under the rule "gate"
     act: str = "relu"  # one of naive.ACTIVATIONS
     rule: str = "gate"  # one of naive.RULES
     b_gate: Tensor | None = None  # (d_ff,)
