@@ -113,6 +113,15 @@ def median_interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(ordered[outside - 1]), float(np.median(values)), float(ordered[n - outside])
 
 
+def speedups(over_dense: np.ndarray, over_fastest: np.ndarray) -> dict[str, float]:
+    """The columns speedup and strict_speedup of a table with their intervals, from the ratios of single rounds."""
+    columns = {}
+    for name, ratios in (("speedup", over_dense), ("strict_speedup", over_fastest)):
+        low, median, high = median_interval(ratios)
+        columns |= {name: median, f"low_{name}": low, f"high_{name}": high}
+    return columns
+
+
 def timed(work: Callable[[], object], device: str) -> float:
     """Seconds of one call."""
     if device == "cuda":
@@ -233,8 +242,6 @@ def _row(case: Case, way: str, problem: Problem, ffn: SparseFFN, seconds: dict[s
     read = rows.dense_nbytes if way in DENSE else rows.nbytes
     low, median, high = np.quantile(seconds[way], (0.05, 0.5, 0.95))
     fastest = min((name for name in DENSE if name in seconds), key=lambda name: np.median(seconds[name]))
-    low_speedup, speedup, high_speedup = median_interval(seconds["dense"] / seconds[way])
-    low_strict, strict, high_strict = median_interval(seconds[fastest] / seconds[way])
     return {
         "shape": case.shape,
         "d_model": d,
@@ -255,11 +262,6 @@ def _row(case: Case, way: str, problem: Problem, ffn: SparseFFN, seconds: dict[s
         "megabytes": read / 1e6,
         "gb_per_s": read / median / 1e9,
         "ideal_speedup": rows.dense_nbytes / read,
-        "speedup": speedup,
-        "low_speedup": low_speedup,
-        "high_speedup": high_speedup,
-        "strict_speedup": strict,
-        "low_strict_speedup": low_strict,
-        "high_strict_speedup": high_strict,
+        **speedups(seconds["dense"] / seconds[way], seconds[fastest] / seconds[way]),
         "rounds": len(seconds[way]),
     }

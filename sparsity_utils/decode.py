@@ -17,7 +17,7 @@ from sparsity_utils.activations import activation_name
 from sparsity_utils.errors import InputError
 from sparsity_utils.ffns import FFN, Projection, bypassed, check_not_bypassed, find_ffns, widened
 from sparsity_utils.hooks import check_layers
-from sparsity_utils.modes import evaluating
+from sparsity_utils.modes import evaluating, forward_replaced
 from sparsity_utils.thresholds import Thresholds
 from sparsity_utils.trace import Inputs, tiny_inputs
 
@@ -218,20 +218,7 @@ def _bypass_one(stack: ExitStack, ffn: FFN, kernel: SparseFFN) -> None:
         y, outputs.y = getattr(outputs, "y", None), None
         return own_last(h) if y is None else y  # None where the module also serves something that is no FFN
 
-    _replace_forward(stack, ffn.gate.module, first)
+    stack.enter_context(forward_replaced(ffn.gate.module, first))
     if ffn.up is not None and ffn.up.module is not ffn.gate.module:
-        _replace_forward(stack, ffn.up.module, lambda x: zeros(x, ffn.up))
-    _replace_forward(stack, ffn.down, last)
-
-
-def _replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
-    own = module.__dict__.get("forward")
-
-    def restore() -> None:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-    module.forward = forward
-    stack.callback(restore)
+        stack.enter_context(forward_replaced(ffn.up.module, lambda x: zeros(x, ffn.up)))
+    stack.enter_context(forward_replaced(ffn.down, last))

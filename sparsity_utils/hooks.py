@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsity_utils.errors import InputError
 from sparsity_utils.ffns import FFN, check_not_bypassed, find_ffns, layer_count, owners, widened
 from sparsity_utils.flow import Down, Flow
+from sparsity_utils.modes import forward_replaced
 
 __all__ = ["FFN", "Rule", "check_layers", "find_ffns", "layer_count", "observe_neurons", "sparse_neurons", "widened"]
 
@@ -114,7 +115,7 @@ def _follow(stack: ExitStack, owner: nn.Module, ffns: list[FFN], visit: Visit) -
     """Let `owner` run under a flow that visits `ffns`."""
     names = {id(parameter): name for name, parameter in [*owner.named_parameters(), *owner.named_buffers()]}
     by_place = {(names[id(ffn.parameter)], ffn.matrix.offset): ffn for ffn in ffns}
-    forward, own = owner.forward, owner.__dict__.get("forward")
+    forward = owner.forward
     seen: set[int] = set()  # layers
 
     def visited(down: Down) -> Tensor | None:
@@ -148,11 +149,4 @@ def _follow(stack: ExitStack, owner: nn.Module, ffns: list[FFN], visit: Visit) -
             )
         return output
 
-    def restore() -> None:
-        if own is None:
-            del owner.forward
-        else:
-            owner.forward = own
-
-    owner.forward = followed
-    stack.callback(restore)
+    stack.enter_context(forward_replaced(owner, followed))

@@ -1,6 +1,6 @@
-"""Evaluation mode for the length of a block, on a model that keeps its own mode."""
+"""What a model is given for the length of a block and loses again: evaluation mode, another forward."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,3 +21,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Let `module` compute `forward`; afterwards what it did before, be it its class's method or one of its own."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

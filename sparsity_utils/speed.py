@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels import SparseFFN
-from kernels.bench import machine, median_interval
+from kernels.bench import machine, speedups
 from kernels.bench_cases import Pattern
 from kernels.reading import Reading, reading
 from sparsity_utils.activations import activation_name
@@ -111,20 +111,13 @@ def _can_certify(model: nn.Module, thresholds: Thresholds) -> bool:
 def _row(way: str, speeds: Mapping[str, np.ndarray], right: bool) -> dict:
     low, median, high = np.quantile(speeds[way], (0.05, 0.5, 0.95))
     fastest = max((name for name in DENSE if not np.isnan(speeds[name]).any()), key=lambda n: np.median(speeds[n]))
-    low_speedup, speedup, high_speedup = median_interval(speeds[way] / speeds["dense"])
-    low_strict, strict, high_strict = median_interval(speeds[way] / speeds[fastest])
     return {
         "way": way,
         "same_tokens": right,
         "tokens_per_second": median,
         "low_tokens_per_second": low,
         "high_tokens_per_second": high,
-        "speedup": speedup,
-        "low_speedup": low_speedup,
-        "high_speedup": high_speedup,
-        "strict_speedup": strict,
-        "low_strict_speedup": low_strict,
-        "high_strict_speedup": high_strict,
+        **speedups(speeds[way] / speeds["dense"], speeds[way] / speeds[fastest]),
     }
 
 

@@ -81,7 +81,10 @@ def roofline(ffns: pd.DataFrame) -> Figure:
     axes.legend(fontsize=7)
     shapes = ", ".join(dict.fromkeys(rows.sort_values("d_model")["shape"]))
     ends = f"{read.quantile(0.05):.0f} to {read.quantile(0.95):.0f} GB/s"
-    return captioned(figure, f"Shapes {shapes} at all sparsities; memory gave {ends}.\n{_basis(rows)}")
+    return captioned(
+        figure,
+        f"Shapes {shapes}, 0 to {100 * rows['sparsity'].max():.0f}% inactive; memory gave {ends}.\n{_basis(rows)}",
+    )
 
 
 @styled
