@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from sparsity_utils import claims
-from sparsity_utils.claims import Claim, Verdict
+from sparsity_utils.judgement import Claim, Verdict
 from sparsity_utils.laws import LEVEL
 from sparsity_utils.limits import require
 from sparsity_utils.profiles import ACTIVATIONS

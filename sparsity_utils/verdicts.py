@@ -7,17 +7,9 @@ import numpy as np
 import pandas as pd
 
 from sparsity_utils import claims
-from sparsity_utils.claims import (
-    Claim,
-    Verdict,
-    claims_table,
-    details,
-    form_claim,
-    price_claim,
-    scale_claim,
-    to_table,
-)
+from sparsity_utils.claims import claims_table, form_claim, price_claim, scale_claim
 from sparsity_utils.errors import InputError
+from sparsity_utils.judgement import Claim, Verdict, details, to_table
 from sparsity_utils.laws import LEVEL, compare_forms
 from sparsity_utils.limits import (
     SHAPE,

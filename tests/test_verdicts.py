@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sparsity_utils import claims, limits, verdicts
+from sparsity_utils import claims, judgement, limits, verdicts
 from sparsity_utils.errors import InputError
 from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
@@ -302,7 +302,7 @@ def test_tables_are_text_rounded_and_complete():
     assert table.loc[1, ["here", "interval"]].tolist() == ["60.0 % fewer", "60.0 to 60.0"]
     assert table.loc[2, ["here", "interval"]].tolist() == ["none", "none"]
     assert verdicts.details(rows)["test"].tolist() == [row.test for row in rows]
-    assert [claims._rounded(x) for x in (-0.001, 0.0, -1.234, 12.34, -123.4)] == [
+    assert [judgement._rounded(x) for x in (-0.001, 0.0, -1.234, 12.34, -123.4)] == [
         "0.00",
         "0.00",
         "-1.23",
