@@ -10,11 +10,10 @@ import pandas as pd
 
 from sparsity_utils import paths
 from sparsity_utils.errors import InputError
-from sparsity_utils.runs import RECIPE, find_run
-from sparsity_utils.study import QUESTIONS, Study
+from sparsity_utils.plan import QUESTIONS, SCHEMA
+from sparsity_utils.runs import RECIPE, find_run, train_run
+from sparsity_utils.study import Study
 from sparsity_utils.train import checkpoint_file
-
-SCHEMA = 1  # raise it when a column changes its meaning
 
 
 def record(profile: str) -> Iterator[Path]:
@@ -31,7 +30,7 @@ def record(profile: str) -> Iterator[Path]:
         )
     if pd.read_csv(verdicts)["verdict"].isin(["failed", "none"]).any():
         raise InputError(f"{verdicts.name} of profile {study.name} has failed notebooks; reproduce it again.")
-    questions = {QUESTIONS[question].file: question for question in filter(study.configs, QUESTIONS)}
+    questions = {QUESTIONS[question].file: question for question in filter(study.answers, QUESTIONS)}
     for file, question in sorted(questions.items()):
         study.table(question)
         yield _copy(study.folder / file, paths.RESULTS / file)
@@ -58,7 +57,7 @@ def _manifest(study: Study) -> dict:
 
 def _models(study: Study, activation: str) -> Iterator[Path]:
     """The last checkpoint of the run that stands for an activation, in the form that transformers loads."""
-    run, folder = study.largest_run(activation), paths.RECORDED_MODELS / activation
+    run, folder = train_run(study.largest_config(activation), study.corpus), paths.RECORDED_MODELS / activation
     yield _copy(run.folder / "config.json", folder / "config.json")
     yield _copy(checkpoint_file(run.folder, run.checkpoints["step"].max()), folder / "model.safetensors")
     yield _copy(study.corpus.folder / "tokenizer.json", folder / "tokenizer.json")

@@ -12,9 +12,9 @@ from sparsity_utils import measure_sparsity, paths, pattern_verdicts, plots, rec
 from sparsity_utils.errors import InputError
 from sparsity_utils.measure import window_length
 from sparsity_utils.model import load_model
-from sparsity_utils.record import SCHEMA
+from sparsity_utils.plan import QUESTIONS, SCHEMA
 from sparsity_utils.sources import package_documents
-from sparsity_utils.study import QUESTIONS, Study
+from sparsity_utils.study import Study
 from sparsity_utils.texts import split_documents, text_batches
 
 COLUMNS = pd.read_csv(paths.RESULTS / "columns.csv")

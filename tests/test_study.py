@@ -17,7 +17,8 @@ from small import profile_content, write_profile, write_text
 from sparsity_utils import paths
 from sparsity_utils.__main__ import main
 from sparsity_utils.errors import InputError
-from sparsity_utils.study import QUESTIONS, Study
+from sparsity_utils.plan import QUESTIONS
+from sparsity_utils.study import Study
 from sparsity_utils.train import checkpoint_file
 
 
@@ -82,7 +83,7 @@ def test_a_recorded_study_has_its_models_at_hand():
 
 def test_a_second_call_computes_nothing(built, monkeypatch):
     study, tables = built
-    monkeypatch.setattr("sparsity_utils.study.ProcessPoolExecutor", lambda *args: pytest.fail("started workers"))
+    monkeypatch.setattr("sparsity_utils.jobs.ProcessPoolExecutor", lambda *args: pytest.fail("started workers"))
     pd.testing.assert_frame_equal(study.table("metrics"), tables["metrics"])
 
 
