@@ -115,6 +115,22 @@ def test_a_missing_table_question_or_source_is_named(tmp_path):
         Study.open("web", "laptop")
 
 
+def test_a_profile_that_leaves_a_question_out_says_so(built):
+    study, tables = built
+    assert study.answers("metrics") and study.answers("sparse_ffn") and not study.answers("second_line")
+    with pytest.raises(InputError, match=r"Profile tiny trains no runs for second_line"):
+        study.table("second_line")
+    recorded = Study.recorded(study.folder)
+    assert recorded.answers("relu_vs_silu") and not recorded.answers("second_line")
+    assert "second_line" not in tables
+
+
+def test_tables_of_an_unknown_schema_are_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"schema": 99}')
+    with pytest.raises(InputError, match=r"have schema 99, this version reads 1; use the version of the project"):
+        Study.recorded(tmp_path)
+
+
 def test_a_diverged_run_does_not_stop_the_study(tmp_path, monkeypatch, text):
     monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
     content = profile_content(text)
