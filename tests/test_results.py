@@ -29,8 +29,8 @@ def test_every_column_is_described(file):
 
 
 def test_the_dictionary_describes_nothing_that_is_not_there():
-    assert set(COLUMNS["table"]) == {file.stem for file in TABLES}
-    assert {question.file.removesuffix(".csv") for question in QUESTIONS.values()} <= set(COLUMNS["table"])
+    answers = {question.file.removesuffix(".csv") for question in QUESTIONS.values()}  # no profile need have them all
+    assert set(COLUMNS["table"]) == {file.stem for file in TABLES} | answers
     assert sum(file.stat().st_size for file in TABLES) < 5_000_000
 
 
