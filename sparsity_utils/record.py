@@ -1,7 +1,9 @@
 """Copy a finished study into results/: its tables, a manifest of how they came about, and two trained models."""
 
 import json
+import os
 import shutil
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -48,10 +50,27 @@ def _manifest(study: Study) -> dict:
         "schema": SCHEMA,
         "recipe": RECIPE,
         "device": run.manifest["device"],
+        "cores": os.cpu_count(),
         "versions": run.manifest["versions"],
+        "training": _training(study),
         "profile": asdict(study.profile),
         "corpus": {"tokens_sha256": study.corpus.hash, "tokenizer_sha256": study.corpus.tokenizer_hash}
         | {key: corpus[key] for key in ("source", "splits", "duplicates_removed", "skipped")},
+    }
+
+
+def _training(study: Study) -> dict:
+    """What training took, over all runs of the study, each counted once."""
+    configs = {config.key: config for question in QUESTIONS for config in study.configs(question)}
+    ends = [run.checkpoints.iloc[-1] for run in map(find_run, configs.values()) if not run.diverged]
+    hours = sum(end["tokens"] / end["tokens_per_second"] for end in ends) / 3600
+    return {
+        "runs": len(configs),
+        "diverged": len(configs) - len(ends),
+        "parameters": [int(pick(end["parameters"] for end in ends)) for pick in (min, max)],
+        "tokens": int(sum(end["tokens"] for end in ends)),
+        "run_hours": round(hours, 2),  # of training steps, each run on its own threads
+        "median_flops_utilisation": round(statistics.median(end["flops_utilisation"] for end in ends), 3),
     }
 
 

@@ -131,8 +131,11 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     models = {
         f"models/{a}/{f}" for a in ("relu", "silu") for f in ("config.json", "model.safetensors", "tokenizer.json")
     }
-    tables = {QUESTIONS[question].file for question in QUESTIONS if question != "tuning"}
+    tables = {QUESTIONS[question].file for question in QUESTIONS if study.answers(question)}
     assert written == {*tables, "verdicts.csv", "manifest.json"} | models
     assert load_model(paths.RECORDED_MODELS / "silu").config.hidden_size == 16  # the largest
+    training = json.loads((paths.RESULTS / "manifest.json").read_text())["training"]
+    assert (training["runs"], training["diverged"], training["parameters"]) == (6, 0, [736, 5888])
+    assert training["tokens"] > 6 * 5000 and training["run_hours"] >= 0
     figures = list(plots.draw_all(Study.recorded(tmp_path / "results"), tmp_path / "figures"))
     assert len(figures) == 2 * len(plots.FIGURES) and all(file.exists() for file in figures)
