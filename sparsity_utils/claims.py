@@ -4,6 +4,7 @@ import pandas as pd
 
 from sparsity_utils.judgement import Claim
 from sparsity_utils.profiles import ACTIVATIONS
+from sparsity_utils.trends import DISTINCT
 
 # "Comparable" loss: 1% is what about 14% more parameters buy, at loss ~ N^-0.076 (arXiv 2001.08361, eq. 1.1).
 LOSS_MARGIN = 0.01
@@ -115,7 +116,8 @@ RATIO_BREAKS = Claim(
     "Beyond a width-depth ratio of about 114 the limit is flat",
     "114",
     "d_model / n_layers",
-    "profile F interval of the breakpoint, once two segments beat a line by AICc",
+    f"profile F interval of the breakpoint, once two segments are {DISTINCT:g} AICc below both a straight line and a "
+    "smooth saturating curve",
     "114 inside the 90% interval, the interval inside the sampled ratios",
     scale=1.0,
 )
