@@ -10,7 +10,7 @@ from sparsity_utils import claims
 from sparsity_utils.claims import claims_table, form_claim, price_claim, scale_claim
 from sparsity_utils.errors import InputError
 from sparsity_utils.judgement import Claim, Verdict, details, to_table
-from sparsity_utils.laws import LEVEL, compare_forms
+from sparsity_utils.laws import LEVEL, RIVAL_FORMS, compare_forms
 from sparsity_utils.limits import (
     SHAPE,
     check_checkpoints,
@@ -48,7 +48,6 @@ __all__ = [
     "width_depth",
 ]
 
-RIVAL_FORMS = ("constant", "log", "exponential", "plain-power")
 RIVAL_METRICS = ("top-k", "fat")
 SAME_TRAINING = 1.1  # largest ratio of tokens per parameter between sizes that are compared as measured
 RATIO_GRID = 9  # activation ratios at which two metrics are compared, over the range both cover
