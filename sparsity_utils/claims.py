@@ -31,7 +31,7 @@ def form_claim(activation: str, form: str) -> Claim:
         f"The published {form} law describes {ACTIVATIONS[activation]} best",
         "fits best",
         "AICc below the closest form",
-        "t interval over runs of the AICc difference to each of constant, log, exponential and plain power",
+        "t interval over runs of the AICc difference to each of constant, log, exponential, plain power and sigmoid",
         "90% interval above 0 for every form; not supported if a form has smaller residuals, parameters not counted",
         scale=1.0,
     )

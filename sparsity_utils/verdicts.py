@@ -11,7 +11,7 @@ from sparsity_utils.claims import claims_table, form_claim, price_claim, scale_c
 from sparsity_utils.convergence import convergence_table
 from sparsity_utils.errors import InputError
 from sparsity_utils.judgement import Claim, Verdict, details, to_table
-from sparsity_utils.laws import LEVEL, compare_forms
+from sparsity_utils.laws import LEVEL, RIVAL_FORMS, compare_forms
 from sparsity_utils.limits import (
     SHAPE,
     check_checkpoints,
@@ -50,7 +50,6 @@ __all__ = [
     "width_depth",
 ]
 
-RIVAL_FORMS = ("constant", "log", "exponential", "plain-power")
 RIVAL_METRICS = ("top-k", "fat")
 SAME_TRAINING = 1.1  # largest ratio of tokens per parameter between sizes that are compared as measured
 RATIO_GRID = 9  # activation ratios at which two metrics are compared, over the range both cover
