@@ -1,9 +1,12 @@
 """The claims under test, with test, threshold and margin stated before any result."""
 
+from dataclasses import replace
+
 import pandas as pd
 
 from sparsity_utils.judgement import Claim
 from sparsity_utils.profiles import ACTIVATIONS
+from sparsity_utils.trends import DISTINCT
 
 # "Comparable" loss: 1% is what about 14% more parameters buy, at loss ~ N^-0.076 (arXiv 2001.08361, eq. 1.1).
 LOSS_MARGIN = 0.01
@@ -15,6 +18,7 @@ USEFUL_PPL_RATIO = 2.0  # metrics are compared where CETT at most doubles perple
 OFTEN = 20  # occurrences in the measured text from which a token's mean activation ratio is compared
 ALIKE = 0.5  # rank correlation of two token patterns: at least this much counts as alike
 LITTLE = 0.25  # of the fall of the activation ratio: dead neurons explain little of it below this
+SECOND_LINE = ", at a second width-depth ratio"
 NEAR_IDEAL = 0.9  # of the speed-up that the unread bytes allow
 BEYOND_WALL = 3.5  # times dense; reading all gates in full caps an exact method below 3
 TRANSFER_FACTOR = 2.0  # thresholds that cost p% on their own domain may cost this many times p% on another
@@ -27,21 +31,37 @@ def form_claim(activation: str, form: str) -> Claim:
         f"The published {form} law describes {ACTIVATIONS[activation]} best",
         "fits best",
         "AICc below the closest form",
-        "t interval over runs of the AICc difference to each of constant, log, exponential and plain power",
+        "t interval over runs of the AICc difference to each of constant, log, exponential, plain power and sigmoid",
         "90% interval above 0 for every form; not supported if a form has smaller residuals, parameters not counted",
         scale=1.0,
     )
 
 
-def scale_claim(what: str, published: str = "none") -> Claim:
-    """Is a quantity insensitive to scale?"""
+def scale_claim(what: str, published: str = "none", where: str = "") -> Claim:
+    """Is a quantity insensitive to scale? `where` names a line of runs other than the main one."""
     return Claim(
         "scale_insensitivity",
-        f"{what} does not depend on scale",
+        f"{what} does not depend on scale{where}",
         published,
         "points per decade",
         "equivalence (two one-sided t tests) of the slope on log parameters, seeds as blocks",
         f"90% interval inside +-{100 * SLOPE_MARGIN:.0f} points per decade",
+    )
+
+
+def line_claims(where: str = "") -> tuple[Claim, ...]:
+    """The claims on one line of sizes at one width-depth ratio, in the order of their verdicts."""
+    metric = scale_claim("The gap between CETT-PPL and the share of non-zero ReLU neurons", "none", where)
+    return (
+        scale_claim("The ReLU limit", "+1.6 points per decade", where),
+        scale_claim("The SiLU limit", "-2.6 points per decade", where),
+        scale_claim("The ReLU share of non-zero neurons", "sparser (2210.06313)", where),
+        replace(
+            metric,
+            test="equivalence (two one-sided t tests) of the slope on log parameters of the activation ratio at "
+            "CETT-PPL less the non-zero share, paired by run (last-five means), seeds as blocks: do both metrics "
+            "see the same dependence on scale?",
+        ),
     )
 
 
@@ -115,7 +135,8 @@ RATIO_BREAKS = Claim(
     "Beyond a width-depth ratio of about 114 the limit is flat",
     "114",
     "d_model / n_layers",
-    "profile F interval of the breakpoint, once two segments beat a line by AICc",
+    f"profile F interval of the breakpoint, once two segments are {DISTINCT:g} AICc below both a straight line and a "
+    "smooth saturating curve",
     "114 inside the 90% interval, the interval inside the sampled ratios",
     scale=1.0,
 )
@@ -126,6 +147,16 @@ RATIO_OPTIMUM = Claim(
     "d_model / n_layers",
     "profile F interval of the minimum of a parabola in log ratio",
     "90% interval inside 74 to 282 and inside the sampled ratios",
+    scale=1.0,
+)
+SMALL_CONVERGE_FASTER = Claim(
+    "scale_insensitivity",
+    "Small models converge faster, counted in tokens per parameter",
+    "faster (Fig. 8)",
+    "decades of tokens per parameter, per decade of parameters",
+    "t interval of the slope, on log parameters, of the log tokens per parameter at which a run's fitted curve has "
+    "done half of its change over the window of tokens per parameter that all runs share; seeds and activation "
+    "functions as blocks, runs without a trend left out",
     scale=1.0,
 )
 TOKENS_ALIKE = Claim(
@@ -244,8 +275,7 @@ CLAIMS = (
     *(CETT_LOWEST, CETT_CUT),
     *(LOSS_EQUAL, RELU_FALLS, SILU_RISES, RELU_SPARSER, form_claim("relu", "logspace"), form_claim("silu", "power")),
     *(RATIO_RISES, RATIO_BREAKS, RATIO_OPTIMUM),
-    *(scale_claim("The ReLU limit", "+1.6 points per decade"), scale_claim("The SiLU limit", "-2.6 points per decade")),
-    scale_claim("The ReLU share of non-zero neurons"),
+    *(*line_claims(), SMALL_CONVERGE_FASTER, *line_claims(SECOND_LINE)),
     *(TOKENS_ALIKE, NEURONS_ALIKE, MIDDLE_ALIKE, DEAD_RISES, DEAD_EXPLAIN_LITTLE, THRESHOLDS_TRANSFER),
     *(NEARLY_IDEAL, NEVER_SLOWER, GATE_WALL, PUBLISHED_SPEED, SHAPE_GAINS, TRAINED_GAIN),
 )

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
+from scipy.special import expit
 from statsmodels.tools import eval_measures
 
 from sparsity_utils.errors import InputError
@@ -84,6 +85,15 @@ def _exponential(u: Array, shape: Array) -> tuple[Array, list[Array]]:
     return basis, [(1 - u) * basis]
 
 
+def _sigmoid(u: Array, shape: Array) -> tuple[Array, list[Array]]:
+    """1 / (1 + (u / s)^k): logistic in ln u with its middle at ln s, which is the second parameter."""
+    k, middle = shape[:2]
+    z = np.log(u) - middle
+    basis = expit(-k * z)
+    slope = basis * expit(k * z)  # p (1 - p)
+    return basis, [-slope * z, k * slope]
+
+
 def _publish_logspace(theta: Array, ref: float) -> dict[str, float]:
     alpha, k, amplitude, limit = theta
     with np.errstate(divide="ignore"):  # a curve without a trend has amplitude 0 and b = -inf
@@ -119,7 +129,13 @@ FORMS: dict[str, _Form] = {
         _falling_power, lambda t, ref: {"alpha": t[0], "c": t[1] * ref ** t[0]}, amplitude=(0, 1),
         shape=((-4, 4),), starts=((-0.2, 0.02, 0.2),), offset=None,
     ),
+    # A = c / (1 + (D / tau)^k) + A0, logistic in ln D, rising or falling
+    "sigmoid": _Form(
+        _sigmoid, lambda t, ref: {"k": t[0], "tau": ref * np.exp(t[1]), "c": t[2], "A0": t[3]}, amplitude=(-1, 1),
+        shape=((0.05, 20), (-5, 5)), starts=((0.5, 1.0, 2.0, 4.0), (-2.0, -0.7, 0.7, 2.0)), has_limit=True,
+    ),
 }  # fmt: skip
+RIVAL_FORMS = ("constant", "log", "exponential", "plain-power", "sigmoid")  # what a published form is compared with
 
 
 @dataclass(frozen=True)
@@ -181,7 +197,7 @@ def fit_data_law(tokens: ArrayLike, activation_ratio: ArrayLike, form: str, grou
     tokens: training tokens of each checkpoint, warm-up points already dropped. activation_ratio: between 0 and 1.
     groups: the seed of each point; one common curve is fitted to all of them, and resampling stays within a seed.
     form: "logspace" (ReLU, falling), "power" (SiLU, rising), or one to compare them with: "constant", "log",
-    "exponential", "plain-power". Source: arXiv 2411.02335, section 4.1.
+    "exponential", "plain-power", "sigmoid". Source: arXiv 2411.02335, section 4.1.
     Raises InputError for an unknown form, NaN, non-positive tokens, or ratios outside 0 to 1. Too few points, no
     trend and a limit that the data do not determine are no errors: `Fit.reason` says so.
     """

@@ -20,7 +20,7 @@ COLUMNS = [
 ]
 LIMITS = [
     *(*SHAPE, "parameters", "ratio", "seed"),
-    *("limit", "low", "high", "spread", "last_five_mean", "sound", "reason"),
+    *("limit", "low", "high", "spread", "last_five_mean", "last_five_spread", "sound", "reason"),
 ]
 
 
@@ -63,13 +63,15 @@ def fit_points(checkpoints: pd.DataFrame) -> pd.DataFrame:
     return checkpoints[(checkpoints["role"] == "stable") & checkpoints["fit"].astype(bool)]
 
 
-def limits_table(checkpoints: pd.DataFrame) -> pd.DataFrame:
+def limits_table(checkpoints: pd.DataFrame, seed_intervals: bool = False) -> pd.DataFrame:
     """Limit activation ratio of every shape and activation, one row per seed and one, "all", for the common curve.
 
     Columns: activation, d_model, n_layers, parameters, ratio, seed ("all" or the seed as text), limit (A0 of the
-    published form; NaN if there is none), low, high (90% block bootstrap within runs; "all" only), spread (largest
-    minus smallest sound limit of the seeds; "all" only), last_five_mean (measured, nothing extrapolated), sound,
-    reason. A limit is sound when its fit is and, for "all", its interval is at most 6 points wide.
+    published form; NaN if there is none), low, high (90% block bootstrap within runs), spread (largest minus smallest
+    sound limit of the seeds; "all" only), last_five_mean (measured, nothing extrapolated), last_five_spread (the same
+    over the seeds; "all" only), sound, reason. A limit is sound when its fit is and, for "all", its interval is at most
+    6 points wide. Bootstrapping every seed takes up to a second each, so only `seed_intervals` asks for it; without it
+    low and high are NaN but for "all".
     Raises InputError for missing columns, duplicates and NaN.
     """
     check_checkpoints(checkpoints)
@@ -81,17 +83,20 @@ def limits_table(checkpoints: pd.DataFrame) -> pd.DataFrame:
         for run in runs.itertuples():
             own = curve[curve["run"] == run.run]
             fit = fit_data_law(own["tokens"], own["activation_ratio"], form)
-            seeds.append({**about, "seed": str(run.seed), **_entry(fit), "last_five_mean": run.last_five_mean})
+            entry = _with_interval(fit) if seed_intervals else _entry(fit)
+            seeds.append({**about, "seed": str(run.seed), **entry, "last_five_mean": run.last_five_mean})
         common = _common(fit_data_law(curve["tokens"], curve["activation_ratio"], form, curve["seed"]))
-        common |= {"spread": _spread(seeds), "last_five_mean": runs["last_five_mean"].mean()}
+        common |= {"spread": _spread(row["limit"] for row in seeds if row["sound"])}
+        measured = runs["last_five_mean"]
+        common |= {"last_five_mean": measured.mean(), "last_five_spread": _spread(measured)}
         rows += [{**about, "seed": "all", **common}, *seeds]
     return pd.DataFrame(rows).reindex(columns=LIMITS)
 
 
-def _spread(seeds: list[dict]) -> float:
-    """Largest minus smallest sound limit of the seeds; NaN with fewer than two (too few for a deviation)."""
-    sound = [row["limit"] for row in seeds if row["sound"]]
-    return max(sound) - min(sound) if len(sound) > 1 else float("nan")
+def _spread(values: Iterable[float]) -> float:
+    """Largest minus smallest value of the seeds; NaN with fewer than two (too few for a deviation)."""
+    values = list(values)
+    return max(values) - min(values) if len(values) > 1 else float("nan")
 
 
 def published_form(activation: str) -> str:
@@ -105,10 +110,15 @@ def _entry(fit: Fit) -> dict[str, object]:
     return {"limit": float("nan") if fit.limit is None else fit.limit, "sound": fit.sound, "reason": fit.reason}
 
 
+def _with_interval(fit: Fit) -> dict[str, object]:
+    interval = bootstrap_limit(fit, RESAMPLES)
+    return {**_entry(fit), "low": interval.low, "high": interval.high}
+
+
 def _common(fit: Fit) -> dict[str, object]:
-    entry, interval = _entry(fit), bootstrap_limit(fit, RESAMPLES)
-    width = interval.high - interval.low
+    entry = _with_interval(fit)
+    width = entry["high"] - entry["low"]
     if fit.sound and width > WIDEST_INTERVAL:
         reason = f"the interval of the limit spans {100 * width:.1f} points, more than {100 * WIDEST_INTERVAL:.0f}"
         entry |= {"sound": False, "reason": reason}
-    return {**entry, "low": interval.low, "high": interval.high}
+    return entry

@@ -76,11 +76,13 @@ def train(
     tokens: the training tokens, one-dimensional. validation: batches of input_ids. on_progress is called with the
     share of steps done. Raises Diverged, and InputError when there is less text than one batch.
     """
-    return _Run(model_config, train_config, tokens, validation, folder, on_progress).finish()
+    return Training(model_config, train_config, tokens, validation, folder, on_progress).finish()
 
 
-class _Run:
-    def __init__(self, model_config, train_config, tokens, validation, folder, on_progress):
+class Training:
+    """A run in progress, arguments as of `train`; nothing is written before `finish`."""
+
+    def __init__(self, model_config, train_config, tokens, validation, folder, on_progress=lambda share: None):
         self.model_config, self.config, self.folder = model_config, train_config, folder
         self.validation, self.on_progress = validation, on_progress
         self.device = default_device()
@@ -104,7 +106,7 @@ class _Run:
         keep, saved_at = set(self.schedule.checkpoints()), time.monotonic()
         while self.step < self.schedule.steps:
             started = time.perf_counter()
-            self._train_step()
+            self.train_step()
             if self.step % LOG_EVERY == 0 or self.step in keep:
                 self._check_losses()
                 self.on_progress(self.step / self.schedule.steps)
@@ -117,7 +119,8 @@ class _Run:
                 saved_at = time.monotonic()
         return self.rows
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
+        """One optimizer step on the next batch."""
         inputs, targets = (part.to(self.device, non_blocking=True) for part in self.batches(self.step))
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * self.schedule.factor(self.step)

@@ -1,4 +1,4 @@
-"""Trends across runs: lines, breakpoints, optima, and the tests that turn an interval into a verdict.
+"""Trends across runs: lines, breakpoints, smooth bends, optima, and the tests that turn an interval into a verdict.
 
 The unit of every test is a run (one shape, one seed): checkpoints along a run are correlated and never counted as
 independent. Runs of one seed share initialisation and data order, so seeds enter regressions as fixed effects
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import statsmodels.api as sm
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
@@ -21,7 +22,9 @@ from sparsity_utils.laws import LEVEL, information
 SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE = "supported", "not supported", "inconclusive"
 SMALLEST_DOF = 1  # residual degrees of freedom of a t interval: exact at one, if wide (6.3 standard errors at 90%)
 PROFILE_DOF = 3  # of a profile over a breakpoint or an optimum: AICc is defined from here
-GRID = 401  # candidate values of a breakpoint or an optimum
+GRID = 401  # candidate values of a breakpoint, a scale or an optimum
+SCALES = (0.01, 10.0)  # of a saturating curve, in spans of the sampled x: from a step at the first x to a straight line
+DISTINCT = 2.0  # AICc by which one form must be lower than another to describe the points better
 
 Array = NDArray[np.float64]
 
@@ -77,6 +80,24 @@ class Segments:
 
     def predict(self, x: ArrayLike) -> Array:
         return self.plateau + self.slope * np.minimum(np.asarray(x, dtype=float) - self.breakpoint.value, 0)
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """y = plateau - rise exp(-(x - start) / scale): no breakpoint anywhere; `start` is the smallest x.
+
+    `scale` is the x over which the distance to the plateau falls to 1/e; it has the profile interval of a breakpoint.
+    """
+
+    scale: Estimate
+    rise: float
+    plateau: float  # mean over the groups' effects
+    start: float
+    rmse: float
+    aicc: float
+
+    def predict(self, x: ArrayLike) -> Array:
+        return self.plateau - self.rise * np.exp((self.start - np.asarray(x, dtype=float)) / self.scale.value)
 
 
 def supports_positive(estimate: Estimate) -> str:
@@ -174,20 +195,27 @@ def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
     """Continuous two-segment regression as published: a slope, then flat (arXiv 2411.02335, Fig. 5).
 
     The breakpoint runs over a grid inside the sampled x (its second smallest to its largest value); its interval holds
-    the values that a profile F test at `level` does not reject. It is inconclusive with fewer than five positions, when
-    a straight line has no worse an AICc, when the interval reaches an end of the grid (the breakpoint may lie outside
-    the sampled positions), or with a single position beyond it.
+    the values that a profile F test at `level` does not reject. It is inconclusive with fewer than five positions,
+    unless AICc is at least DISTINCT below that of a straight line and of a smooth saturating curve, when the interval
+    reaches an end of the grid (the breakpoint may lie outside the sampled positions), or with a single position beyond
+    it.
     """
     x, y = _xy(x, y)
-    positions, line = np.unique(x), fit_line(x, y, groups, level=level)
+    positions = np.unique(x)
     reason = _too_few(positions, x.size, groups, extra=1)
     if reason:
         return Segments(_nothing(x.size, level, reason), *[np.nan] * 4)
     grid = np.linspace(positions[1], positions[-1], GRID)
     found, coefficients, rss = _profile(lambda at: np.minimum(x - at, 0)[:, None], y, grid, groups, level)
     aicc = information(rss, x.size, coefficients.size + 1)[1]
-    if not aicc < line.aicc:
-        reason = "a straight line describes the points as well (AICc)"
+    rivals = {
+        "a straight line": fit_line(x, y, groups, level).aicc,
+        "a smooth saturating curve": fit_saturation(x, y, groups, level).aicc,
+    }
+    as_good = [name for name, rival in rivals.items() if not aicc <= rival - DISTINCT]
+    if as_good:
+        verb = "describe" if len(as_good) > 1 else "describes"
+        reason = f"{' and '.join(as_good)} {verb} the points as well (AICc)"
     elif found.low <= grid[0] or found.high >= grid[-1]:
         reason = f"the interval reaches an end of the sampled range, {positions[0]:.3g} to {positions[-1]:.3g}"
     elif found.value > positions[-2]:
@@ -195,6 +223,48 @@ def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
     estimate = Estimate(found.value, found.low, found.high, level, x.size, reason)
     plateau, rmse = float(coefficients[1:].mean()), float(np.sqrt(rss / x.size))
     return Segments(estimate, float(coefficients[0]), plateau, rmse, aicc)
+
+
+def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Saturation:
+    """Smooth rival of `fit_two_segments` with as many parameters: an exponential approach to a plateau.
+
+    The scale runs over a grid of SCALES; its interval is a profile F interval and says why where it reaches an end.
+    """
+    x, y = _xy(x, y)
+    positions = np.unique(x)
+    reason = _too_few(positions, x.size, groups, extra=1)
+    if reason:
+        return Saturation(_nothing(x.size, level, reason), *[np.nan] * 5)
+    start, span = positions[0], positions[-1] - positions[0]
+    grid = np.geomspace(SCALES[0] * span, SCALES[1] * span, GRID)
+    found, coefficients, rss = _profile(lambda scale: np.exp((start - x) / scale)[:, None], y, grid, groups, level)
+    if found.low <= grid[0] or found.high >= grid[-1]:
+        reason = "the interval of the scale reaches an end of its range: the points hardly bend, or bend at once"
+    scale = Estimate(found.value, found.low, found.high, level, x.size, reason)
+    aicc = information(rss, x.size, coefficients.size + 1)[1]
+    plateau, rmse = float(coefficients[1:].mean()), float(np.sqrt(rss / x.size))
+    return Saturation(scale, -float(coefficients[0]), plateau, float(start), rmse, aicc)
+
+
+def compare_trends(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> pd.DataFrame:
+    """A straight line, a slope that ends in a plateau and a smooth approach to one on the same points, best first.
+
+    Columns: form, parameters (the groups' effects among them, without the error variance), rmse (units of y), aicc,
+    delta_aicc (to the best). A form with too few points has NaN and comes last.
+    """
+    effects = _blocks(np.size(x), groups).shape[1]
+    forms = {
+        "straight line": (fit_line, effects + 1),
+        "slope, then flat": (fit_two_segments, effects + 2),
+        "smooth saturation": (fit_saturation, effects + 2),
+    }
+    rows = []
+    for form, (fit, parameters) in forms.items():
+        found = fit(x, y, groups)
+        rows.append({"form": form, "parameters": parameters, "rmse": found.rmse, "aicc": found.aicc})
+    table = pd.DataFrame(rows)
+    table["delta_aicc"] = table["aicc"] - table["aicc"].min()
+    return table.sort_values("aicc", kind="stable", ignore_index=True)
 
 
 def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Estimate:

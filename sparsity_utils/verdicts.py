@@ -8,9 +8,10 @@ import pandas as pd
 
 from sparsity_utils import claims
 from sparsity_utils.claims import claims_table, form_claim, price_claim, scale_claim
+from sparsity_utils.convergence import convergence_table
 from sparsity_utils.errors import InputError
 from sparsity_utils.judgement import Claim, Verdict, details, to_table
-from sparsity_utils.laws import LEVEL, compare_forms
+from sparsity_utils.laws import LEVEL, RIVAL_FORMS, compare_forms
 from sparsity_utils.limits import (
     SHAPE,
     check_checkpoints,
@@ -22,6 +23,7 @@ from sparsity_utils.limits import (
 )
 from sparsity_utils.metrics import SparsityReport
 from sparsity_utils.profiles import ACTIVATIONS
+from sparsity_utils.run_table import run_table
 from sparsity_utils.trends import (
     INCONCLUSIVE,
     NOT_SUPPORTED,
@@ -48,7 +50,6 @@ __all__ = [
     "width_depth",
 ]
 
-RIVAL_FORMS = ("constant", "log", "exponential", "plain-power")
 RIVAL_METRICS = ("top-k", "fat")
 SAME_TRAINING = 1.1  # largest ratio of tokens per parameter between sizes that are compared as measured
 RATIO_GRID = 9  # activation ratios at which two metrics are compared, over the range both cover
@@ -136,25 +137,49 @@ def width_depth(checkpoints: pd.DataFrame) -> list[Verdict]:
     ]
 
 
-def scale_insensitivity(checkpoints: pd.DataFrame) -> list[Verdict]:
-    """Notebook 04: the slope of the limit per decade of parameters, tested for equivalence with zero.
+def scale_insensitivity(checkpoints: pd.DataFrame, second_line: pd.DataFrame | None = None) -> list[Verdict]:
+    """Notebook 04: slopes per decade of parameters, tested for equivalence with zero, and who converges sooner.
 
-    One row per activation, and one for ReLU with the share of non-zero neurons where the table has it: whether
-    sparsity depends on scale may depend on the metric (arXiv 2210.06313 counts non-zeros).
+    For each line of sizes one row per activation; then the share of non-zero ReLU neurons, and the difference of the
+    two metrics: whether sparsity depends on scale may depend on the metric (arXiv 2210.06313 counts non-zeros).
+    second_line: the same table for sizes at another width-depth ratio; without one its claims are inconclusive.
     Raises InputError for missing columns, duplicates and NaN.
     """
-    table, known, rows = limits_table(checkpoints), {claim.claim: claim for claim in claims.CLAIMS}, []
+    rows = [*_line_verdicts(checkpoints), _convergence_verdict(checkpoints)]
+    if second_line is not None:
+        return rows + _line_verdicts(second_line, claims.SECOND_LINE)
+    nothing, reason = mean_over_runs([]), "this study has no sizes at a second width-depth ratio"
+    return rows + [claim.judged(nothing, INCONCLUSIVE, reason) for claim in claims.line_claims(claims.SECOND_LINE)]
+
+
+def _line_verdicts(checkpoints: pd.DataFrame, where: str = "") -> list[Verdict]:
+    """The verdicts on one line of sizes; those on non-zero neurons only where the table has ReLU runs."""
+    *stated, shares_claim, gap_claim = claims.line_claims(where)
+    limits, known, rows = limits_table(checkpoints), {claim.claim: claim for claim in stated}, []
     for activation in sorted(set(checkpoints["activation"])):
-        claim = scale_claim(f"The {ACTIVATIONS[activation]} limit")
-        values, basis = one_value_per_run(table, activation)
+        claim = scale_claim(f"The {ACTIVATIONS[activation]} limit", where=where)
+        values, basis = one_value_per_run(limits, activation)
         rows.append(_slope_verdict(known.get(claim.claim, claim), values, basis, _unequal_data(checkpoints, values)))
-    relu = checkpoints[(checkpoints["activation"] == "relu") & (checkpoints["role"] == "stable")]
-    if len(relu) and "nonzero_share" in relu and relu["nonzero_share"].notna().all():
-        shares = last_means(relu, "nonzero_share").rename(columns={"last_five_mean": "value"})
-        claim = scale_claim("The ReLU share of non-zero neurons")
-        basis = "mean of the last five stable checkpoints"
-        rows.append(_slope_verdict(claim, shares, basis, _unequal_data(relu, shares)))
+    relu = checkpoints[checkpoints["activation"] == "relu"]
+    if relu.empty:
+        return rows
+    runs = run_table(relu)
+    basis, confounded = "mean of the last five stable checkpoints", _unequal_data(relu, runs)
+    gap = runs["last_five_mean"] - runs["last_five_nonzero"]
+    for claim, values in ((shares_claim, runs["last_five_nonzero"]), (gap_claim, gap)):
+        rows.append(_slope_verdict(claim, runs.assign(value=values), basis, confounded))
     return rows
+
+
+def _convergence_verdict(checkpoints: pd.DataFrame) -> Verdict:
+    """Runs of both activation functions together: each activation and seed is a block with its own level."""
+    table = convergence_table(checkpoints)
+    known = table[table["reason"] == ""]
+    levels = known["activation"] + known["seed"].astype(str)
+    slope = fit_line(np.log10(known["parameters"]), np.log10(known["halfway_per_parameter"]), levels).slope
+    weak = table[table["reason"] != ""]
+    left_out = f"{len(weak)} of {len(table)} runs left out (first: {weak.iloc[0]['reason']})" if len(weak) else ""
+    return _positive(claims.SMALL_CONVERGE_FASTER, slope, left_out)
 
 
 def one_value_per_run(limits: pd.DataFrame, activation: str) -> tuple[pd.DataFrame, str]:

@@ -83,7 +83,7 @@ def test_a_study_of_millions_of_tokens_is_fitted_as_well_as_one_of_billions(form
     assert large.params["c"] == pytest.approx(small.params["c"] * change, rel=1e-4)
 
 
-@pytest.mark.parametrize("form", ["logspace", "power", "exponential", "plain-power"])
+@pytest.mark.parametrize("form", ["logspace", "power", "exponential", "plain-power", "sigmoid"])
 def test_analytic_jacobian_is_the_derivative(form):
     shape, u = laws.FORMS[form], np.geomspace(0.1, 10, 9)
     theta = np.array([*(values[1] for values in shape.starts), 0.3, *([0.1] if shape.offset is not None else [])])
@@ -99,6 +99,8 @@ def test_analytic_jacobian_is_the_derivative(form):
         ("log", lambda x: 0.3 - 0.02 * np.log(x), {"a": 0.3, "b": -0.02}),
         ("exponential", lambda x: 0.2 * np.exp(-x / 7) + 0.1, {"c": 0.2, "tau": 7.0, "A0": 0.1}),
         ("plain-power", lambda x: 0.3 * x**-0.2, {"c": 0.3, "alpha": 0.2}),
+        ("sigmoid", lambda x: 0.1 / (1 + (x / 5) ** 3) + 0.1, {"k": 3.0, "tau": 5.0, "c": 0.1, "A0": 0.1}),
+        ("sigmoid", lambda x: -0.2 / (1 + (x / 8) ** 4) + 0.4, {"k": 4.0, "tau": 8.0, "c": -0.2, "A0": 0.4}),
     ],
 )
 def test_forms_to_compare_with_return_their_parameters(form, truth, params):
@@ -116,6 +118,7 @@ def test_forms_to_compare_with_return_their_parameters(form, truth, params):
         ("log", lambda x: 0.3 - 0.02 * np.log(x)),
         ("exponential", lambda x: 0.1 * np.exp(-x / 7) + 0.1),
         ("plain-power", lambda x: 0.3 * x**-0.2),
+        ("sigmoid", lambda x: 0.1 / (1 + (x / 6) ** 3) + 0.1),
         ("constant", lambda x: 0.3 + 0 * x),
     ],
 )
@@ -234,7 +237,7 @@ def test_an_extrapolated_limit_is_kept_and_named():
 @pytest.mark.parametrize(
     ("d", "a", "groups", "form", "message"),
     [
-        ([1, 2], [0.1, 0.2], None, "sigmoid", "form is 'sigmoid'; choose one of logspace, power"),
+        ([1, 2], [0.1, 0.2], None, "cubic", "form is 'cubic'; choose one of logspace, power"),
         ([1, 2], [0.1, np.nan], None, "power", "hold NaN"),
         ([1, np.inf], [0.1, 0.2], None, "power", "hold NaN or infinity"),
         ([0, 2], [0.1, 0.2], None, "power", "tokens must be positive"),

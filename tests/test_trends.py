@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from sparsity_utils import trends
 from sparsity_utils.errors import InputError
@@ -149,6 +149,50 @@ def test_planted_breakpoint_comes_back():
     np.testing.assert_allclose(found.predict(RATIOS) + 0.002 * (RATIO_SEEDS - 0.5), y, atol=2e-3)
 
 
+def saturating(noise=5e-4):
+    """A plateau at 8% approached with a scale of 30, an offset of the second seed, and independent errors."""
+    errors = noise * np.random.default_rng(1).normal(size=RATIOS.size)
+    return 0.08 - 0.03 * np.exp((6 - RATIOS) / 30) + 0.002 * RATIO_SEEDS + errors
+
+
+def test_planted_saturation_comes_back_and_matches_scipy():
+    y = saturating()
+    found = trends.fit_saturation(RATIOS, y, RATIO_SEEDS)
+    assert not found.scale.reason and found.scale.low < 30 < found.scale.high
+    assert (found.rise, found.plateau, found.start) == pytest.approx((0.03, 0.081, 6), rel=0.05)
+
+    def curve(x, rise, scale, first, second):
+        return np.where(RATIO_SEEDS == 0, first, second) - rise * np.exp((6 - x) / scale)
+
+    (rise, scale, *effects), _ = optimize.curve_fit(curve, RATIOS, y, p0=(0.02, 50, 0.08, 0.08))
+    assert found.scale.value == pytest.approx(scale, rel=0.01)  # the grid's step
+    assert (found.rise, found.plateau) == pytest.approx((rise, np.mean(effects)), rel=0.01)
+    assert found.rmse == pytest.approx(np.std(y - curve(RATIOS, rise, scale, *effects)), rel=0.01)
+    np.testing.assert_allclose(found.predict([6, 1e6]), [found.plateau - found.rise, found.plateau])
+
+
+def test_a_smooth_bend_is_no_breakpoint():
+    found = trends.fit_two_segments(RATIOS, saturating(), RATIO_SEEDS).breakpoint
+    assert found.reason == "a smooth saturating curve describes the points as well (AICc)"
+    assert np.isfinite([found.value, found.low, found.high]).all()  # for a plot
+
+
+def test_forms_are_compared_on_the_same_points():
+    """The planted form comes first; parameters and AICc are those of the single fits."""
+    bend = 0.08 + 3.5e-4 * np.minimum(RATIOS - 114, 0) + 5e-4 * np.random.default_rng(0).normal(size=RATIOS.size)
+    for y, best in ((saturating(), "smooth saturation"), (bend, "slope, then flat")):
+        table = trends.compare_trends(RATIOS, y, RATIO_SEEDS).set_index("form")
+        assert (
+            table.index[0] == best and table["delta_aicc"].iloc[0] == 0 and table["delta_aicc"].is_monotonic_increasing
+        )
+        assert table["parameters"].to_dict() == {"straight line": 3, "slope, then flat": 4, "smooth saturation": 4}
+        assert table["aicc"]["straight line"] == trends.fit_line(RATIOS, y, RATIO_SEEDS).aicc
+    line = trends.compare_trends(RATIOS, 0.1 + 1e-3 * RATIOS + (-1.0) ** np.arange(18) * 1e-4)
+    assert line["form"][0] == "straight line" and line["parameters"][0] == 2
+    few = trends.compare_trends([1, 2, 3] * 2, [1, 2, 4] * 2)
+    assert few["aicc"].isna().tolist() == [False, True, True]
+
+
 def test_breakpoint_interval_holds_the_planted_value_about_as_often_as_it_says():
     rng, held = np.random.default_rng(2), 0
     for _ in range(60):
@@ -162,14 +206,17 @@ def test_a_breakpoint_outside_the_sampled_ratios_is_inconclusive():
     inside = RATIOS <= 96
     x, y = RATIOS[inside], 0.08 + 3.5e-4 * np.minimum(RATIOS - 114, 0)[inside]
     y = y + 1e-3 * np.random.default_rng(0).normal(size=y.size)
-    assert "a straight line describes the points as well" in trends.fit_two_segments(x, y).breakpoint.reason
+    assert "a straight line" in trends.fit_two_segments(x, y).breakpoint.reason
     # the first ratio alone is off a plateau: the slope before the breakpoint rests on one ratio
     y = np.where(RATIOS == 6, 0.05, 0.08) + 1e-3 * np.random.default_rng(0).normal(size=RATIOS.size)
     reason = trends.fit_two_segments(RATIOS, y).breakpoint.reason
     assert reason == "the interval reaches an end of the sampled range, 6 to 282"
 
 
-@pytest.mark.parametrize("fit", [lambda *a: trends.fit_two_segments(*a).breakpoint, trends.fit_optimum])
+@pytest.mark.parametrize(
+    "fit",
+    [lambda *a: trends.fit_two_segments(*a).breakpoint, lambda *a: trends.fit_saturation(*a).scale, trends.fit_optimum],
+)
 def test_too_few_ratios_are_inconclusive(fit):
     assert fit([1, 2, 3, 4] * 3, [1, 2, 3, 3] * 3).reason == "only 4 positions; at least 5 are needed"
     assert fit([1, 2, 3, 4, 5], [1, 2, 3, 3, 3]).reason == "too few runs: 5 leave 2 degrees of freedom"

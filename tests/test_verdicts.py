@@ -5,13 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from planted import SHAPES, by_claim, study
 
 from sparsity_utils import claims, judgement, limits, verdicts
 from sparsity_utils.errors import InputError
-from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
-SHAPES = ((40, 2), (60, 3), (80, 4), (100, 5))
 WORDS = {SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE}
 
 
@@ -19,37 +18,6 @@ WORDS = {SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE}
 def few_resamples(monkeypatch):
     """Intervals are tested with the laws; here they only need to be there."""
     monkeypatch.setattr(limits, "RESAMPLES", 20)
-
-
-def study(
-    shapes=SHAPES, activations=("relu", "silu"), seeds=(0, 1), limit=lambda activation, ratio, size: None, **kwargs
-):
-    """A table of checkpoints that follows the published laws; `limit(activation, ratio, parameters)` plants A0."""
-    settings = {"noise": 2e-4, "silu_loss": 1.0, "points": 20, "optimum": 20.0, "end": 42e6} | kwargs
-    rng, runs = np.random.default_rng(0), []
-    for activation in activations:
-        for d_model, n_layers in shapes:
-            for seed in seeds:
-                parameters, ratio = int(11.5 * n_layers * d_model**2), d_model / n_layers
-                planted = limit(activation, ratio, parameters) or {"relu": 0.2, "silu": 0.45}[activation]
-                tokens = np.geomspace(0.5e6, settings["end"], settings["points"])
-                law = {"relu": 0.06 * np.exp(-0.4 * (tokens / 3e6) ** 0.7), "silu": -0.03 * (tokens / 3e6) ** -0.8}
-                ratios = planted + law[activation] + settings["noise"] * rng.normal(size=tokens.size)
-                loss = 3 + 0.05 * np.log(ratio / settings["optimum"]) ** 2 + 1e-3 * rng.normal()
-                run = pd.DataFrame({"tokens": tokens, "activation_ratio": ratios, "step": range(tokens.size)})
-                run = pd.concat([run, run.tail(1).assign(tokens=1.1 * tokens[-1], step=99)], ignore_index=True)
-                run["role"] = ["stable"] * tokens.size + ["final"]
-                run["fit"] = (run["role"] == "stable") & (run["tokens"] > 0.7e6)
-                runs.append(run.assign(
-                    run=f"{activation}-{d_model}x{n_layers}-{seed}", activation=activation, d_model=d_model, seed=seed,
-                    n_layers=n_layers, parameters=parameters, ratio=ratio, nonzero_share=0.3, cett=0.2, ppl_ratio=1.01,
-                    validation_loss=loss * (settings["silu_loss"] if activation == "silu" else 1.0),
-                ))  # fmt: skip
-    return pd.concat(runs, ignore_index=True)
-
-
-def by_claim(rows):
-    return {row.claim: row for row in rows}
 
 
 def metrics_table(gap=0.05, cut=0.6, runs=3):
@@ -113,7 +81,25 @@ def test_limits_table_has_planted_limits_per_seed_and_for_all():
     np.testing.assert_allclose(common.loc[common["activation"] == "silu", "limit"], 0.50, atol=3e-3)
     assert (common["low"] < common["limit"]).all() and (common["limit"] < common["high"]).all()
     by_seed = table[table["seed"] != "all"]
-    assert (common["spread"] > 0).all() and by_seed[["low", "high", "spread"]].isna().all(axis=None)
+    assert (common[["spread", "last_five_spread"]] > 0).all(axis=None)
+    assert by_seed[["low", "high", "spread", "last_five_spread"]].isna().all(axis=None)
+
+
+def test_seeds_have_intervals_of_their_own_where_asked_for():
+    checkpoints = study(SHAPES[:1], ("relu",))
+    plain, table = limits.limits_table(checkpoints), limits.limits_table(checkpoints, seed_intervals=True)
+    assert (table["low"] < table["limit"]).all() and (table["limit"] < table["high"]).all()
+    pd.testing.assert_frame_equal(table.drop(columns=["low", "high"]), plain.drop(columns=["low", "high"]))
+    pd.testing.assert_series_equal(table.iloc[0], plain.iloc[0])  # the common curve
+
+
+def test_spread_is_the_range_over_seeds():
+    checkpoints = study(SHAPES[:1], ("relu",), seeds=(0, 1, 2))
+    table = limits.limits_table(checkpoints).set_index("seed")
+    for values, spread in (("limit", "spread"), ("last_five_mean", "last_five_spread")):
+        seeds = table.loc[["0", "1", "2"], values]
+        assert table.loc["all", spread] == pytest.approx(seeds.max() - seeds.min())
+    assert np.isnan(limits.limits_table(study(SHAPES[:1], ("relu",), seeds=(0,)))["last_five_spread"]).all()
 
 
 def test_last_five_mean_is_the_mean_of_the_last_five_stable_checkpoints():
@@ -197,40 +183,6 @@ def test_losses_are_paired_at_equal_tokens_only():
     other = (checkpoints["activation"] == "silu") & (checkpoints["role"] == "final") & (checkpoints["d_model"] == 40)
     checkpoints.loc[other, "tokens"] *= 1.5
     assert verdicts.relu_vs_silu(checkpoints)[0].reason.startswith("6 pairs")
-
-
-@pytest.mark.parametrize(
-    ("slope", "verdict"), [(0.0, SUPPORTED), (0.016, SUPPORTED), (-0.06, NOT_SUPPORTED), (0.03, INCONCLUSIVE)]
-)
-def test_scale_insensitivity_rests_on_sound_limits(slope, verdict):
-    checkpoints = study(noise=1e-4, limit=lambda activation, ratio, size: 0.3 + slope * np.log10(size / 1e5))
-    rows = by_claim(verdicts.scale_insensitivity(checkpoints))
-    for activation, published in (("relu", "+1.6 points per decade"), ("silu", "-2.6 points per decade")):
-        row = rows[f"The {ACTIVATIONS[activation]} limit does not depend on scale"]
-        assert row.verdict == verdict and row.published == published
-        assert row.here == pytest.approx(100 * slope, abs=0.3)
-        assert "rests on the limits A0 of the data law" in row.reason and "TOST p" in row.reason
-    assert rows["The ReLU share of non-zero neurons does not depend on scale"].here == pytest.approx(0, abs=1e-9)
-
-
-def test_scale_insensitivity_falls_back_to_measured_means_and_says_so():
-    checkpoints = study(activations=("relu",))
-    flat = checkpoints["run"] == "relu-60x3-1"
-    checkpoints.loc[flat, "activation_ratio"] = 0.2
-    checkpoints.loc[flat, "fit"] &= checkpoints.loc[flat, "step"] > 9  # the curve of both seeds keeps its trend
-    row = verdicts.scale_insensitivity(checkpoints.drop(columns="nonzero_share"))
-    assert len(row) == 1
-    assert "rests on the mean of the last five stable checkpoints: 1 of 12 fits" in row[0].reason
-    assert "first 60x3 seed 1, no trend" in row[0].reason
-    assert row[0].here == pytest.approx(0, abs=0.5)
-
-
-def test_measured_values_of_unequal_training_are_inconclusive():
-    checkpoints = study(activations=("relu",), noise=0.0)
-    equal = checkpoints.assign(tokens=checkpoints["tokens"] * checkpoints["parameters"] / 1e6)
-    rows = [verdicts.scale_insensitivity(table)[-1] for table in (checkpoints, equal)]  # shares of non-zero neurons
-    assert [row.verdict for row in rows] == [INCONCLUSIVE, SUPPORTED]
-    assert "sizes differ in tokens per parameter, 73 to 1141" in rows[0].reason and "differ" not in rows[1].reason
 
 
 WIDE = ((24, 4), (48, 4), (72, 3), (96, 2), (144, 2), (130, 1), (180, 1), (282, 1))  # ratios 6 to 282
@@ -318,7 +270,7 @@ def test_claims_are_stated_before_their_verdicts():
         "metrics": verdicts.metrics(metrics_table()),
         "relu_vs_silu": verdicts.relu_vs_silu(study()),
         "width_depth_ratio": verdicts.width_depth(study()),
-        "scale_insensitivity": verdicts.scale_insensitivity(study()),
+        "scale_insensitivity": verdicts.scale_insensitivity(study(), study()),
     }
     for question, rows in judged.items():
         stated = claims.claims_table(question)

@@ -1,0 +1,97 @@
+"""Verdicts on size: planted slopes by both metrics, a second line of sizes, and who converges sooner."""
+
+import numpy as np
+import pytest
+from planted import by_claim, study
+
+from sparsity_utils import claims, limits, verdicts
+from sparsity_utils.profiles import ACTIVATIONS
+from sparsity_utils.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Intervals are tested with the laws; here they only need to be there."""
+    monkeypatch.setattr(limits, "RESAMPLES", 20)
+
+
+@pytest.mark.parametrize(
+    ("slope", "verdict"), [(0.0, SUPPORTED), (0.016, SUPPORTED), (-0.06, NOT_SUPPORTED), (0.03, INCONCLUSIVE)]
+)
+def test_scale_insensitivity_rests_on_sound_limits(slope, verdict):
+    checkpoints = study(noise=1e-4, limit=lambda activation, ratio, size: 0.3 + slope * np.log10(size / 1e5))
+    rows = by_claim(verdicts.scale_insensitivity(checkpoints))
+    for activation, published in (("relu", "+1.6 points per decade"), ("silu", "-2.6 points per decade")):
+        row = rows[f"The {ACTIVATIONS[activation]} limit does not depend on scale"]
+        assert row.verdict == verdict and row.published == published
+        assert row.here == pytest.approx(100 * slope, abs=0.3)
+        assert "rests on the limits A0 of the data law" in row.reason and "TOST p" in row.reason
+    assert rows["The ReLU share of non-zero neurons does not depend on scale"].here == pytest.approx(0, abs=1e-9)
+
+
+def test_scale_insensitivity_falls_back_to_measured_means_and_says_so():
+    checkpoints = study(activations=("relu",))
+    flat = checkpoints["run"] == "relu-60x3-1"
+    checkpoints.loc[flat, "activation_ratio"] = 0.2
+    checkpoints.loc[flat, "fit"] &= checkpoints.loc[flat, "step"] > 9  # the curve of both seeds keeps its trend
+    row = by_claim(verdicts.scale_insensitivity(checkpoints))["The ReLU limit does not depend on scale"]
+    assert "rests on the mean of the last five stable checkpoints: 1 of 12 fits" in row.reason
+    assert "first 60x3 seed 1, no trend" in row.reason
+    assert row.here == pytest.approx(0, abs=0.5)
+
+
+def test_measured_values_of_unequal_training_are_inconclusive():
+    checkpoints = study(activations=("relu",), noise=0.0)
+    equal = checkpoints.assign(tokens=checkpoints["tokens"] * checkpoints["parameters"] / 1e6)
+    claim = "The ReLU share of non-zero neurons does not depend on scale"
+    rows = [by_claim(verdicts.scale_insensitivity(table))[claim] for table in (checkpoints, equal)]
+    assert [row.verdict for row in rows] == [INCONCLUSIVE, SUPPORTED]
+    assert "sizes differ in tokens per parameter, 73 to 1141" in rows[0].reason and "differ" not in rows[1].reason
+
+
+def planted_metrics(cett=0.0, nonzero=0.0, **kwargs):
+    """Sizes on a slope per decade by CETT-PPL and by non-zeros, equally far trained."""
+    checkpoints = study(noise=1e-4, limit=lambda activation, ratio, size: 0.3 + cett * np.log10(size / 1e5), **kwargs)
+    sizes = checkpoints["parameters"]
+    return checkpoints.assign(
+        nonzero_share=0.4 + nonzero * np.log10(sizes / 1e5), tokens=checkpoints["tokens"] * sizes / 1e6
+    )
+
+
+@pytest.mark.parametrize(
+    ("cett", "nonzero", "verdict"), [(0.0, -0.07, NOT_SUPPORTED), (-0.07, -0.07, SUPPORTED), (0.0, 0.0, SUPPORTED)]
+)
+def test_whether_the_metric_changes_the_dependence_on_scale(cett, nonzero, verdict):
+    row = by_claim(verdicts.scale_insensitivity(planted_metrics(cett, nonzero)))[
+        "The gap between CETT-PPL and the share of non-zero ReLU neurons does not depend on scale"
+    ]
+    assert row.verdict == verdict and row.here == pytest.approx(100 * (cett - nonzero), abs=0.3)
+
+
+def test_a_second_line_has_verdicts_of_its_own():
+    rows = by_claim(verdicts.scale_insensitivity(planted_metrics(), planted_metrics(-0.07, 0.05)))
+    shares = "The ReLU share of non-zero neurons does not depend on scale"
+    assert (rows[shares].here, rows[f"{shares}{claims.SECOND_LINE}"].here) == pytest.approx((0, 5), abs=0.1)
+    assert rows[f"The ReLU limit does not depend on scale{claims.SECOND_LINE}"].here == pytest.approx(-7, abs=0.5)
+    missing = verdicts.scale_insensitivity(planted_metrics())
+    assert [row.claim for row in missing] == list(rows)
+    assert {(row.verdict, row.reason) for row in missing[5:]} == {
+        (INCONCLUSIVE, "this study has no sizes at a second width-depth ratio")
+    }
+
+
+def convergence_study(shift):
+    """Each size's fall in tokens per parameter is `shift` decades later per decade of parameters."""
+    checkpoints = planted_metrics(activations=("relu",))
+    x, sizes = checkpoints["tokens"] / checkpoints["parameters"], checkpoints["parameters"] / 1e5
+    return checkpoints.assign(activation_ratio=0.2 + 0.05 * np.exp(-x / (10 * sizes**shift)))
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(0.3, SUPPORTED), (-0.3, NOT_SUPPORTED)])
+def test_who_converges_faster(shift, verdict):
+    checkpoints = convergence_study(shift)
+    row = by_claim(verdicts.scale_insensitivity(checkpoints))[claims.SMALL_CONVERGE_FASTER.claim]
+    assert row.verdict == verdict and 0 < row.here / shift < 1.1  # the window bounds the half-way point
+    flat = checkpoints.assign(activation_ratio=0.3)
+    row = by_claim(verdicts.scale_insensitivity(flat))[claims.SMALL_CONVERGE_FASTER.claim]
+    assert row.verdict == INCONCLUSIVE and "8 of 8 runs left out (first: no trend" in row.reason
