@@ -8,7 +8,8 @@ from sparsity_utils.profiles import ModelConfig, Profile, Size, TrainConfig
 
 SCHEMA = 1  # of the tables; raise it when a column changes its meaning
 IDENTITY = ("run", "activation", "d_model", "n_layers", "seed")
-SPEEDS = ("sparse_ffn", "sparse_decoding")  # of this machine, not of a run
+# Speeds are of this machine, not of a run; the question whose runs or shapes they are measured with.
+SPEEDS = {"sparse_ffn": "relu_vs_silu", "sparse_decoding": "relu_vs_silu", "depth_cost": "width_depth_ratio"}
 
 
 class Question(NamedTuple):
@@ -35,6 +36,7 @@ QUESTIONS = {
     "tuning": Question("tuning.csv", None),
     "sparse_ffn": Question("sparse_ffn.csv", None),
     "sparse_decoding": Question("sparse_decoding.csv", None),
+    "depth_cost": Question("depth_cost.csv", None),
 }
 
 Settings = tuple[ModelConfig, TrainConfig]

@@ -27,8 +27,7 @@ from sparsity_utils.plan import QUESTIONS, SCHEMA, SPEEDS, Question, planned
 from sparsity_utils.profiles import Profile, read_profile
 from sparsity_utils.runs import RunConfig, find_run, train_run
 from sparsity_utils.speed_tables import decoding_table, ffn_table
-
-SPEED_TABLES = {"sparse_ffn": ffn_table, "sparse_decoding": decoding_table}  # of plan.SPEEDS
+from sparsity_utils.step_times import step_times
 
 
 class Study:
@@ -89,7 +88,7 @@ class Study:
         if self.profile is None:
             return (self.folder / _known(question).file).exists()
         _known(question)
-        return question in SPEEDS or bool(planned(self.profile, question))
+        return bool(planned(self.profile, SPEEDS.get(question, question)))
 
     def table(self, question: str) -> pd.DataFrame:
         """The table of a question: one row per checkpoint, or per measured thing (such as a neuron) of each run.
@@ -150,6 +149,8 @@ class Study:
 
     def speeds(self, question: str) -> pd.DataFrame:
         """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s."""
+        if question == "depth_cost":
+            return self._depth_cost()  # needs no trained model
         models = {
             activation: self.trained_model(activation)[0].eval().to(default_device())
             for activation in self.profile.study.activations
@@ -158,7 +159,18 @@ class Study:
         context = next(iter(models.values())).config.max_position_embeddings
         calibration = measurement_batches(tokens, context, "calibration", settings.calibration_tokens)
         windows = measurement_batches(tokens, context, "evaluation", MAX_TOKENS * context)[0]["input_ids"]
-        return SPEED_TABLES[question](models, calibration, windows.to(default_device()), settings.p, self.profile.speed)
+        table = {"sparse_ffn": ffn_table, "sparse_decoding": decoding_table}[question]
+        return table(models, calibration, windows.to(default_device()), settings.p, self.profile.speed)
+
+    def _depth_cost(self) -> pd.DataFrame:
+        """Times of the shapes of the width-depth line, on as many threads as their runs have."""
+        runs = planned(self.profile, "width_depth_ratio")
+        shapes, threads = list(dict.fromkeys(model for model, _ in runs)), torch.get_num_threads()
+        torch.set_num_threads(self.profile.threads)
+        try:
+            return step_times(shapes, runs[0][1].batch_tokens, self.profile.speed.rounds)
+        finally:
+            torch.set_num_threads(threads)
 
     def configs(self, question: str) -> list[RunConfig]:
         """The runs that a question needs."""
