@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from sparsity_utils.claims import BREAKPOINT, OPTIMUM
 from sparsity_utils.convergence import convergence_table
@@ -94,10 +95,9 @@ def cost_of_depth(checkpoints: pd.DataFrame, costs: pd.DataFrame) -> Figure:
         y = unit * shapes[column]
         style = {"color": COLOURS[0], "marker": "o", "linestyle": "-", "linewidth": 0.8, "capsize": 2}
         axes.errorbar(time, y, unit * shapes[spread] / 2, reach, **style)
-        for number, (shape, x, height) in enumerate(zip(_shapes(shapes), time, y, strict=True)):
-            place = (4, -11) if number % 2 else (4, 5)  # neighbours on different sides
-            axes.annotate(shape, (x, height), xytext=place, textcoords="offset points", fontsize=7)
         axes.set(xlabel="Training time per token (widest = 1)", ylabel=label, title=title)
+    for shape, x, height in zip(_shapes(shapes), time, 100 * shapes["activation_ratio"], strict=True):
+        drawn[0].annotate(shape, (x, height), xytext=(4, 5), textcoords="offset points", fontsize=7)
     basis = f"Means over {seeds_name(checkpoints)}, bars: half their spread to either side"
     timing = f"{costs['rounds'].iloc[0]} rounds, {costs['threads'].iloc[0]} thread(s)"
     unit = f"1 = {shapes['training_us'][0]:.0f} µs"
@@ -187,6 +187,9 @@ def _half_way(axes: Axes, table: pd.DataFrame) -> None:
     first, last = table[["first", "last"]].iloc[0]
     axes.axhline(np.sqrt(first * last), color="grey", linestyle=":", label="middle of the window (log)")
     axes.set(ylim=(first, last), yscale="log", title="Half of the change is done", ylabel="Tokens per parameter")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.minorticks_off()
 
 
 def _beside_published(axes: Axes, values: pd.DataFrame, activation: str) -> None:
