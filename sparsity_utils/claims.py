@@ -122,6 +122,15 @@ RELU_SPARSER = Claim(
     "points fewer active",
     "paired t interval of the last-five means, pairs of equal size and seed",
 )
+LAW_FORECASTS = Claim(
+    "relu_vs_silu",
+    "Fitted to the first half of a run, the published law forecasts the second better than the last value",
+    "none",
+    "log of the last value's error over the law's",
+    "t interval over runs of the log ratio of two root mean square errors beyond half of a run's tokens: of the "
+    "forecast that nothing changes any more, and of the published form of the run's activation function",
+    scale=1.0,
+)
 RATIO_RISES = Claim(
     "width_depth_ratio",
     "The limit rises with the width-depth ratio below the breakpoint",
@@ -274,6 +283,7 @@ CLAIMS = (
     price_claim(),
     *(CETT_LOWEST, CETT_CUT),
     *(LOSS_EQUAL, RELU_FALLS, SILU_RISES, RELU_SPARSER, form_claim("relu", "logspace"), form_claim("silu", "power")),
+    LAW_FORECASTS,
     *(RATIO_RISES, RATIO_BREAKS, RATIO_OPTIMUM),
     *(*line_claims(), SMALL_CONVERGE_FASTER, *line_claims(SECOND_LINE)),
     *(TOKENS_ALIKE, NEURONS_ALIKE, MIDDLE_ALIKE, DEAD_RISES, DEAD_EXPLAIN_LITTLE, THRESHOLDS_TRANSFER),

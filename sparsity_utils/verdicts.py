@@ -10,6 +10,7 @@ from sparsity_utils import claims
 from sparsity_utils.claims import claims_table, form_claim, price_claim, scale_claim
 from sparsity_utils.convergence import convergence_table
 from sparsity_utils.errors import InputError
+from sparsity_utils.forecasts import LAST_VALUE, forecast_table
 from sparsity_utils.judgement import Claim, Verdict, details, to_table
 from sparsity_utils.laws import LEVEL, RIVAL_FORMS, compare_forms
 from sparsity_utils.limits import (
@@ -96,7 +97,8 @@ def metrics(table: pd.DataFrame) -> list[Verdict]:
 
 
 def relu_vs_silu(checkpoints: pd.DataFrame) -> list[Verdict]:
-    """Notebook 02: comparable loss, opposite directions with data, ReLU sparser, and the published forms of the law.
+    """Notebook 02: comparable loss, opposite directions with data, ReLU sparser, and the published forms of the law
+    as descriptions and as forecasts.
 
     Raises InputError for missing columns, duplicates and NaN.
     """
@@ -111,6 +113,7 @@ def relu_vs_silu(checkpoints: pd.DataFrame) -> list[Verdict]:
         _positive(claims.SILU_RISES, _direction(checkpoints, "silu", 1)),
         _positive(claims.RELU_SPARSER, mean_over_runs(means["silu"] - means["relu"])),
         *(_form_verdict(checkpoints, activation) for activation in ("relu", "silu")),
+        _forecast_verdict(checkpoints),
     ]
 
 
@@ -263,6 +266,17 @@ def _form_verdict(checkpoints: pd.DataFrame, activation: str) -> Verdict:
         fit[run] = {rival: misfit[rival] - misfit[form] for rival in RIVAL_FORMS}
     frames = (pd.DataFrame.from_dict(gaps, orient="index", columns=RIVAL_FORMS) for gaps in (aicc, fit))
     return _best_of_all(form_claim(activation, form), *frames)
+
+
+def _forecast_verdict(checkpoints: pd.DataFrame) -> Verdict:
+    table = forecast_table(checkpoints)
+    published = table["form"] == table["activation"].map(published_form)
+    law, last = (table[rows].set_index("run")["rmse"] for rows in (published, table["form"] == LAST_VALUE))
+    gains = np.log(last / law).dropna()
+    left_out = (
+        f"{len(last) - len(gains)} of {len(last)} runs too short for a forecast" if len(gains) < len(last) else ""
+    )
+    return _positive(claims.LAW_FORECASTS, mean_over_runs(gains), left_out)
 
 
 def _best_of_all(claim: Claim, gaps: pd.DataFrame, against: pd.DataFrame | None = None) -> Verdict:

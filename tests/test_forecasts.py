@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from test_verdicts import study
+from planted import study
 
 from sparsity_utils.errors import InputError
 from sparsity_utils.forecasts import LAST_VALUE, forecast_errors, forecast_table
