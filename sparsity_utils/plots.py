@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsity_utils import pattern_plots, speed_plots
+from sparsity_utils import pattern_plots, published_plots, speed_plots
 from sparsity_utils.cost import with_weights_read
 from sparsity_utils.laws import fit_data_law
 from sparsity_utils.limits import fit_points, last_means, limits_table, published_form
@@ -160,6 +160,9 @@ FIGURES = {
     "06_roofline": ("sparse_ffn", speed_plots.roofline),
     "06_batches": ("sparse_ffn", speed_plots.batches),
     "06_decoding": ("sparse_decoding", speed_plots.decoding),
+    "07_published_laws": ("published_refit", published_plots.laws),
+    "07_limits": ("published_stability", published_plots.limits),
+    "07_forecasts": ("published_forecasts", published_plots.forecasts),
 }
 
 

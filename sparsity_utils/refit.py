@@ -21,13 +21,14 @@ NEAR = 0.001  # activation ratio (0.1 points): a curve this close to its limit h
 CURVE = ["activation", "model"]
 SAME = 0.01  # relative difference up to which a coefficient counts as the printed one; three digits are printed
 MOST_DROPPED = 8  # first points of a curve left out in search of the printed coefficients
+PRINTED, SCRIPTS, WITHOUT = "printed in the paper", "in the authors' scripts", "without the first "
 # Which points of a curve a limit is fitted to; (tokens,) -> (tokens,) of bool
 PARTS: dict[str, Callable[[Array], NDArray[np.bool_]]] = {
     "all points": lambda d: d > 0,
     "first half of the tokens": lambda d: d <= 0.50 * d[-1],
     "first 75% of the tokens": lambda d: d <= 0.75 * d[-1],
     "first 90% of the tokens": lambda d: d <= 0.90 * d[-1],
-    **{f"without the first {k}": lambda d, k=k: np.arange(d.size) >= k for k in range(1, MOST_DROPPED + 1)},
+    **{f"{WITHOUT}{k}": lambda d, k=k: np.arange(d.size) >= k for k in range(1, MOST_DROPPED + 1)},
 }
 
 
@@ -74,7 +75,7 @@ def limit_stability(curves: pd.DataFrame) -> pd.DataFrame:
     for activation, model, curve in _each(curves):
         d, a = curve["tokens"].to_numpy(), curve["activation_ratio"].to_numpy()
         about, form = {"activation": activation, "model": model}, published_form(activation)
-        for law, source in ((_printed(activation, model), "printed in the paper"), (REVISED_LAW, "in its repository")):
+        for law, source in ((_printed(activation, model), PRINTED), (REVISED_LAW, SCRIPTS)):
             if law is not None and (law.activation, law.model) == (activation, model):
                 rows.append(about | {"source": source, "limit": law.limit, "rmse": _rmse(law.predict(d), a)})
         for part, chosen in PARTS.items():

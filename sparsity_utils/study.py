@@ -70,6 +70,8 @@ QUESTIONS = {
     "sparse_ffn": Question("sparse_ffn.csv", "sparse_ffn"),
     "sparse_decoding": Question("sparse_decoding.csv", "sparse_decoding"),
 }
+# What `python -m sparsity_utils refit` makes of the published curves: recorded once, read by every study.
+PUBLISHED = ("published_refit", "published_forms", "published_forecasts", "published_stability")
 
 
 class Study:
@@ -120,19 +122,17 @@ class Study:
         measure them again. Raises InputError for an unknown question or, in a recorded study, a table that is not
         there.
         """
+        if question in PUBLISHED:
+            return _stored(paths.PUBLISHED / f"{question}.csv", "make it with python -m sparsity_utils refit")
         if question not in QUESTIONS:
-            raise InputError(f"There is no question {question!r}; choose one of {', '.join(QUESTIONS)}.")
+            known = ", ".join([*QUESTIONS, *PUBLISHED])
+            raise InputError(f"There is no question {question!r}; choose one of {known}.")
         file = self.folder / QUESTIONS[question].file
         if self.profile is not None and not (question in SPEEDS and file.exists()):
             table = self.speeds(question) if question in SPEEDS else self._measured(question)
             with paths.written_aside(file) as aside:
                 table.to_csv(aside, index=False, float_format="%.8g")
-        if not file.exists():
-            raise InputError(
-                f"There is no {file.name} in {file.parent}; name a folder that holds a study's results, or train one "
-                "with make reproduce."
-            )
-        return pd.read_csv(file)
+        return _stored(file, "name a folder that holds a study's results, or train one with make reproduce")
 
     def largest_run(self, activation: str) -> Run:
         """The run that stands for an activation function: the largest size and, of its seeds, the first.
@@ -232,6 +232,12 @@ class Study:
         if not tables:
             raise InputError(f"Every run of {question} diverged; lower train.learning_rate in profile {self.name}.")
         return pd.concat(tables, ignore_index=True)
+
+
+def _stored(file: Path, advice: str) -> pd.DataFrame:
+    if not file.exists():
+        raise InputError(f"There is no {file.name} in {file.parent}; {advice}.")
+    return pd.read_csv(file)
 
 
 def ratio_shapes(profile: Profile) -> list[tuple[int, int]]:

@@ -8,13 +8,24 @@ import pytest
 import torch
 from small import profile_content, write_profile, write_text
 
-from sparsity_utils import measure_sparsity, paths, pattern_verdicts, plots, record, speed_verdicts, verdicts
+from sparsity_utils import (
+    measure_sparsity,
+    paths,
+    pattern_verdicts,
+    plots,
+    published_verdicts,
+    record,
+    refit,
+    speed_verdicts,
+    verdicts,
+)
 from sparsity_utils.errors import InputError
 from sparsity_utils.measure import window_length
 from sparsity_utils.model import load_model
+from sparsity_utils.published_laws import PUBLISHED_LAWS
 from sparsity_utils.record import SCHEMA
 from sparsity_utils.sources import package_documents
-from sparsity_utils.study import QUESTIONS, Study
+from sparsity_utils.study import PUBLISHED, QUESTIONS, Study
 from sparsity_utils.texts import split_documents, text_batches
 
 COLUMNS = pd.read_csv(paths.RESULTS / "columns.csv")
@@ -52,6 +63,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
         verdicts.scale_insensitivity: ["scale_insensitivity"],
         pattern_verdicts.activation_patterns: ["activation_patterns", "token_patterns", "dead_neurons", "transfer"],
         speed_verdicts.sparse_decoding: ["sparse_ffn", "sparse_decoding"],
+        published_verdicts.published_curves: PUBLISHED,
     }
     found = [row for judge, questions in judges.items() for row in judge(*map(study.table, questions))]
     stored = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False).drop(columns="minutes")
@@ -93,6 +105,14 @@ def test_the_recorded_models_are_those_of_the_table(activation):
         model.config.hidden_size,
         model.config.num_hidden_layers,
     )
+
+
+def test_the_tables_of_the_published_curves_are_those_of_the_refit():
+    assert tuple(refit.TABLES) == PUBLISHED
+    curves = [
+        set(zip(table["activation"], table["model"], strict=True)) for table in map(Study.recorded().table, PUBLISHED)
+    ]
+    assert all(found == {(law.activation, law.model) for law in PUBLISHED_LAWS} for found in curves)
 
 
 @pytest.mark.parametrize("name", plots.FIGURES)
