@@ -160,7 +160,7 @@ FIGURES = {
     "06_roofline": ("sparse_ffn", speed_plots.roofline),
     "06_batches": ("sparse_ffn", speed_plots.batches),
     "06_decoding": ("sparse_decoding", speed_plots.decoding),
-    "07_published_laws": ("published_refit", published_plots.laws),
+    "07_published_curves": ("published_refit", published_plots.laws),
     "07_limits": ("published_stability", published_plots.limits),
     "07_forecasts": ("published_forecasts", published_plots.forecasts),
 }
