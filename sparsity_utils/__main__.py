@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         default=paths.ROOT,
         help="the folder that holds results/, such as build/laptop (default: the recorded study)",
     )
+    refit = command(
+        "refit", _refit, "fit the published curves again and write the tables of notebook 07", profile=False
+    )
+    refit.description += f" to results/. {REFIT}"
+    refit.add_argument("--curves", type=Path, metavar="FOLDER", help="the folder of the files (default: download them)")
+    refit.set_defaults(interrupted="Tables that were written are whole.")
     return parser
 
 
@@ -68,6 +74,10 @@ def _study_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--minutes", help=about, type=float, metavar="M", default=float("inf"))
 
 
+REFIT = """\
+Takes about a minute. Without --curves the eleven files (14 kB) are downloaded from the authors' repository to
+build/published_curves and checked against checksums; they carry no licence and are not part of this project.
+"""
 MEASURE = """\
 Which share of a model's feed-forward neurons matters for a token?
 
@@ -190,6 +200,15 @@ def _figures(options: argparse.Namespace) -> None:
     from sparsity_utils.study import Study
 
     for file in draw_all(Study.recorded(options.folder / "results"), options.folder / "figures"):
+        print(file)
+
+
+def _refit(options: argparse.Namespace) -> None:
+    from sparsity_utils.published_curves import download_curves, read_curves
+    from sparsity_utils.refit import write_tables
+
+    curves = read_curves(options.curves or download_curves())
+    for file in write_tables(curves, paths.PUBLISHED):
         print(file)
 
 

@@ -38,6 +38,8 @@ QUESTIONS = {
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
 }
+# What `python -m sparsity_utils refit` makes of the published curves: recorded once, read by every study.
+PUBLISHED = ("published_refit", "published_forms", "published_forecasts", "published_stability")
 
 Settings = tuple[ModelConfig, TrainConfig]
 

@@ -23,7 +23,7 @@ from sparsity_utils.errors import InputError
 from sparsity_utils.jobs import Job, do_jobs, measurement
 from sparsity_utils.model import default_device, head_count
 from sparsity_utils.packed_text import unpack_text
-from sparsity_utils.plan import QUESTIONS, SCHEMA, SPEEDS, Question, planned
+from sparsity_utils.plan import PUBLISHED, QUESTIONS, SCHEMA, SPEEDS, Question, planned
 from sparsity_utils.profiles import Profile, read_profile
 from sparsity_utils.runs import RunConfig, find_run, train_run
 from sparsity_utils.speed_tables import decoding_table, ffn_table
@@ -85,6 +85,8 @@ class Study:
 
     def answers(self, question: str) -> bool:
         """Whether this study has, or would make, the table of a question: profiles may leave some out."""
+        if question in PUBLISHED:
+            return True
         if self.profile is None:
             return (self.folder / _known(question).file).exists()
         _known(question)
@@ -97,17 +99,21 @@ class Study:
         measure them again. Raises InputError for an unknown question, a profile that leaves it out or, in a recorded
         study, a table that is not there.
         """
+        if question in PUBLISHED:
+            return _stored(paths.PUBLISHED / f"{question}.csv", "make it with python -m sparsity_utils refit")
         file = self.folder / _known(question).file
         if self.profile is not None and not (question in SPEEDS and file.exists()):
             table = self.speeds(question) if question in SPEEDS else self._measured(question)
             with paths.written_aside(file) as aside:
                 table.to_csv(aside, index=False, float_format="%.8g")
-        if not file.exists():
-            raise InputError(
-                f"There is no {file.name} in {file.parent}; name a folder that holds a study's results, or train one "
-                "with make reproduce."
-            )
-        return pd.read_csv(file)
+        return _stored(file, "name a folder that holds a study's results, or train one with make reproduce")
+
+    def table_or_none(self, question: str) -> pd.DataFrame | None:
+        """`table`, or None and a printed line where this study leaves the question out."""
+        if self.answers(question):
+            return self.table(question)
+        print(f"The {self.name} study has no table for {question}.")
+        return None
 
     def largest_config(self, activation: str) -> RunConfig:
         """The run that stands for an activation function: the largest size and, of its seeds, the first.
@@ -210,7 +216,14 @@ class Study:
         return pd.concat(tables, ignore_index=True)
 
 
+def _stored(file: Path, advice: str) -> pd.DataFrame:
+    if not file.exists():
+        raise InputError(f"There is no {file.name} in {file.parent}; {advice}.")
+    return pd.read_csv(file)
+
+
 def _known(question: str) -> Question:
     if question not in QUESTIONS:
-        raise InputError(f"There is no question {question!r}; choose one of {', '.join(QUESTIONS)}.")
+        known = ", ".join([*QUESTIONS, *PUBLISHED])
+        raise InputError(f"There is no question {question!r}; choose one of {known}.")
     return QUESTIONS[question]
