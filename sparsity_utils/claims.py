@@ -17,6 +17,8 @@ ALIKE = 0.5  # rank correlation of two token patterns: at least this much counts
 LITTLE = 0.25  # of the fall of the activation ratio: dead neurons explain little of it below this
 NEAR_IDEAL = 0.9  # of the speed-up that the unread bytes allow
 BEYOND_WALL = 3.5  # times dense; reading all gates in full caps an exact method below 3
+COVERED = 0.8  # of held-out runs: 90% intervals that hold at least so many are called honest
+PREDICTED_LOSS_MARGIN = 0.05  # what a factor of two in parameters buys, at the exponent of LOSS_MARGIN
 TRANSFER_FACTOR = 2.0  # thresholds that cost p% on their own domain may cost this many times p% on another
 
 
@@ -54,6 +56,34 @@ def price_claim(p: float = 1.0) -> Claim:
         "% rise of perplexity",
         "bootstrap over documents of the rise of perplexity, on documents that had no part in the thresholds",
         f"90% interval inside 0 to {2 * p:g}%; not supported if wholly outside",
+    )
+
+
+def cover_claim(quantity: str) -> Claim:
+    """Do the intervals of the predicted `quantity` hold on shapes that were not fitted?"""
+    return Claim(
+        "design",
+        f"The 90% intervals of the predicted {quantity} hold on shapes that were not fitted",
+        "none",
+        "% of the runs inside",
+        "exact binomial interval of the share of runs inside, every shape left out in turn",
+        f"90% interval above {100 * COVERED:.0f}%; not supported if wholly below 90%",
+    )
+
+
+def size_claim(quantity: str) -> Claim:
+    """Is a size beyond the fit predicted within the margin of a quantity?"""
+    loss = quantity == "loss"
+    margin = f"{100 * PREDICTED_LOSS_MARGIN:.0f}%" if loss else f"{100 * SLOPE_MARGIN:.0f} points"
+    return Claim(
+        "design",
+        f"The {quantity} of a size beyond the fit is predicted within {margin}",
+        "none",
+        "% above the measured" if loss else "points above the measured",
+        "equivalence (two one-sided t tests) of predicted less measured, one value per shape and activation function, "
+        "fitted to runs of at most half the size",
+        f"90% interval inside +-{margin}",
+        scale=1.0,
     )
 
 
@@ -181,6 +211,15 @@ THRESHOLDS_TRANSFER = Claim(
     "t interval over runs of the mean rise on foreign domains, for each activation function; the highest decides",
     f"90% interval below {TRANSFER_FACTOR:g} times the p% solved for",
 )
+BETTER_THAN_MEAN = Claim(
+    "design",
+    "The recipe predicts the activation ratio better than the mean of the other runs",
+    "none",
+    "points nearer",
+    "t interval over shapes and activation functions, each left out in turn, of the error of the mean less that of the "
+    "recipe (sizes of errors, mean over seeds)",
+    scale=1.0,
+)
 SPEED_SHAPE = "A single FFN of the 2.4B shape, float32, one token, random patterns"
 NEARLY_IDEAL = Claim(
     "sparse_decoding",
@@ -248,6 +287,8 @@ CLAIMS = (
     scale_claim("The ReLU share of non-zero neurons"),
     *(TOKENS_ALIKE, NEURONS_ALIKE, MIDDLE_ALIKE, DEAD_RISES, DEAD_EXPLAIN_LITTLE, THRESHOLDS_TRANSFER),
     *(NEARLY_IDEAL, NEVER_SLOWER, GATE_WALL, PUBLISHED_SPEED, SHAPE_GAINS, TRAINED_GAIN),
+    *(cover_claim("activation ratio"), BETTER_THAN_MEAN, size_claim("activation ratio")),
+    *(cover_claim("loss"), size_claim("loss")),
 )
 
 

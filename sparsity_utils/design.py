@@ -148,8 +148,8 @@ class Design:
         size, data, shape = REFERENCE
         words = [_beyond(size, parameters, *own[size]), _beyond(data, tokens / parameters, *own[data])]
         words += [_beyond(shape, ratio, *self._ranges["all"][shape])]
-        if _beyond(shape, ratio, *own[shape]):
-            low, high = own[shape]
+        low, high = own[shape]
+        if _beyond(shape, ratio, low, high) and (low, high) != self._ranges["all"][shape]:
             trained = f"{low:.3g}" if high < NEAR * low else f"{low:.3g} to {high:.3g}"
             words += [f"effect of shape taken from others, {ACTIVATIONS[activation]} was trained at ratio {trained}"]
         return tuple(word for word in words if word)

@@ -1,4 +1,4 @@
-"""The figures of a study: one function per figure, table in, figure out."""
+"""The figures of a study: one function per figure, tables in, figure out."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -9,8 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsity_utils import pattern_plots, speed_plots
+from sparsity_utils import design_plots, pattern_plots, speed_plots
 from sparsity_utils.cost import with_weights_read
+from sparsity_utils.design import CURVES
 from sparsity_utils.laws import fit_data_law
 from sparsity_utils.limits import fit_points, last_means, limits_table, published_form
 from sparsity_utils.profiles import ACTIVATIONS
@@ -147,26 +148,28 @@ def scale_insensitivity(checkpoints: pd.DataFrame) -> Figure:
     return captioned(figure, f"One point per run, {checkpoints['seed'].nunique()} seeds; slopes with 90% intervals.")
 
 
+# Name of the figure -> the questions whose tables it shows, and how they are drawn.
 FIGURES = {
-    "01_metrics": ("metrics", metrics),
-    "02_relu_vs_silu": ("relu_vs_silu", relu_vs_silu),
-    "03_width_depth_ratio": ("width_depth_ratio", width_depth_ratio),
-    "04_scale_insensitivity": ("scale_insensitivity", scale_insensitivity),
-    "05_neuron_frequencies": ("activation_patterns", pattern_plots.neuron_frequencies),
-    "05_token_patterns": ("token_patterns", pattern_plots.token_patterns),
-    "05_dead_neurons": ("dead_neurons", pattern_plots.dead_neurons),
-    "05_transfer": ("transfer", pattern_plots.transfer),
-    "06_speed_against_sparsity": ("sparse_ffn", speed_plots.speed_against_sparsity),
-    "06_roofline": ("sparse_ffn", speed_plots.roofline),
-    "06_batches": ("sparse_ffn", speed_plots.batches),
-    "06_decoding": ("sparse_decoding", speed_plots.decoding),
+    "01_metrics": (("metrics",), metrics),
+    "02_relu_vs_silu": (("relu_vs_silu",), relu_vs_silu),
+    "03_width_depth_ratio": (("width_depth_ratio",), width_depth_ratio),
+    "04_scale_insensitivity": (("scale_insensitivity",), scale_insensitivity),
+    "05_neuron_frequencies": (("activation_patterns",), pattern_plots.neuron_frequencies),
+    "05_token_patterns": (("token_patterns",), pattern_plots.token_patterns),
+    "05_dead_neurons": (("dead_neurons",), pattern_plots.dead_neurons),
+    "05_transfer": (("transfer",), pattern_plots.transfer),
+    "06_speed_against_sparsity": (("sparse_ffn",), speed_plots.speed_against_sparsity),
+    "06_roofline": (("sparse_ffn",), speed_plots.roofline),
+    "06_batches": (("sparse_ffn",), speed_plots.batches),
+    "06_decoding": (("sparse_decoding",), speed_plots.decoding),
+    "08_design": (("sparse_ffn", "sparse_decoding", *CURVES), design_plots.design),
 }
 
 
 def draw_all(study: Study, folder: Path) -> Iterator[Path]:
     """Draw every figure of a study into `folder`, PNG and SVG; yield the files."""
-    for name, (question, draw) in FIGURES.items():
-        yield from save_figure(draw(study.table(question)), folder / name)
+    for name, (questions, draw) in FIGURES.items():
+        yield from save_figure(draw(*map(study.table, questions)), folder / name)
 
 
 def keep_figure(figure: Figure, study: Study, name: str) -> None:

@@ -8,8 +8,19 @@ import pytest
 import torch
 from small import profile_content, write_profile, write_text
 
-from sparsity_utils import measure_sparsity, paths, pattern_verdicts, plots, record, speed_verdicts, verdicts
+from sparsity_utils import (
+    design_verdicts,
+    measure_sparsity,
+    paths,
+    pattern_verdicts,
+    plots,
+    record,
+    speed_verdicts,
+    verdicts,
+)
+from sparsity_utils.design import CURVES, joined
 from sparsity_utils.errors import InputError
+from sparsity_utils.holdout import held_out
 from sparsity_utils.measure import window_length
 from sparsity_utils.model import load_model
 from sparsity_utils.record import SCHEMA
@@ -52,6 +63,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
         verdicts.scale_insensitivity: ["scale_insensitivity"],
         pattern_verdicts.activation_patterns: ["activation_patterns", "token_patterns", "dead_neurons", "transfer"],
         speed_verdicts.sparse_decoding: ["sparse_ffn", "sparse_decoding"],
+        lambda *tables: design_verdicts.design(held_out(joined(tables))): CURVES,
     }
     found = [row for judge, questions in judges.items() for row in judge(*map(study.table, questions))]
     stored = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False).drop(columns="minutes")
@@ -96,13 +108,14 @@ def test_the_recorded_models_are_those_of_the_table(activation):
 
 
 @pytest.mark.parametrize("name", plots.FIGURES)
-def test_a_figure_is_a_pure_function_of_its_table(name, tmp_path):
-    question, draw = plots.FIGURES[name]
-    table = Study.recorded().table(question)
-    before = table.copy()
-    written = [plots.save_figure(draw(table), tmp_path / str(turn) / name) for turn in (1, 2)]
-    pd.testing.assert_frame_equal(table, before)
-    assert draw(table)._repr_png_().startswith(b"\x89PNG")
+def test_a_figure_is_a_pure_function_of_its_tables(name, tmp_path):
+    questions, draw = plots.FIGURES[name]
+    tables = [Study.recorded().table(question) for question in questions]
+    before = [table.copy() for table in tables]
+    written = [plots.save_figure(draw(*tables), tmp_path / str(turn) / name) for turn in (1, 2)]
+    for table, unchanged in zip(tables, before, strict=True):
+        pd.testing.assert_frame_equal(table, unchanged)
+    assert draw(*tables)._repr_png_().startswith(b"\x89PNG")
     for first, second in zip(*written, strict=True):
         assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5_000
     assert not plt.get_fignums()
