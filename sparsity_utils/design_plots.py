@@ -1,22 +1,15 @@
-"""The figure of notebook 08: what a budget buys, shape by shape, and how good such predictions were. Tables in, figure
-out."""
+"""The figure of notebook 08: what a budget buys in each shape, and how good predictions are. Tables in, figure out."""
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsity_utils.design import Design, compact, fit_design, joined
+from sparsity_utils.design import Design, Law, compact, fit_design, joined
 from sparsity_utils.holdout import held_out
 from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.recipe import RATIOS, machine, recipe
 from sparsity_utils.style import Look, ShownFigure, captioned, styled
-
-NEIGHBOURS = 2.0  # measured runs are shown up to so many times larger or smaller
-SHOWN = {  # column of a run: how it is predicted, its unit and its title
-    "activation_ratio": ("activation_ratio", 100, "Active neurons (% of d_ff)", "Activation ratio"),
-    "validation_loss": ("loss", 1, "Validation loss (nats per token)", "Loss after the decay"),
-}
 
 
 @styled
@@ -40,17 +33,21 @@ def design(
         return _without(fitted.reason)
     figure = ShownFigure(figsize=(7.8, 6.6), layout="constrained")
     (left, right), (speeds, check) = figure.subplots(2, 2)
-    for axes, column in zip((left, right), SHOWN, strict=True):
-        _predicted(axes, fitted, column, parameters, tokens)
+    _predicted(left, fitted, fitted.ratio, parameters, tokens, 100)
+    left.set(ylabel="Active neurons (% of d_ff)", title="Activation ratio, stable stage")
+    _predicted(right, fitted, fitted.loss, parameters, tokens, 1)
+    right.set(ylabel="Validation loss (nats per token)", title="Loss after the decay")
     table = recipe(fitted, machine(ffns, decoding, bandwidth, dtype), parameters, tokens, vocabulary)
     _speeds(speeds, table, f"Decoding at {bandwidth:g} GB/s, {dtype}")
     _check(check, held_out(checkpoints).query("split == 'shape' and quantity == 'activation ratio'"))
     budget = f"{compact(parameters)} parameters, {compact(tokens)} tokens"
+    runs = f"{len(fitted.runs)} runs"
     return captioned(
         figure,
-        f"Prediction for {budget} from {len(fitted.runs)} runs, 90% intervals; dashed: beyond the fitted runs of that "
-        f"function. Points above: runs within a factor of {NEIGHBOURS:g} of that\nsize, other data. Below right: every "
-        "shape predicted without its own runs, one point per run, 90% intervals. Bars of speeds: of the ratio alone.",
+        f"Prediction for {budget}, 90% intervals; dashed: beyond what that function was trained at. Filled: all\n"
+        f"{runs}, carried to that budget by the fit. Speeds: every integer shape, bars: interval of the "
+        "activation ratio alone.\nBelow right: one point per run of a shape that was left out of the fit with all its "
+        "runs, 90% intervals.",
     )
 
 
@@ -60,27 +57,31 @@ def _without(reason: str) -> Figure:
     return figure
 
 
-def _predicted(axes: Axes, fitted: Design, column: str, parameters: float, tokens: float) -> None:
-    """The predicted curve with its band over the width-depth ratio, and measured runs of about that size."""
-    outcome, unit, label, title = SHOWN[column]
+def _predicted(axes: Axes, fitted: Design, law: Law, parameters: float, tokens: float, unit: float) -> None:
+    """The predicted curve with its band over the width-depth ratio, and all runs, carried to that budget."""
     grid = np.geomspace(min(RATIOS), max(RATIOS), 61)
-    near = fitted.runs["parameters"].between(parameters / NEIGHBOURS, parameters * NEIGHBOURS)
     for number, activation in enumerate(fitted.activations):
         look, name = Look(number), ACTIVATIONS[activation]
-        found = [fitted.predict(parameters, tokens, ratio, activation) for ratio in grid]
-        ends = np.array([[getattr(getattr(p, outcome), end) for end in ("value", "low", "high")] for p in found])
-        inside = np.array([not p.extrapolates for p in found])
-        value, low, high = unit * ends.T
+        found = [law.predict(parameters, tokens, ratio, activation) for ratio in grid]
+        value, low, high = unit * np.array([(e.value, e.low, e.high) for e in found]).T
+        inside = [not fitted.extrapolates(parameters, tokens, ratio, activation) for ratio in grid]
+        style = {"color": look.colour, "marker": look.marker, "fillstyle": "none", "markevery": 10}
         axes.fill_between(grid, low, high, color=look.colour, alpha=0.15, linewidth=0)
-        axes.plot(grid, value, "--", color=look.colour, linewidth=1)
+        axes.plot(grid, value, "--", linewidth=1, label=name, **style)
         axes.plot(grid, np.where(inside, value, np.nan), "-", color=look.colour, linewidth=2)
-        runs = fitted.runs[near & (fitted.runs["activation"] == activation)]
-        axes.plot(
-            runs["ratio"], unit * runs[column], look.marker, color=look.colour, label=name, markeredgecolor="white"
-        )
-    axes.set(ylabel=label, title=title)
+        runs = fitted.runs[fitted.runs["activation"] == activation]
+        carried = [_carried(law, run, parameters, tokens) for run in runs.to_dict("records")]
+        axes.plot(runs["ratio"], unit * np.array(carried), look.marker, color=look.colour, alpha=0.6)
     _ratio_axis(axes)
     axes.legend(fontsize=8)
+
+
+def _carried(law: Law, run: dict, parameters: float, tokens: float) -> float:
+    """What a run measured, moved to another budget along the fit: its distance from the curve is that of the run."""
+    here = law.predict(run["parameters"], run["tokens"], run["ratio"], run["activation"]).value
+    there = law.predict(parameters, tokens, run["ratio"], run["activation"]).value
+    here, there, measured = law.outcome.link(np.array([here, there, run[law.outcome.column]]))
+    return float(law.outcome.inverse(there + measured - here))
 
 
 def _speeds(axes: Axes, table: pd.DataFrame, title: str) -> None:
@@ -91,6 +92,7 @@ def _speeds(axes: Axes, table: pd.DataFrame, title: str) -> None:
         look, rows = Look(number), rows.sort_values("ratio")
         reach = [rows["sparse"] - rows["low_sparse"], rows["high_sparse"] - rows["sparse"]]
         style = {"color": look.colour, "marker": look.marker, "linestyle": look.line, "capsize": 2}
+        style |= {"fillstyle": "none", "markersize": 9 - 4 * number}  # speeds of two functions may lie on each other
         axes.errorbar(rows["ratio"], rows["sparse"], reach, label=f"{ACTIVATIONS[activation]}, sparse", **style)
     axes.set(ylabel="Tokens per second", title=title, ylim=(0, None))
     _ratio_axis(axes)
