@@ -99,7 +99,8 @@ class Law:
         rows += [("decade of width-depth ratio", "all")]
         rows += [("decade of width-depth ratio, squared", "all")] * self.outcome.bent
         rows += [("decay", "all")] * self.outcome.decayed
-        return pd.DataFrame(rows, columns=["term", "activation"]).assign(coefficient=self.coefficients)
+        known = math.nan if self.reason else self.coefficients
+        return pd.DataFrame(rows, columns=["term", "activation"]).assign(coefficient=known)
 
 
 class Prediction(NamedTuple):

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 
 from sparsity_utils.design import LOSS, NEAR, RATIO, Design, fit_design
+from sparsity_utils.model import non_embedding_parameters
+from sparsity_utils.published_laws import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
 
 SMALLER = 0.5  # a size is predicted from runs of at most this part of it
 COLUMNS = [
@@ -53,6 +55,27 @@ def errors(held: pd.DataFrame) -> pd.DataFrame:
     unit = np.where(held["quantity"] == "loss", 100 / held["measured"], 100.0)
     guesses = {"error": held["predicted"], "error_of_mean": held["mean_of_others"]}
     return pd.DataFrame({name: unit * (guess - held["measured"]) for name, guess in guesses.items()})
+
+
+def against_published(design: Design) -> pd.DataFrame:
+    """The activation ratios that arXiv 2411.02335 reports, predicted by `design`: other sizes, text and tokenizer.
+
+    One row per published model: activation, model, published (its fitted curve at 190 tokens per parameter), predicted
+    with the 90% interval low to high, inside, extrapolates (in words). Models of activation functions that were not
+    fitted are left out.
+    """
+    rows = []
+    for law in PUBLISHED_LAWS:
+        if law.activation in design.activations:
+            parameters = non_embedding_parameters(law.d_model, law.n_layers)
+            tokens = TOKENS_PER_PARAMETER * parameters
+            expected = design.predict(parameters, tokens, law.d_model / law.n_layers, law.activation)
+            share, published = expected.activation_ratio, float(law.predict(tokens))
+            inside = share.low <= published <= share.high
+            numbers = (published, share.value, share.low, share.high, inside, "; ".join(expected.extrapolates))
+            rows.append((law.activation, law.model, *numbers))
+    names = ["activation", "model", "published", "predicted", "low", "high", "inside", "extrapolates"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def _splits(runs: pd.DataFrame) -> Iterator[tuple[str, pd.Series, pd.Series]]:

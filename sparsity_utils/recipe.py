@@ -19,12 +19,18 @@ from sparsity_utils.design import EXACT_ZEROS, NEAR, Design, Prediction
 from sparsity_utils.errors import InputError
 from sparsity_utils.limits import require
 from sparsity_utils.model import d_ff, default_device, non_embedding_parameters, solve_shape
+from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.speed import DENSE
 from sparsity_utils.speed_verdicts import CASE, MODEL
 
 RATIOS = (2, 4, 8, 16, 32, 64, 128)  # d_model / n_layers; those without an integer shape are skipped
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a weight
 WAYS = (*DENSE, "sparse", "certified")
+COLUMNS = [
+    *("activation", "shape", "d_model", "n_layers", "parameters", "ratio"),
+    *("activation_ratio", "low_activation_ratio", "high_activation_ratio", "loss", "low_loss", "high_loss"),
+    *("dense", "sparse", "low_sparse", "high_sparse", "certified", "extrapolates"),
+]
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,29 @@ def recipe(
             about |= {"ratio": d_model / n_layers}
             expected = design.predict(about["parameters"], tokens, about["ratio"], activation)
             rows.append(about | _outcomes(expected) | _speeds(on, expected, about, vocabulary))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """A recipe as rounded text, intervals in brackets; speeds in tokens per second, active neurons in percent."""
+    return pd.DataFrame(
+        {
+            "activation": table["activation"].map(ACTIVATIONS),
+            "shape": table["shape"],
+            "ratio": table["ratio"].map("{:.3g}".format),
+            "active %": _with_interval(table, "activation_ratio", 100, 1),
+            "loss": _with_interval(table, "loss", 1, 2),
+            "dense": table["dense"].map("{:,.4g}".format),
+            "sparse": _with_interval(table, "sparse", 1, 0 if table["dense"].max() > 100 else 2),
+            "sparse / dense": (table["sparse"] / table["dense"]).round(2),
+            "beyond the fit": table["extrapolates"],
+        }
+    )
+
+
+def _with_interval(table: pd.DataFrame, column: str, unit: float, digits: int) -> list[str]:
+    ends = unit * table[[column, f"low_{column}", f"high_{column}"]].astype(float)
+    return ["{:,.{n}f} [{:,.{n}f}, {:,.{n}f}]".format(*row, n=digits) for row in ends.to_numpy()]
 
 
 def decoding_check(ffns: pd.DataFrame, decoding: pd.DataFrame) -> pd.DataFrame:

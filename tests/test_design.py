@@ -10,7 +10,7 @@ from scipy.special import expit
 from sparsity_utils import claims, design_plots, design_verdicts
 from sparsity_utils.design import compact, fit_design, joined
 from sparsity_utils.errors import InputError
-from sparsity_utils.holdout import COLUMNS, accuracy, held_out
+from sparsity_utils.holdout import COLUMNS, accuracy, against_published, held_out
 from sparsity_utils.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
 LINE = ((16, 1), (32, 2), (48, 3), (64, 4))  # ratio 16, 2.9k to 188k parameters
@@ -276,6 +276,15 @@ def test_accuracy_counts_and_averages(held):
     assert found["error"] == pytest.approx(
         100 * ((rows["predicted"] - rows["measured"]) / rows["measured"]).abs().mean()
     )
+
+
+def test_published_models_are_held_against_the_recipe(exact):
+    table = against_published(exact).set_index(["activation", "model"])
+    assert len(table) == 11 and table["extrapolates"].str.contains("parameters .* decades above 188k").all()
+    row, law = table.loc["silu", "1.2B"], -0.538 / (190 * 11.5 * 32 * 1792**2 / 1e9) ** 0.967 + 0.382
+    assert row["published"] == pytest.approx(law)
+    expected = exact.predict(11.5 * 32 * 1792**2, 190 * 11.5 * 32 * 1792**2, 56, "silu").activation_ratio
+    assert (row["predicted"], row["low"], row["high"]) == (expected.value, expected.low, expected.high)
 
 
 # Verdicts
