@@ -62,9 +62,8 @@ def _covers(rows: pd.DataFrame, quantity: str) -> Verdict:
 def _better(rows: pd.DataFrame) -> Verdict:
     nearer = rows.assign(nearer=rows["error_of_mean"].abs() - rows["error"].abs()).groupby(SHAPE)["nearer"].mean()
     estimate = mean_over_runs(nearer)
-    return claims.BETTER_THAN_MEAN.judged(
-        estimate, supports_positive(estimate), estimate.reason or f"{estimate.n} shapes and activation functions"
-    )
+    reason = f"{len(nearer)} pairs of shape and activation function" + "; at least 2 are needed" * bool(estimate.reason)
+    return claims.BETTER_THAN_MEAN.judged(estimate, supports_positive(estimate), reason)
 
 
 def _reaches(rows: pd.DataFrame, quantity: str, margin: float) -> Verdict:
@@ -72,10 +71,8 @@ def _reaches(rows: pd.DataFrame, quantity: str, margin: float) -> Verdict:
     off = rows[rows["quantity"] == quantity].groupby([*SHAPE, "parameters"])["error"].mean()
     result, claim = equivalence_of_pairs(off, margin), claims.size_claim(quantity)
     if result.estimate.reason:
-        reason = (
-            f"only {len(off)} shapes beyond the fit could be predicted from the smaller ones; at least 2 are needed"
-        )
+        reason = f"{len(off)} pairs could be predicted from runs of at most half their size; at least 2 are needed"
         return claim.judged(result.estimate, result.verdict, reason)
     sizes = sorted(set(off.index.get_level_values("parameters")))
-    reach = f"{len(off)} shapes and activation functions of {sizes[0]:,} to {sizes[-1]:,} parameters"
+    reach = f"{len(off)} pairs of shape and activation function, {sizes[0]:,} to {sizes[-1]:,} parameters"
     return claim.judged(result.estimate, result.verdict, reach, f"TOST p = {result.p_value:.2g}")
