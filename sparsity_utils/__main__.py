@@ -8,6 +8,8 @@ from pathlib import Path
 from sparsity_utils import paths
 from sparsity_utils.errors import InputError
 
+TIME_OVER = 75  # EX_TEMPFAIL: try again
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a problem with the input is one sentence on standard error and exit status 2."""
@@ -39,8 +41,10 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    command("corpus", _corpus, "build the text of a profile: documents, tokenizer, token files")
-    command("study", _study, "train and measure every run of a profile, without notebooks")
+    corpus = command("corpus", _corpus, "build the text of a profile: documents, tokenizer, token files")
+    about = "write the text to FILE, compressed, for `study --text` on a machine without its source"
+    corpus.add_argument("--pack", help=about, type=Path, metavar="FILE")
+    _study_options(command("study", _study, "train and measure every run of a profile, without notebooks"))
     command("reproduce", _reproduce, "execute all notebooks on a profile's own runs and print the verdicts")
     command("record", _record, "copy a finished study of a profile into results/")
     command("notebooks", _notebooks, "refresh the stored outputs of the notebooks", profile=False)
@@ -53,9 +57,27 @@ def _parser() -> argparse.ArgumentParser:
         default=paths.ROOT,
         help="the folder that holds results/, such as build/laptop (default: the recorded study)",
     )
+    refit = command(
+        "refit", _refit, "fit the published curves again and write the tables of notebook 07", profile=False
+    )
+    refit.description += f" to results/. {REFIT}"
+    refit.add_argument("--curves", type=Path, metavar="FOLDER", help="the folder of the files (default: download them)")
+    refit.set_defaults(interrupted="Tables that were written are whole.")
     return parser
 
 
+def _study_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--text", help="text packed by `corpus --pack`", type=Path, metavar="FILE")
+    about = "an archive of finished runs without weights: read at first, written after every finished run"
+    command.add_argument("--tables", help=about, type=Path, metavar="FILE")
+    about = "stop after M minutes, exit status 75 if runs are left; the same command continues"
+    command.add_argument("--minutes", help=about, type=float, metavar="M", default=float("inf"))
+
+
+REFIT = """\
+Takes about a minute. Without --curves the eleven files (14 kB) are downloaded from the authors' repository to
+build/published_curves and checked against checksums; they carry no licence and are not part of this project.
+"""
 MEASURE = """\
 Which share of a model's feed-forward neurons matters for a token?
 
@@ -109,9 +131,15 @@ def default_profile() -> str:
 
 
 def _corpus(options: argparse.Namespace) -> None:
+    from sparsity_utils.packed_text import pack_text
     from sparsity_utils.study import Study
 
-    corpus = Study.from_profile(options.profile).corpus
+    study = Study.from_profile(options.profile)
+    if options.pack:
+        pack_text(study.profile.corpus, options.pack)
+        print(f"{options.pack}: {options.pack.stat().st_size / 1e6:.1f} MB")
+        return
+    corpus = study.corpus
     counts = ", ".join(
         f"{name}: {split['tokens']:,} tokens of {split['documents']:,} documents"
         for name, split in corpus.manifest["splits"].items()
@@ -119,12 +147,19 @@ def _corpus(options: argparse.Namespace) -> None:
     print(f"{corpus.folder}\n{counts}")
 
 
-def _study(options: argparse.Namespace) -> None:
-    from sparsity_utils.study import QUESTIONS, Study
+def _study(options: argparse.Namespace) -> int:
+    from sparsity_utils.plan import QUESTIONS
+    from sparsity_utils.sittings import sit
+    from sparsity_utils.study import Study
 
-    study = Study.from_profile(options.profile)
-    for question in filter(study.configs, QUESTIONS):
+    study = Study.from_profile(options.profile, options.text)
+    left = sit(study, options.minutes, options.tables)
+    if left:
+        print(f"The time is over. {left}; the same command continues.")
+        return TIME_OVER
+    for question in filter(study.answers, QUESTIONS):
         print(f"{question}: {len(study.table(question))} rows in {study.folder}")
+    return 0
 
 
 def _reproduce(options: argparse.Namespace) -> int:
@@ -165,6 +200,15 @@ def _figures(options: argparse.Namespace) -> None:
     from sparsity_utils.study import Study
 
     for file in draw_all(Study.recorded(options.folder / "results"), options.folder / "figures"):
+        print(file)
+
+
+def _refit(options: argparse.Namespace) -> None:
+    from sparsity_utils.published_curves import download_curves, read_curves
+    from sparsity_utils.refit import write_tables
+
+    curves = read_curves(options.curves or download_curves())
+    for file in write_tables(curves, paths.PUBLISHED):
         print(file)
 
 

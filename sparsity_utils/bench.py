@@ -1,4 +1,5 @@
-"""`make bench`: sparse FFNs and decoding, training beside transformers.Trainer, and the price of a measurement.
+"""`make bench`: sparse FFNs and decoding, training beside transformers.Trainer and side by side, and the price of a
+measurement.
 
 Each comparison alternates the two sides in one process and quotes medians over rounds with their range, beside the
 measured rate of a large matrix product. Before a speed of training is printed, both sides must reach the same loss;
@@ -19,6 +20,7 @@ import transformers
 
 from sparsity_utils import paths
 from sparsity_utils.batches import TrainingBatches, measurement_batches
+from sparsity_utils.bench_packing import packing
 from sparsity_utils.bench_search import memory, search
 from sparsity_utils.model import build_model, parameter_groups, training_flops_per_token
 from sparsity_utils.profiles import ModelConfig, Profile, TrainConfig
@@ -27,6 +29,7 @@ from sparsity_utils.train import Schedule, matmul_rate, train, validation_loss
 
 ROUNDS = 5
 STEPS = 30  # optimizer steps of one round, before the decay
+WIDE = ((512, 10), 65536)  # shape and batch: products large enough to fill a GPU; minutes per step on a CPU core
 SPEED_COLUMNS = {
     "sparse_ffn": [
         *("shape", "dtype", "tokens", "pattern", "sparsity", "way", "milliseconds", "gb_per_s", "read_gb_per_s"),
@@ -49,7 +52,7 @@ def main() -> int:
     for name, shown in SPEED_COLUMNS.items():  # on all cores
         _keep(name, study.speeds(name), about, shown)
     torch.set_num_threads(study.profile.threads)
-    for name, measured in (("training", training), ("search", search), ("memory", memory)):
+    for name, measured in (("training", training), ("packing", packing), ("search", search), ("memory", memory)):
         _keep(name, measured(study), about)
     return 0
 
@@ -66,14 +69,15 @@ def _keep(name: str, table: pd.DataFrame, about: str, shown: list[str] | None = 
 
 def training(study: Study) -> pd.DataFrame:
     """Tokens per second of this project's loop and of transformers.Trainer: same model, batches, optimizer, threads."""
-    sizes = study.profile.study.sizes
-    return pd.concat([_training(study, *sizes[place].d_model_and_layers()) for place in (0, -1)])
+    sizes, batch = study.profile.study.sizes, study.profile.train["batch_tokens"]
+    shapes = [(sizes[place].d_model_and_layers(), batch) for place in (0, -1)]
+    shapes += [WIDE] if torch.cuda.is_available() else []
+    return pd.concat([_training(study, *shape, batch) for shape, batch in shapes])
 
 
-def _training(study: Study, d_model: int, n_layers: int) -> pd.DataFrame:
+def _training(study: Study, d_model: int, n_layers: int, batch: int) -> pd.DataFrame:
     config = study.profile.model_config(d_model, n_layers, "relu")
-    tokens = STEPS * study.profile.train["batch_tokens"]
-    settings = study.profile.train_config(tokens, 0, warmup_share=0.0, checkpoints=6)
+    settings = study.profile.train_config(STEPS * batch, 0, warmup_share=0.0, checkpoints=6, batch_tokens=batch)
     sides = {"here": _our_loop, "transformers.Trainer": _their_loop}
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(ROUNDS):

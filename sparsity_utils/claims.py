@@ -21,17 +21,21 @@ LITTLE = 0.25  # of the fall of the activation ratio: dead neurons explain littl
 SECOND_LINE = ", at a second width-depth ratio"
 NEAR_IDEAL = 0.9  # of the speed-up that the unread bytes allow
 BEYOND_WALL = 3.5  # times dense; reading all gates in full caps an exact method below 3
+DETERMINED = 0.01  # width of the 90% interval of a limit (1 point of activation ratio) up to which it counts as known
+PRINTED_ERROR = 0.005  # activation ratio (half a point): root mean square error of a law printed for its own curve
 TRANSFER_FACTOR = 2.0  # thresholds that cost p% on their own domain may cost this many times p% on another
 
 
-def form_claim(activation: str, form: str) -> Claim:
-    """Does the published form describe an activation's curves better than its rivals?"""
+def form_claim(activation: str, form: str, question: str = "relu_vs_silu") -> Claim:
+    """Does the published form describe an activation's curves better than its rivals: ours, or the published ones?"""
+    ours = question == "relu_vs_silu"
+    name, unit = (ACTIVATIONS[activation], "runs") if ours else (f"its {ACTIVATIONS[activation]} curves", "curves")
     return Claim(
-        "relu_vs_silu",
-        f"The published {form} law describes {ACTIVATIONS[activation]} best",
+        question,
+        f"The published {form} law describes {name} best",
         "fits best",
         "AICc below the closest form",
-        "t interval over runs of the AICc difference to each of constant, log, exponential, plain power and sigmoid",
+        f"t interval over {unit} of the AICc difference to each of constant, log, exponential, plain power and sigmoid",
         "90% interval above 0 for every form; not supported if a form has smaller residuals, parameters not counted",
         scale=1.0,
     )
@@ -279,6 +283,44 @@ TRAINED_GAIN = Claim(
     "90% interval of the median above 1 for each",
     scale=1.0,
 )
+
+
+def refit_claim(activation: str) -> Claim:
+    """Does a refit of the published curves give the published limits?"""
+    return Claim(
+        "published_curves",
+        f"The published {ACTIVATIONS[activation]} limits are reproduced by a refit",
+        "as printed (Fig. 4)",
+        "points, printed less refitted",
+        "block bootstrap of each curve's limit (residuals of the refit in blocks); the curve furthest off decides",
+        f"printed limit inside the 90% interval on every curve, no interval wider than {100 * DETERMINED:g} point",
+    )
+
+
+PRINTED_LAWS = Claim(
+    "published_curves",
+    "The printed laws pass through the published points",
+    "fitted to them (Fig. 4)",
+    "points of root mean square error",
+    "printed coefficients against the points of their own curve; the worst curve decides",
+    f"at or below {100 * PRINTED_ERROR:g} points",
+)
+SPARSITY_KNOWN = Claim(
+    "published_curves",
+    "The limit behind the published 93.52% sparsity is determined by its curve",
+    "93.52% (2.4B)",
+    "% sparsity in the limit",
+    "block bootstrap of the refitted 2.4B limit, and the same fit to the first 75% of its tokens",
+    f"sound fit, 90% interval at most {100 * DETERMINED:g} point wide, the limit of the first 75% inside it",
+)
+LAW_FORECASTS = Claim(
+    "published_curves",
+    "The law forecasts the second half of its curve better than the last value does",
+    "a law",
+    "ln of the last value's error over the law's",
+    "fitted up to half of the tokens; t interval over curves of the log ratio of the root mean square errors beyond it",
+    scale=1.0,
+)
 CLAIMS = (
     price_claim(),
     *(CETT_LOWEST, CETT_CUT),
@@ -288,6 +330,10 @@ CLAIMS = (
     *(*line_claims(), SMALL_CONVERGE_FASTER, *line_claims(SECOND_LINE)),
     *(TOKENS_ALIKE, NEURONS_ALIKE, MIDDLE_ALIKE, DEAD_RISES, DEAD_EXPLAIN_LITTLE, THRESHOLDS_TRANSFER),
     *(NEARLY_IDEAL, NEVER_SLOWER, GATE_WALL, PUBLISHED_SPEED, SHAPE_GAINS, TRAINED_GAIN),
+    *(PRINTED_LAWS, refit_claim("relu"), refit_claim("silu"), SPARSITY_KNOWN),
+    form_claim("relu", "logspace", "published_curves"),
+    form_claim("silu", "power", "published_curves"),
+    LAW_FORECASTS,
 )
 
 

@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,28 +124,36 @@ def build_corpus(config: CorpusConfig) -> Corpus:
         InputError: when the source is empty or unreadable, too small to split, or the disk is full.
     """
     source = open_source(config)
-    request = {"recipe": RECIPE, "config": dataclasses.asdict(config), "source": source.identity}
-    folder = paths.corpora() / _sha256(json.dumps(request, sort_keys=True).encode())[:16]
+    return corpus_of(request(source, config), config, lambda: collect(source, config))
+
+
+def request(source: Source, config: CorpusConfig) -> dict[str, Any]:
+    """What names a corpus: all that decides its tokens."""
+    return {"recipe": RECIPE, "config": dataclasses.asdict(config), "source": source.identity}
+
+
+def corpus_of(asked: dict[str, Any], config: CorpusConfig, collected: Callable[[], "Collected"]) -> Corpus:
+    """The corpus that answers the request `asked`; one that is missing or damaged is built from `collected()`."""
+    folder = paths.corpora() / _sha256(json.dumps(asked, sort_keys=True).encode())[:16]
     with paths.locked(folder):  # somebody else may be building it
         if folder.exists():
             try:
                 return open_corpus(folder)
             except InputError as damage:
                 print(f"{damage} This is done now.")
-        return _build(folder, request, source, config)
+        return _build(folder, asked, config, collected())
 
 
-def _build(folder: Path, request: dict[str, Any], source: Source, config: CorpusConfig) -> Corpus:
-    documents, duplicates = collect(source, config)
-    train, validation = split_documents(documents, config.validation_share)
+def _build(folder: Path, asked: dict[str, Any], config: CorpusConfig, text: "Collected") -> Corpus:
+    train, validation = split_documents(text.parts, config.validation_share)
     tokenizer = train_tokenizer(train, config.vocabulary)
     with paths.written_aside(folder) as aside:
         aside.mkdir()
         manifest = {
-            **request,
+            **asked,
             "versions": _versions(),
-            "skipped": dict(sorted(source.skipped.items())),
-            "duplicates_removed": duplicates,
+            "skipped": text.skipped,
+            "duplicates_removed": text.duplicates,
             "near_duplicates": {"words": WORDS, "similarity": SIMILARITY, "permutations": PERMUTATIONS, "seed": SEED},
             "vocabulary": tokenizer.get_vocab_size(),
             "end_of_text": tokenizer.token_to_id(END_OF_TEXT),
@@ -160,8 +168,9 @@ def _sha256(data: bytes) -> str:
 
 
 def _versions() -> dict[str, str]:
-    names = ("numpy", "datasets", "datasketch", "tokenizers")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    installed = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+    names = ("numpy", "datasets", "datasketch", "tokenizers")  # packed text needs two of them
+    return {"python": platform.python_version()} | {name: installed[name] for name in names if name in installed}
 
 
 # Documents
@@ -176,11 +185,17 @@ class Part:
     document: Document
 
 
-def collect(source: Source, config: CorpusConfig) -> tuple[list[Part], dict[str, int]]:
-    """Read documents until `max_megabytes` are kept; leave out empty ones and duplicates, and count them.
+@dataclass(frozen=True)
+class Collected:
+    """The text of a corpus before it is split: its parts, and what was left out, by reason."""
 
-    Returns the parts and the number of exact and near duplicates removed.
-    """
+    parts: list[Part]
+    skipped: dict[str, int]
+    duplicates: dict[str, int]  # exact and near
+
+
+def collect(source: Source, config: CorpusConfig) -> Collected:
+    """Read documents until `max_megabytes` are kept; leave out empty ones and duplicates, and count them."""
     seen, parts, total = Duplicates(), [], 0
     removed = Counter()
     for part in progress(_parts(source), "Reading text, removing duplicates"):
@@ -199,7 +214,8 @@ def collect(source: Source, config: CorpusConfig) -> tuple[list[Part], dict[str,
             f"The corpus {where} gave {len(parts)} usable document(s) within {config.max_megabytes} MB (left out: "
             f"{left_out}); training and validation need one each: add text or raise corpus.max_megabytes."
         )
-    return parts, {kind: removed[f"{kind} duplicate"] for kind in ("exact", "near")}
+    duplicates = {kind: removed[f"{kind} duplicate"] for kind in ("exact", "near")}
+    return Collected(parts, dict(sorted(source.skipped.items())), duplicates)
 
 
 def _parts(source: Source) -> Iterator[Part]:

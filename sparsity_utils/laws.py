@@ -140,7 +140,10 @@ RIVAL_FORMS = ("constant", "log", "exponential", "plain-power", "sigmoid")  # wh
 
 @dataclass(frozen=True)
 class Interval:
-    """Percentile interval of the limit, and the band of the resampled curves; NaN and empty if there was no limit."""
+    """Percentile interval of the limit, and the band of the resampled curves; NaN and empty if there was no limit.
+
+    `params` holds the interval of every published parameter. They err together: each is that of its own values.
+    """
 
     low: float
     high: float
@@ -149,6 +152,7 @@ class Interval:
     tokens: Array = field(repr=False)  # (points,) where the band is drawn
     band_low: Array = field(repr=False)  # (points,)
     band_high: Array = field(repr=False)  # (points,)
+    params: dict[str, tuple[float, float]] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,14 @@ class Fit:
     @property
     def sound(self) -> bool:
         return not self.reason
+
+    @property
+    def unseen(self) -> float:
+        """Share of the change from first point to limit that lies beyond the last point; NaN without a limit."""
+        if self.limit is None:
+            return float("nan")
+        first, last = self.predict([self.tokens.min(), self.tokens.max()])
+        return float(abs(self.limit - last) / max(abs(self.limit - first), 1e-12))
 
     @cached_property
     def interval(self) -> Interval:
@@ -237,7 +249,7 @@ def bootstrap_limit(
     """
     if fit.limit is None:
         empty = np.empty(0)
-        return Interval(np.nan, np.nan, level, empty, empty, empty, empty)
+        return Interval(np.nan, np.nan, level, empty, empty, empty, empty, {})
     shape, rng = FORMS[fit.form], np.random.default_rng(seed)
     u, fitted = fit.tokens / fit.reference, fit.predict(fit.tokens)
     residuals = (fit.activation_ratio - fitted) * np.sqrt(fit.n / (fit.n - shape.size))
@@ -253,7 +265,9 @@ def bootstrap_limit(
     curves = np.array([shape.curve(grid / fit.reference, theta) for theta in thetas])  # (resamples, points)
     tails = [(1 - level) / 2, (1 + level) / 2]
     low, high = np.quantile(thetas[:, -1], tails)
-    return Interval(float(low), float(high), level, thetas[:, -1], grid, *np.quantile(curves, tails, axis=0))
+    published = pd.DataFrame([shape.publish(theta, fit.reference / TOKEN_UNIT) for theta in thetas])
+    params = {name: tuple(float(end) for end in np.quantile(values, tails)) for name, values in published.items()}
+    return Interval(float(low), float(high), level, thetas[:, -1], grid, *np.quantile(curves, tails, axis=0), params)
 
 
 def compare_forms(tokens: ArrayLike, activation_ratio: ArrayLike, forms: Sequence[str] = tuple(FORMS)) -> pd.DataFrame:
@@ -332,12 +346,11 @@ def _judge(fit: Fit) -> Fit:
     limit = float(fit.theta[-1])
     if not AT_BOUND < limit < 1 - AT_BOUND:
         return replace(fit, reason=f"the limit is at its bound, {limit:.0f}: the points do not determine it")
-    first, last = fit.predict([fit.tokens.min(), fit.tokens.max()])
-    unseen = abs(limit - last) / max(abs(limit - first), 1e-12)
-    if unseen > LARGEST_UNSEEN:
-        reason = f"extrapolates: {unseen:.0%} of the change from first point to limit lies beyond the last point"
-        return replace(fit, limit=limit, reason=reason)
-    return replace(fit, limit=limit)
+    fit = replace(fit, limit=limit)
+    if fit.unseen > LARGEST_UNSEEN:
+        reason = f"extrapolates: {fit.unseen:.0%} of the change from first point to limit lies beyond the last point"
+        return replace(fit, reason=reason)
+    return fit
 
 
 def _block_order(length: int, block: int | None, rng: np.random.Generator) -> NDArray[np.int64]:

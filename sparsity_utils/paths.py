@@ -16,6 +16,7 @@ NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
 RESULTS = ROOT / "results"
 RECORDED_MODELS = RESULTS / "models"
+PUBLISHED = RESULTS  # tables on the published curves: of no profile, so the same for every study
 FIGURES = ROOT / "figures"
 LOCK = ROOT / "requirements.lock"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -44,6 +45,11 @@ def profile_output(profile: str) -> Path:
 def measurement(model: str) -> Path:
     """Results of `python -m sparsity_utils measure` for a model, named as its folder or as on the hub."""
     return build() / "measure" / Path(model).resolve().name
+
+
+def published_curves() -> Path:
+    """The downloaded curves of the paper."""
+    return build() / "published_curves"
 
 
 @contextmanager

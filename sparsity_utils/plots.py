@@ -8,13 +8,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsity_utils import law_plots, pattern_plots, scale_plots, speed_plots
+from sparsity_utils import law_plots, pattern_plots, published_plots, scale_plots, speed_plots
 from sparsity_utils.cost import with_weights_read
 from sparsity_utils.labels import shape_name
 from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.study import Study
 from sparsity_utils.style import Look, ShownFigure, captioned, save_figure, styled
-from sparsity_utils.tables import table_or_none
 
 METRIC_NAMES = {"top-k": "Top-k", "fat": "FAT-ε", "cett": "CETT"}
 
@@ -77,13 +76,16 @@ FIGURES = {
     "06_roofline": (("sparse_ffn",), speed_plots.roofline),
     "06_batches": (("sparse_ffn",), speed_plots.batches),
     "06_decoding": (("sparse_decoding",), speed_plots.decoding),
+    "07_published_curves": (("published_refit",), published_plots.laws),
+    "07_limits": (("published_stability",), published_plots.limits),
+    "07_forecasts": (("published_forecasts",), published_plots.forecasts),
 }
 
 
 def draw_all(study: Study, folder: Path) -> Iterator[Path]:
     """Draw every figure that a study has the tables for into `folder`, PNG and SVG; yield the files."""
     for name, (questions, draw) in FIGURES.items():
-        tables = [table_or_none(study, question) for question in questions]
+        tables = [study.table_or_none(question) for question in questions]
         if all(table is not None for table in tables):
             yield from save_figure(draw(*tables), folder / name)
 

@@ -22,15 +22,19 @@ from sparsity_utils.transfer import transfer_matrix
 
 CALIBRATION_PART, EVALUATION_PART = 2, 6  # of the tokens that the study measures on: what each domain is given
 DIGITS = 4  # significant ones of the large tables
+MOST_NEURONS = (
+    128  # of a layer that the table of neurons lists: its first ones, a fair sample, since order means nothing
+)
 
 
 def neuron_frequencies(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:
-    """Activation frequency of every neuron in every domain, at the last stable checkpoint (compare Fig. 9).
+    """Activation frequency of the neurons in every domain, at the last stable checkpoint (compare Fig. 9).
 
-    One row per domain and neuron: step, layer, neuron, domain, frequency.
+    One row per domain and neuron, of the first MOST_NEURONS of each layer: step, layer, neuron, domain, frequency.
     """
     step = stable_steps(run)[-1]
     table = _domain_patterns(run, corpus, settings).frequencies.assign(step=step)
+    table = table[table["neuron"] < MOST_NEURONS].reset_index(drop=True)
     table["frequency"] = _rounded(table["frequency"])
     return table[["step", "layer", "neuron", "domain", "frequency"]]
 

@@ -158,14 +158,16 @@ class SpeedConfig:
 
 @dataclass(frozen=True)
 class Size:
-    """One point of the scale line, shape written as d_model x n_layers."""
+    """One point of a line of sizes, shape written as d_model x n_layers."""
 
     shape: str
     tokens: int
+    seeds: int | None = None  # how many of study.seeds, the first ones; None: all
 
     def __post_init__(self) -> None:
         self.d_model_and_layers()
         _check(self.tokens > 0, f"study.sizes: {self.shape} has {self.tokens} tokens; it needs a positive number.")
+        _check(self.seeds is None or self.seeds > 0, f"study.sizes: {self.shape} has {self.seeds} seeds; 1 or more.")
 
     def d_model_and_layers(self) -> tuple[int, int]:
         """`"48x4"` -> (48, 4)."""
@@ -181,24 +183,35 @@ class Size:
 class StudyConfig:
     """Which runs answer the questions of the notebooks."""
 
-    sizes: tuple[Size, ...]  # one width-depth ratio, rising size: notebooks 01, 02 and 04
+    sizes: tuple[Size, ...]  # the main line, one width-depth ratio, rising size: notebooks 01, 02, 04 and 05
     activations: tuple[str, ...] = ("relu", "silu")
     seeds: tuple[int, ...] = (0, 1)
+    second_sizes: tuple[Size, ...] = ()  # another width-depth ratio, rising size: notebook 04
+    data_limited: tuple[Size, ...] = ()  # larger models, fewer tokens per parameter than the main line: notebook 04
+    probe: int = 0  # the place in `sizes` where other activations and training settings are tried
+    other_activations: tuple[str, ...] = ()  # beside `activations`, at the probe: notebook 02
     ratio_parameters: int = 45_000  # non-embedding parameters of the width-depth line: notebook 03
     ratios: tuple[float, ...] = ()  # d_model / n_layers
     ratio_tokens: int = 4_500_000
     ratio_seeds: tuple[int, ...] = (0, 1)
-    tuning_rates: tuple[float, ...] = ()  # learning rates tried at the first size, by validation loss
+    tuning_rates: tuple[float, ...] = ()  # learning rates tried at the probe, by validation loss
     tuning_batches: tuple[int, ...] = ()  # batch sizes in tokens, likewise
 
     def __post_init__(self) -> None:
         _check(len(self.sizes) > 0, "study.sizes is empty; name at least one shape.")
         _check("relu" in self.activations, "study.activations lacks relu, which every question is about; add it.")
-        for activation in self.activations:
-            _check(
-                activation in ACTIVATIONS,
-                f"study.activations has {activation!r}; choose from {', '.join(ACTIVATIONS)}.",
-            )
+        for name in ("activations", "other_activations"):
+            for activation in getattr(self, name):
+                _check(
+                    activation in ACTIVATIONS,
+                    f"study.{name} has {activation!r}; choose from {', '.join(ACTIVATIONS)}.",
+                )
+        both = set(self.activations) & set(self.other_activations)
+        _check(not both, f"study.other_activations repeats {', '.join(sorted(both))} of study.activations; drop it.")
+        _check(
+            0 <= self.probe < len(self.sizes),
+            f"study.probe is {self.probe}; choose 0 to {len(self.sizes) - 1}, a place in study.sizes.",
+        )
         _check(
             len(self.seeds) > 0 and len(self.ratio_seeds) > 0,
             "study.seeds and study.ratio_seeds need at least one seed.",
@@ -263,14 +276,14 @@ def read_profile(name: str) -> Profile:
 def _checked(profile: Profile, folder: Path) -> Profile:
     """`profile`, every model and training configuration built once; a relative corpus.path starts at its `folder`."""
     study = profile.study
-    for size in study.sizes:
+    for size in (*study.sizes, *study.second_sizes, *study.data_limited):
         profile.model_config(*size.d_model_and_layers(), study.activations[0])
         for seed in study.seeds:
             profile.train_config(size.tokens, seed)
     for seed in study.ratio_seeds if study.ratios else ():
         profile.train_config(study.ratio_tokens, seed)
     for rate, batch in itertools.product(study.tuning_rates, study.tuning_batches):
-        profile.train_config(study.sizes[0].tokens, 0, learning_rate=rate, batch_tokens=batch)
+        profile.train_config(study.sizes[study.probe].tokens, 0, learning_rate=rate, batch_tokens=batch)
     corpus = profile.corpus
     if corpus.path and (corpus.source == "path" or (folder / corpus.path).is_dir()):
         corpus = dataclasses.replace(corpus, path=str(folder / Path(corpus.path).expanduser()))

@@ -48,3 +48,5 @@ PUBLISHED_LAWS = (
     PublishedLaw("silu", "0.8B", 1536, 28, 0.995, NONE, 0.562, 0.383),
     PublishedLaw("silu", "1.2B", 1792, 32, 0.967, NONE, 0.538, 0.382),
 )
+# The scripts beside the authors' curves (published_curves.COMMIT) hold the same coefficients but for this model.
+REVISED_LAW = PublishedLaw("relu", "2.4B", 2304, 40, 2.11, -3.82, 9.04e-6, 0.0712)

@@ -1,7 +1,9 @@
 """Copy a finished study into results/: its tables, a manifest of how they came about, and two trained models."""
 
 import json
+import os
 import shutil
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +12,10 @@ import pandas as pd
 
 from sparsity_utils import paths
 from sparsity_utils.errors import InputError
-from sparsity_utils.runs import RECIPE, find_run
-from sparsity_utils.study import QUESTIONS, Study
+from sparsity_utils.plan import QUESTIONS, SCHEMA
+from sparsity_utils.runs import RECIPE, find_run, train_run
+from sparsity_utils.study import Study
 from sparsity_utils.train import checkpoint_file
-
-SCHEMA = 1  # raise it when a column changes its meaning
 
 
 def record(profile: str) -> Iterator[Path]:
@@ -31,7 +32,7 @@ def record(profile: str) -> Iterator[Path]:
         )
     if pd.read_csv(verdicts)["verdict"].isin(["failed", "none"]).any():
         raise InputError(f"{verdicts.name} of profile {study.name} has failed notebooks; reproduce it again.")
-    questions = {QUESTIONS[question].file: question for question in filter(study.configs, QUESTIONS)}
+    questions = {QUESTIONS[question].file: question for question in filter(study.answers, QUESTIONS)}
     for file, question in sorted(questions.items()):
         study.table(question)
         yield _copy(study.folder / file, paths.RESULTS / file)
@@ -49,16 +50,33 @@ def _manifest(study: Study) -> dict:
         "schema": SCHEMA,
         "recipe": RECIPE,
         "device": run.manifest["device"],
+        "cores": os.cpu_count(),
         "versions": run.manifest["versions"],
+        "training": _training(study),
         "profile": asdict(study.profile),
         "corpus": {"tokens_sha256": study.corpus.hash, "tokenizer_sha256": study.corpus.tokenizer_hash}
         | {key: corpus[key] for key in ("source", "splits", "duplicates_removed", "skipped")},
     }
 
 
+def _training(study: Study) -> dict:
+    """What training took, over all runs of the study, each counted once."""
+    configs = {config.key: config for question in QUESTIONS for config in study.configs(question)}
+    ends = [run.checkpoints.iloc[-1] for run in map(find_run, configs.values()) if not run.diverged]
+    hours = sum(end["tokens"] / end["tokens_per_second"] for end in ends) / 3600
+    return {
+        "runs": len(configs),
+        "diverged": len(configs) - len(ends),
+        "parameters": [int(pick(end["parameters"] for end in ends)) for pick in (min, max)],
+        "tokens": int(sum(end["tokens"] for end in ends)),
+        "run_hours": round(hours, 2),  # of training steps, each run on its own threads
+        "median_flops_utilisation": round(statistics.median(end["flops_utilisation"] for end in ends), 3),
+    }
+
+
 def _models(study: Study, activation: str) -> Iterator[Path]:
     """The last checkpoint of the run that stands for an activation, in the form that transformers loads."""
-    run, folder = study.largest_run(activation), paths.RECORDED_MODELS / activation
+    run, folder = train_run(study.largest_config(activation), study.corpus), paths.RECORDED_MODELS / activation
     yield _copy(run.folder / "config.json", folder / "config.json")
     yield _copy(checkpoint_file(run.folder, run.checkpoints["step"].max()), folder / "model.safetensors")
     yield _copy(study.corpus.folder / "tokenizer.json", folder / "tokenizer.json")

@@ -3,98 +3,67 @@
 `Study.from_profile("laptop").table("relu_vs_silu")` trains what is missing; `Study.recorded()` reads the stored tables.
 """
 
-import multiprocessing
+import json
 import os
 import platform
-import threading
-import time
 import warnings
-from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import torch
 import transformers
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kernels import MAX_TOKENS
 from sparsity_utils import paths
 from sparsity_utils.batches import measurement_batches
 from sparsity_utils.checkpoints import open_checkpoint
-from sparsity_utils.corpus import Corpus, build_corpus, open_corpus
-from sparsity_utils.curves import decided_by, kept, metric_comparison, sparsity_curve
+from sparsity_utils.corpus import Corpus, build_corpus
 from sparsity_utils.errors import InputError
-from sparsity_utils.model import default_device, head_count, solve_shape
-from sparsity_utils.portraits import dead_curve, domain_transfer, neuron_frequencies, token_ratios
-from sparsity_utils.profiles import MeasureConfig, Profile, read_profile
-from sparsity_utils.runs import Run, RunConfig, find_run, train_run
+from sparsity_utils.jobs import Job, do_jobs, measurement
+from sparsity_utils.model import default_device, head_count
+from sparsity_utils.packed_text import unpack_text
+from sparsity_utils.plan import PUBLISHED, QUESTIONS, SCHEMA, SPEEDS, Question, planned
+from sparsity_utils.profiles import Profile, read_profile
+from sparsity_utils.runs import RunConfig, find_run, train_run
 from sparsity_utils.speed_tables import decoding_table, ffn_table
-
-MEASUREMENTS = {
-    "curve": sparsity_curve,
-    "metrics": metric_comparison,
-    "neurons": neuron_frequencies,
-    "vocabulary": token_ratios,
-    "dead": dead_curve,
-    "transfer": domain_transfer,
-}
-SPEEDS = {"sparse_ffn": ffn_table, "sparse_decoding": decoding_table}  # of this machine, not of a run
-IDENTITY = ("run", "activation", "d_model", "n_layers", "seed")
-
-
-class Question(NamedTuple):
-    """What answers a question: a table, and what is measured on each of its runs."""
-
-    file: str
-    measurement: str | None  # a key of MEASUREMENTS or SPEEDS; None: validation losses alone
-    about: tuple[str, ...] | None = None  # columns of `Run.checkpoints` beside each measured row; None: all of them
-
-
-# Several questions read the same runs; large tables say no more of a checkpoint than they need.
-QUESTIONS = {
-    "metrics": Question("metrics.csv", "metrics"),
-    "relu_vs_silu": Question("relu_vs_silu.csv", "curve"),
-    "width_depth_ratio": Question("width_depth_ratio.csv", "curve"),
-    "scale_insensitivity": Question("relu_vs_silu.csv", "curve"),
-    "activation_patterns": Question("patterns_neurons.csv", "neurons", IDENTITY),
-    "token_patterns": Question("patterns_vocabulary.csv", "vocabulary", IDENTITY),
-    "dead_neurons": Question("dead_neurons.csv", "dead", (*IDENTITY, "step", "tokens", "fit")),
-    "transfer": Question("transfer.csv", "transfer", IDENTITY),
-    "tuning": Question("tuning.csv", None),
-    "sparse_ffn": Question("sparse_ffn.csv", "sparse_ffn"),
-    "sparse_decoding": Question("sparse_decoding.csv", "sparse_decoding"),
-}
+from sparsity_utils.step_times import step_times
 
 
 class Study:
     """The tables of one study, trained on demand or read from a folder."""
 
-    def __init__(self, name: str, folder: Path, profile: Profile | None):
-        self.name, self.folder, self.profile = name, folder, profile
+    def __init__(self, name: str, folder: Path, profile: Profile | None, text: Path | None = None):
+        self.name, self.folder, self.profile, self.text = name, folder, profile, text
         self._corpus: Corpus | None = None
 
     @classmethod
-    def from_profile(cls, name: str) -> "Study":
+    def from_profile(cls, name: str, text: Path | None = None) -> "Study":
         """A study that trains and measures what its profile asks for and the run store lacks.
 
+        text: a file made by `packed_text.pack_text`, in place of the source that the profile names.
         Runs are trained in worker processes, so a script that calls `table` needs the usual
         `if __name__ == "__main__":`. Raises InputError for a profile that cannot be used, its shapes included.
         """
         profile = read_profile(name)
-        shapes = [size.d_model_and_layers() for size in profile.study.sizes] + ratio_shapes(profile)
-        for shape in shapes:
-            head_count(profile.model_config(*shape, "relu"))
-        return cls(profile.name, paths.profile_output(profile.name) / "results", profile)
+        for question in QUESTIONS:
+            for model, _ in planned(profile, question):
+                head_count(model)
+        return cls(profile.name, paths.profile_output(profile.name) / "results", profile, text)
 
     @classmethod
     def recorded(cls, folder: Path = paths.RESULTS) -> "Study":
-        """The tables stored in `folder`; nothing is trained."""
+        """The tables stored in `folder`; nothing is trained.
+
+        Raises InputError when their manifest names another schema than this version reads.
+        """
+        manifest = folder / "manifest.json"  # a profile's own tables have none
+        schema = json.loads(manifest.read_text(encoding="utf-8")).get("schema") if manifest.exists() else SCHEMA
+        if schema != SCHEMA:
+            raise InputError(
+                f"The tables in {folder} have schema {schema!r}, this version reads {SCHEMA}; use the version of the "
+                "project that recorded them, or record them again."
+            )
         return cls("recorded", folder, None)
 
     @classmethod
@@ -110,31 +79,43 @@ class Study:
     def corpus(self) -> Corpus:
         """The text of the profile, built when first asked for."""
         if self._corpus is None:
-            self._corpus = build_corpus(self.profile.corpus)
+            config = self.profile.corpus
+            self._corpus = unpack_text(config, self.text) if self.text else build_corpus(config)
         return self._corpus
+
+    def answers(self, question: str) -> bool:
+        """Whether this study has, or would make, the table of a question: profiles may leave some out."""
+        if question in PUBLISHED:
+            return True
+        if self.profile is None:
+            return (self.folder / _known(question).file).exists()
+        _known(question)
+        return bool(planned(self.profile, SPEEDS.get(question, question)))
 
     def table(self, question: str) -> pd.DataFrame:
         """The table of a question: one row per checkpoint, or per measured thing (such as a neuron) of each run.
 
         Columns are described in results/columns.csv. Speeds are measured on this machine, once: delete the file to
-        measure them again. Raises InputError for an unknown question or, in a recorded study, a table that is not
-        there.
+        measure them again. Raises InputError for an unknown question, a profile that leaves it out or, in a recorded
+        study, a table that is not there.
         """
-        if question not in QUESTIONS:
-            raise InputError(f"There is no question {question!r}; choose one of {', '.join(QUESTIONS)}.")
-        file = self.folder / QUESTIONS[question].file
+        if question in PUBLISHED:
+            return _stored(paths.PUBLISHED / f"{question}.csv", "make it with python -m sparsity_utils refit")
+        file = self.folder / _known(question).file
         if self.profile is not None and not (question in SPEEDS and file.exists()):
             table = self.speeds(question) if question in SPEEDS else self._measured(question)
             with paths.written_aside(file) as aside:
                 table.to_csv(aside, index=False, float_format="%.8g")
-        if not file.exists():
-            raise InputError(
-                f"There is no {file.name} in {file.parent}; name a folder that holds a study's results, or train one "
-                "with make reproduce."
-            )
-        return pd.read_csv(file)
+        return _stored(file, "name a folder that holds a study's results, or train one with make reproduce")
 
-    def largest_run(self, activation: str) -> Run:
+    def table_or_none(self, question: str) -> pd.DataFrame | None:
+        """`table`, or None and a printed line where this study leaves the question out."""
+        if self.answers(question):
+            return self.table(question)
+        print(f"The {self.name} study has no table for {question}.")
+        return None
+
+    def largest_config(self, activation: str) -> RunConfig:
         """The run that stands for an activation function: the largest size and, of its seeds, the first.
 
         Raises InputError when the study has no run of that activation.
@@ -143,17 +124,17 @@ class Study:
         if runs.empty:
             raise InputError(f"Profile {self.name} has no {activation} run; name one of its study.activations.")
         key = runs.loc[runs["parameters"] == runs["parameters"].max(), "run"].iloc[0]
-        return find_run(next(config for config in self.configs("relu_vs_silu") if config.key == key))
+        return next(config for config in self.configs("relu_vs_silu") if config.key == key)
 
     def trained_model(self, activation: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The study's own model of an activation function, of `largest_run` after the decay, and its tokenizer.
+        """The study's own model of an activation function, of `largest_config` after the decay, and its tokenizer.
 
         A recorded study has it in results/models; a profile's own trains what is missing. Raises InputError when the
         study has no run of that activation.
         """
         if self.profile is None:
             return open_checkpoint(paths.RECORDED_MODELS / activation)
-        run = self.largest_run(activation)
+        run = train_run(self.largest_config(activation), self.corpus)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=self.corpus.tokenizer())
         return run.load(run.checkpoints["step"].max()), tokenizer
 
@@ -174,6 +155,8 @@ class Study:
 
     def speeds(self, question: str) -> pd.DataFrame:
         """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s."""
+        if question == "depth_cost":
+            return self._depth_cost()  # needs no trained model
         models = {
             activation: self.trained_model(activation)[0].eval().to(default_device())
             for activation in self.profile.study.activations
@@ -182,38 +165,37 @@ class Study:
         context = next(iter(models.values())).config.max_position_embeddings
         calibration = measurement_batches(tokens, context, "calibration", settings.calibration_tokens)
         windows = measurement_batches(tokens, context, "evaluation", MAX_TOKENS * context)[0]["input_ids"]
-        return SPEEDS[question](models, calibration, windows.to(default_device()), settings.p, self.profile.speed)
+        table = {"sparse_ffn": ffn_table, "sparse_decoding": decoding_table}[question]
+        return table(models, calibration, windows.to(default_device()), settings.p, self.profile.speed)
+
+    def _depth_cost(self) -> pd.DataFrame:
+        """Times of the shapes of the width-depth line, on as many threads as their runs have."""
+        runs = planned(self.profile, "width_depth_ratio")
+        shapes, threads = list(dict.fromkeys(model for model, _ in runs)), torch.get_num_threads()
+        torch.set_num_threads(self.profile.threads)
+        try:
+            return step_times(shapes, runs[0][1].batch_tokens, self.profile.speed.rounds)
+        finally:
+            torch.set_num_threads(threads)
 
     def configs(self, question: str) -> list[RunConfig]:
         """The runs that a question needs."""
-        study, sizes, seeds = self.profile.study, self.profile.study.sizes, self.profile.study.seeds
-        activations = ["relu"] if question == "dead_neurons" else study.activations
-        if question == "width_depth_ratio":
-            plan = product(
-                [(shape, study.ratio_tokens) for shape in ratio_shapes(self.profile)], ["relu"], study.ratio_seeds, [{}]
-            )
-        elif question == "tuning":
-            tried = product(study.tuning_rates, study.tuning_batches)
-            changes = [{"learning_rate": rate, "batch_tokens": batch} for rate, batch in tried]
-            first = (sizes[0].d_model_and_layers(), sizes[0].tokens)
-            plan = product([first], study.activations, seeds[:1], changes)
-        else:
-            plan = product([(size.d_model_and_layers(), size.tokens) for size in sizes], activations, seeds, [{}])
-        configs = [
-            RunConfig(
-                self.profile.model_config(*shape, activation),
-                self.profile.train_config(tokens, seed, **changes),
-                self.corpus.hash,
-                self.corpus.tokenizer_hash,
-                self.profile.threads,
-            )
-            for (shape, tokens), activation, seed, changes in plan
+        return [
+            RunConfig(model, train, self.corpus.hash, self.corpus.tokenizer_hash, self.profile.threads)
+            for model, train in planned(self.profile, question)
         ]
-        return list(dict.fromkeys(configs))  # two ratios may lead to one shape
+
+    def jobs(self, question: str) -> list[Job]:
+        """What is to be trained and measured for a question, whether done or not."""
+        what = QUESTIONS[question].measurement
+        return [Job(config, self.corpus.folder, self.profile.measure, what) for config in self.configs(question)]
 
     def _measured(self, question: str) -> pd.DataFrame:
-        (_, what, about), configs = QUESTIONS[question], self.configs(question)
-        do_jobs([Job(config, self.corpus.folder, self.profile.measure, what) for config in configs], self.profile)
+        _, what, about = QUESTIONS[question]
+        configs = self.configs(question)
+        if not configs:
+            raise InputError(f"Profile {self.name} trains no runs for {question}; its section study leaves them out.")
+        do_jobs(self.jobs(question), self.profile)
         tables = []
         for config in configs:
             run = find_run(config)
@@ -234,104 +216,14 @@ class Study:
         return pd.concat(tables, ignore_index=True)
 
 
-def ratio_shapes(profile: Profile) -> list[tuple[int, int]]:
-    """(d_model, n_layers) of the width-depth line."""
-    study, config = profile.study, profile.model_config(2, 1, "relu")
-    shapes = [solve_shape(study.ratio_parameters, ratio, config.ffn_ratio) for ratio in study.ratios]
-    return [(shape.d_model, shape.n_layers) for shape in shapes]
+def _stored(file: Path, advice: str) -> pd.DataFrame:
+    if not file.exists():
+        raise InputError(f"There is no {file.name} in {file.parent}; {advice}.")
+    return pd.read_csv(file)
 
 
-def measurement(run: Run, corpus: Corpus, settings: MeasureConfig, what: str) -> pd.DataFrame:
-    """A measurement of a run, computed once and kept with it."""
-    return kept(what, MEASUREMENTS[what], run, corpus, settings)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run to train, if need be, and to measure."""
-
-    config: RunConfig
-    corpus: Path
-    measure: MeasureConfig
-    what: str | None  # a key of MEASUREMENTS, or nothing but the losses of training
-
-    def cost(self) -> float:
-        """Expected work, in units of the run's own; measuring takes about a tenth of training."""
-        return self.config.cost() * (0.1 if (paths.runs() / self.config.key).exists() else 1.0)
-
-    def done(self) -> bool:
-        """Whether nothing is left to compute."""
-        run = find_run(self.config)
-        if run is None or run.diverged or self.what is None:
-            return run is not None
-        return run.has_measured(self.what, decided_by(self.measure))
-
-
-def do_jobs(jobs: Iterable[Job], profile: Profile) -> None:
-    """Do what is not done yet, `profile.workers` jobs side by side, behind one progress bar over expected cost."""
-    todo = [job for job in jobs if not job.done()]
-    if not todo:
-        return
-    todo.sort(key=Job.cost, reverse=True)  # the longest first, so that no worker is left alone at the end
-    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    shares = context.Array("d", len(todo))
-    costs = [job.cost() for job in todo]
-    with ProcessPoolExecutor(profile.workers, context, _start_worker, (shares, profile.threads, os.getpid())) as pool:
-        futures = [pool.submit(_do_job, job, place) for place, job in enumerate(todo)]
-        try:
-            _watch(futures, shares, costs)
-            for future in futures:
-                future.result()
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in set(multiprocessing.active_children()) - set(others):
-                worker.terminate()
-            if isinstance(error, BrokenProcessPool):
-                raise InputError(
-                    "A worker process ended: killed for want of memory (lower workers in the profile), or started by a "
-                    "script without `if __name__ == '__main__':`; finished runs are kept, others resume: run it again."
-                ) from error
-            raise
-
-
-def _watch(futures: list[Future], shares, costs: list[float]) -> None:
-    """Show the progress of all jobs until they end or one fails."""
-    names = f"{len(futures)} runs"
-    with tqdm(
-        total=100,
-        desc=names,
-        smoothing=0,  # an estimate from the mean speed: runs report in bursts
-        unit="%",
-        bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
-        disable=bool(os.environ.get("CI")),
-    ) as bar:
-        pending = set(futures)
-        while pending and not any(future.done() and future.exception() for future in futures):
-            _, pending = wait(pending, timeout=1.0)
-            done = sum(cost * share for cost, share in zip(costs, shares, strict=True)) / sum(costs)
-            bar.update(100 * done - bar.n)
-
-
-def _start_worker(shares, threads: int, parent: int) -> None:
-    """Set up a worker process; a worker whose parent was killed ends at once, its run resumes later."""
-    global _shares
-    _shares = shares
-    torch.set_num_threads(threads)
-
-    def follow_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def _do_job(job: Job, place: int) -> None:
-    def report(share: float) -> None:
-        _shares[place] = 0.9 * share  # measuring takes about a tenth
-
-    corpus = open_corpus(job.corpus)
-    run = train_run(job.config, corpus, report)
-    if not run.diverged and job.what is not None:
-        measurement(run, corpus, job.measure, job.what)
-    _shares[place] = 1.0
+def _known(question: str) -> Question:
+    if question not in QUESTIONS:
+        known = ", ".join([*QUESTIONS, *PUBLISHED])
+        raise InputError(f"There is no question {question!r}; choose one of {known}.")
+    return QUESTIONS[question]

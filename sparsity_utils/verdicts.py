@@ -91,7 +91,7 @@ def metrics(table: pd.DataFrame) -> list[Verdict]:
     relu = table[table["activation"] == "relu"].pivot_table("activation_ratio", "run", "metric")
     relu = relu.reindex(columns=["relu", "cett-ppl"]).dropna()
     return [
-        _best_of_all(claims.CETT_LOWEST, pd.DataFrame.from_dict(gaps, orient="index", columns=RIVAL_METRICS)),
+        best_of_all(claims.CETT_LOWEST, pd.DataFrame.from_dict(gaps, orient="index", columns=RIVAL_METRICS)),
         _positive(claims.CETT_CUT, mean_over_runs(1 - relu["cett-ppl"] / relu["relu"])),
     ]
 
@@ -265,7 +265,7 @@ def _form_verdict(checkpoints: pd.DataFrame, activation: str) -> Verdict:
         aicc[run] = {rival: table["aicc"][rival] - table["aicc"][form] for rival in RIVAL_FORMS}
         fit[run] = {rival: misfit[rival] - misfit[form] for rival in RIVAL_FORMS}
     frames = (pd.DataFrame.from_dict(gaps, orient="index", columns=RIVAL_FORMS) for gaps in (aicc, fit))
-    return _best_of_all(form_claim(activation, form), *frames)
+    return best_of_all(form_claim(activation, form), *frames)
 
 
 def _forecast_verdict(checkpoints: pd.DataFrame) -> Verdict:
@@ -279,7 +279,7 @@ def _forecast_verdict(checkpoints: pd.DataFrame) -> Verdict:
     return _positive(claims.LAW_FORECASTS, mean_over_runs(gains), left_out)
 
 
-def _best_of_all(claim: Claim, gaps: pd.DataFrame, against: pd.DataFrame | None = None) -> Verdict:
+def best_of_all(claim: Claim, gaps: pd.DataFrame, against: pd.DataFrame | None = None) -> Verdict:
     """Best of all rivals, an intersection-union test: each rival at the full level, no correction needed.
 
     gaps: one row per run, one column per rival, positive where the claim holds. against: gaps that can speak against

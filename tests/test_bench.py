@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from small import profile_content, write_profile, write_text
 from test_metrics import model_for
 
-from sparsity_utils import bench_search
+from sparsity_utils import bench_packing, bench_search
+from sparsity_utils.study import Study
 
 
 class Text:
@@ -29,3 +31,13 @@ def test_the_search_is_set_beside_the_literal_algorithm(monkeypatch):
     assert (table["seconds"] > 0).all() and table["activation_ratio"].between(0, 100).all()
     apart = table["activation_ratio"] - table.loc["literal", "activation_ratio"]
     assert table["points_from_literal"].tolist() == pytest.approx(apart.tolist(), abs=0.011)
+
+
+def test_packing_sums_the_runs_and_compares_with_one_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
+    monkeypatch.setattr(bench_packing, "ROUNDS", 1)
+    content = profile_content(write_text(tmp_path / "text"))
+    table = bench_packing.packing(Study.from_profile(write_profile(tmp_path, content)))
+    assert list(zip(table["shape"], table["runs"], strict=True)) == [("8x1", 1), ("8x1", 2), ("16x2", 1), ("16x2", 2)]
+    assert (table["tokens_per_second"] > 0).all()
+    assert table.loc[table["runs"] == 1, "gain"].tolist() == [1.0, 1.0]

@@ -272,7 +272,7 @@ def test_size_cap_is_kept_and_no_more_is_read(rows: Path) -> None:
             read.append(seed)
             yield Document(str(seed), "rows", text(seed))
 
-    parts, _ = corpora.collect(sources.Source({}, documents()), config(rows, max_megabytes=0.02))
+    parts = corpora.collect(sources.Source({}, documents()), config(rows, max_megabytes=0.02)).parts
     size = sum(part.size for part in parts)
     assert 20_000 - 5_000 < size <= 20_000 and len(read) == len(parts) + 1
 

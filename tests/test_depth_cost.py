@@ -5,21 +5,22 @@ import pandas as pd
 import pytest
 from planted import study
 
-from sparsity_utils import depth_cost
-from sparsity_utils.depth_cost import cost_beside_sparsity, depth_cost_table
+from sparsity_utils import step_times as module
+from sparsity_utils.depth_cost import cost_beside_sparsity
 from sparsity_utils.errors import InputError
 from sparsity_utils.profiles import ModelConfig
+from sparsity_utils.step_times import PASSES, step_times
 
 SMALL = {"vocabulary": 300, "context": 32, "head_size": 4, "base_width": 16}
 CONFIGS = [ModelConfig(16, 1, **SMALL), ModelConfig(8, 4, **SMALL)]
 
 
 def test_a_table_of_two_small_shapes():
-    table = depth_cost_table(CONFIGS, batch_tokens=64, rounds=5)
+    table = step_times(CONFIGS, batch_tokens=64, rounds=5)
     assert table[["d_model", "n_layers", "ratio"]].to_numpy().tolist() == [[16, 1, 16], [8, 4, 2]]
     assert table["parameters"].tolist() == [16 * 16 * 11.5, 4 * 8 * 8 * 11.5]
     assert table["flops_per_token"][0] == 6 * (16 * 16 * 11.5 + 16 * 300 + 16 * 32)
-    for name in depth_cost.PASSES:
+    for name in PASSES:
         low, median, high = (table[f"{name}_{part}"] for part in ("low", "us", "high"))
         assert (low > 0).all() and (low <= median).all() and (median <= high).all()
     assert (table["rounds"] == 5).all() and (table["threads"] >= 1).all()
@@ -28,8 +29,8 @@ def test_a_table_of_two_small_shapes():
 def test_shapes_alternate_and_the_first_turn_is_not_counted(monkeypatch):
     """A clock that is told what it is given: call number n takes n microseconds per token of a batch of 64."""
     calls = []
-    monkeypatch.setattr(depth_cost, "timed", lambda work, device: calls.append(work) or 64e-6 * len(calls))
-    table = depth_cost_table(CONFIGS, batch_tokens=64, rounds=3)
+    monkeypatch.setattr(module, "timed", lambda work, device: calls.append(work) or 64e-6 * len(calls))
+    table = step_times(CONFIGS, batch_tokens=64, rounds=3)
     assert len(calls) == 4 * 2 * 2 and calls[:4] == calls[4:8] and len(set(map(id, calls))) == 4
     assert table["training_us"].tolist() == pytest.approx([9, 11])  # calls 5, 9, 13 and 7, 11, 15
     assert table["forward_us"].tolist() == pytest.approx([10, 12])
@@ -37,7 +38,7 @@ def test_shapes_alternate_and_the_first_turn_is_not_counted(monkeypatch):
 
 
 def test_a_step_trains_and_a_forward_pass_does_not():
-    works = depth_cost._works(CONFIGS[0], 64, rounds=2, seed=0)
+    works = module._works(CONFIGS[0], 64, rounds=2, seed=0)
     model = works["training"].__self__.model
     before = model.lm_head.weight.detach().clone()
     assert works["forward"]() == pytest.approx(np.log(300), abs=1.5)  # about a guess, before training
@@ -72,9 +73,9 @@ def test_costs_stand_beside_what_they_buy():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: depth_cost_table([], 64, 5), "0 shapes and 5 rounds"),
-        (lambda: depth_cost_table(CONFIGS, 64, 0), "2 shapes and 0 rounds"),
-        (lambda: depth_cost_table(CONFIGS, 50, 1), "not a multiple of model.context"),
+        (lambda: step_times([], 64, 5), "0 shapes and 5 rounds"),
+        (lambda: step_times(CONFIGS, 64, 0), "2 shapes and 0 rounds"),
+        (lambda: step_times(CONFIGS, 50, 1), "not a multiple of model.context"),
         (lambda: cost_beside_sparsity(study(((80, 4),), ("relu",)), costs([(8, 8)])), "has no row for 80x4"),
         (lambda: cost_beside_sparsity(study(((80, 4),), ("relu",)), costs([(80, 4)] * 2)), "two rows for d_model 80"),
         (

@@ -6,7 +6,6 @@ from planted import study
 
 from sparsity_utils import labels
 from sparsity_utils.study import Study
-from sparsity_utils.tables import table_or_none
 
 
 @pytest.mark.parametrize(
@@ -26,7 +25,7 @@ def test_names_of_shapes_sizes_and_seeds():
 
 
 def test_a_table_that_a_study_lacks_is_none_and_says_so(tmp_path, capsys):
-    assert table_or_none(Study.recorded(tmp_path), "relu_vs_silu") is None
+    assert Study.recorded(tmp_path).table_or_none("relu_vs_silu") is None
     assert capsys.readouterr().out == "The recorded study has no table for relu_vs_silu.\n"
     pd.DataFrame({"run": ["a"]}).to_csv(tmp_path / "relu_vs_silu.csv", index=False)
-    assert table_or_none(Study.recorded(tmp_path), "relu_vs_silu")["run"].tolist() == ["a"]
+    assert Study.recorded(tmp_path).table_or_none("relu_vs_silu")["run"].tolist() == ["a"]

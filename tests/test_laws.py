@@ -155,6 +155,17 @@ def test_fit_interval_is_the_default_bootstrap():
     assert fit.interval.low == laws.bootstrap_limit(again, resamples=laws.RESAMPLES).low
 
 
+def test_every_published_parameter_has_an_interval_and_that_of_the_limit_is_the_same():
+    d, a, g = small_study()
+    interval = laws.bootstrap_limit(laws.fit_data_law(d, a, "power", g), resamples=60)
+    assert set(interval.params) == {"alpha", "c", "A0"}
+    assert interval.params["A0"] == (interval.low, interval.high)
+    planted = {"alpha": 0.8, "c": 0.03 * (3e6 / 1e9) ** 0.8}
+    for name, value in planted.items():
+        low, high = interval.params[name]
+        assert low < value < high < 3 * low
+
+
 def test_interval_holds_the_planted_limit_about_as_often_as_it_says():
     """40 studies with fixed seeds, 90% intervals: 34 hold the limit (204 of 240 over more seeds)."""
     held = 0
@@ -230,6 +241,7 @@ def test_an_extrapolated_limit_is_kept_and_named():
     fast, slow = (laws.fit_data_law(d, 0.47 - 0.03 / (d / 4e6) ** alpha, "power") for alpha in (0.8, 0.2))
     assert fast.sound
     assert slow.reason.startswith("extrapolates: 76%")
+    assert (fast.unseen, slow.unseen) == (pytest.approx(4**-0.8, abs=1e-3), pytest.approx(4**-0.2, abs=1e-3))
     assert slow.limit == pytest.approx(0.47, abs=1e-3)
     assert slow.interval.low <= slow.limit <= slow.interval.high
 

@@ -7,7 +7,8 @@ from small import profile_content, write_profile
 
 from sparsity_utils import paths
 from sparsity_utils.errors import InputError
-from sparsity_utils.model import head_count, non_embedding_parameters, solve_shape
+from sparsity_utils.model import head_count, non_embedding_parameters
+from sparsity_utils.plan import QUESTIONS, planned, ratio_shapes
 from sparsity_utils.profiles import profile_names, read_profile
 
 
@@ -15,15 +16,35 @@ from sparsity_utils.profiles import profile_names, read_profile
 def test_every_shape_of_a_shipped_profile_can_be_built(name):
     profile = read_profile(name)
     assert profile.name == name and profile.about
-    shapes = [size.d_model_and_layers() for size in profile.study.sizes]
-    shapes += [
-        (s.d_model, s.n_layers) for s in (solve_shape(profile.study.ratio_parameters, r) for r in profile.study.ratios)
-    ]
-    for d_model, n_layers in shapes:
-        for activation in profile.study.activations:
-            assert head_count(profile.model_config(d_model, n_layers, activation)) >= 1
-    ratios = [d_model / n_layers for d_model, n_layers in shapes[: len(profile.study.sizes)]]
-    assert max(ratios) <= 1.1 * min(ratios), "the scale line has one width-depth ratio"
+    for question in QUESTIONS:
+        for model, train in planned(profile, question):
+            assert head_count(model) >= 1 and train.tokens > 0
+    for line in (profile.study.sizes, profile.study.second_sizes):
+        ratios = [width / depth for width, depth in (size.d_model_and_layers() for size in line)]
+        assert not line or max(ratios) <= 1.1 * min(ratios), "a line of sizes has one width-depth ratio"
+
+
+@pytest.mark.parametrize("name", ["gpu", "long"])
+def test_the_deep_profiles_train_and_span_what_they_say(name):
+    study = read_profile(name).study
+    counts = [non_embedding_parameters(*size.d_model_and_layers()) for size in study.sizes]
+    assert max(counts) > 10**1.5 * min(counts)
+    for size in (*study.sizes, *study.second_sizes):
+        assert size.tokens >= 189 * non_embedding_parameters(*size.d_model_and_layers())
+    ratios = [width / depth for width, depth in ratio_shapes(read_profile(name))]
+    assert len(set(ratios)) >= 8 and max(ratios) > 114
+    assert set(study.other_activations) == {"gelu", "relu2"}
+
+
+def test_a_size_may_have_fewer_seeds_and_the_probe_has_more_activations():
+    profile = read_profile("long")
+    runs = [(model.d_model, train.seed) for model, train in planned(profile, "dead_neurons")]
+    assert runs.count((64, 0)) == 1 and (64, 1) not in runs and (48, 1) in runs and (32, 2) in runs
+    others = {(model.d_model, model.activation) for model, _ in planned(profile, "other_activations")}
+    assert others == {(32, "gelu"), (32, "relu2")}
+    tried = {(model.d_model, train.learning_rate) for model, train in planned(profile, "tuning")}
+    assert tried == {(32, 0.005), (32, 0.01), (32, 0.02)}
+    assert planned(read_profile("laptop"), "second_line") == [] == planned(profile, "sparse_ffn")
 
 
 def test_the_laptop_profile_asks_what_its_notebooks_need():
@@ -57,6 +78,9 @@ CHANGES = [  # place, value, message
     (("corpus", "path"), None, r"corpus\.path is empty; source 'path' needs one"),
     (("measure", "p"), 0.0, r"measure\.p is 0\.0"),
     (("measure", "protocol"), "best", r"measure\.protocol is 'best'"),
+    (("study", "probe"), 2, r"study\.probe is 2; choose 0 to 1, a place in study\.sizes"),
+    (("study", "other_activations"), ["silu"], r"study\.other_activations repeats silu of study\.activations"),
+    (("study", "second_sizes"), [{"shape": "8x1", "tokens": 5000, "seeds": 0}], r"8x1 has 0 seeds; 1 or more"),
     (("study", "activations"), ["relu", "swish"], r"study\.activations has 'swish'; choose from relu"),
     (("study", "seeds"), 0, r"study\.seeds is 0; it should be a list"),
     (("study", "sizes"), [], r"study\.sizes is empty"),

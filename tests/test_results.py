@@ -8,14 +8,24 @@ import pytest
 import torch
 from small import profile_content, write_profile, write_text
 
-from sparsity_utils import measure_sparsity, paths, pattern_verdicts, plots, record, speed_verdicts, verdicts
+from sparsity_utils import (
+    measure_sparsity,
+    paths,
+    pattern_verdicts,
+    plots,
+    published_verdicts,
+    record,
+    refit,
+    speed_verdicts,
+    verdicts,
+)
 from sparsity_utils.errors import InputError
 from sparsity_utils.measure import window_length
 from sparsity_utils.model import load_model
-from sparsity_utils.record import SCHEMA
+from sparsity_utils.plan import PUBLISHED, QUESTIONS, SCHEMA
+from sparsity_utils.published_laws import PUBLISHED_LAWS
 from sparsity_utils.sources import package_documents
-from sparsity_utils.study import QUESTIONS, Study
-from sparsity_utils.tables import table_or_none
+from sparsity_utils.study import Study
 from sparsity_utils.texts import split_documents, text_batches
 
 COLUMNS = pd.read_csv(paths.RESULTS / "columns.csv")
@@ -30,8 +40,8 @@ def test_every_column_is_described(file):
 
 
 def test_the_dictionary_describes_nothing_that_is_not_there():
-    assert set(COLUMNS["table"]) == {file.stem for file in TABLES}
-    assert {question.file.removesuffix(".csv") for question in QUESTIONS.values()} <= set(COLUMNS["table"])
+    answers = {question.file.removesuffix(".csv") for question in QUESTIONS.values()}  # no profile need have them all
+    assert set(COLUMNS["table"]) == {file.stem for file in TABLES} | answers
     assert sum(file.stat().st_size for file in TABLES) < 5_000_000
 
 
@@ -53,11 +63,12 @@ def test_the_recorded_verdicts_follow_from_the_tables():
         verdicts.scale_insensitivity: ["scale_insensitivity", "second_line"],
         pattern_verdicts.activation_patterns: ["activation_patterns", "token_patterns", "dead_neurons", "transfer"],
         speed_verdicts.sparse_decoding: ["sparse_ffn", "sparse_decoding"],
+        published_verdicts.published_curves: PUBLISHED,
     }
     found = [
         row
         for judge, questions in judges.items()
-        for row in judge(*(table_or_none(study, question) for question in questions))
+        for row in judge(*(study.table_or_none(question) for question in questions))
     ]
     stored = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False).drop(columns="minutes")
     judged = verdicts.to_table(found)
@@ -100,11 +111,19 @@ def test_the_recorded_models_are_those_of_the_table(activation):
     )
 
 
+def test_the_tables_of_the_published_curves_are_those_of_the_refit():
+    assert tuple(refit.TABLES) == PUBLISHED
+    curves = [
+        set(zip(table["activation"], table["model"], strict=True)) for table in map(Study.recorded().table, PUBLISHED)
+    ]
+    assert all(found == {(law.activation, law.model) for law in PUBLISHED_LAWS} for found in curves)
+
+
 @pytest.mark.parametrize("name", plots.FIGURES)
 def test_a_figure_is_a_pure_function_of_its_table(name, tmp_path):
     questions, draw = plots.FIGURES[name]
     study = Study.recorded()
-    tables = [table_or_none(study, question) for question in questions]
+    tables = [study.table_or_none(question) for question in questions]
     if any(table is None for table in tables):
         pytest.skip(f"the recorded study lacks a table of {', '.join(questions)}")
     before = [table.copy() for table in tables]
@@ -140,9 +159,12 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     models = {
         f"models/{a}/{f}" for a in ("relu", "silu") for f in ("config.json", "model.safetensors", "tokenizer.json")
     }
-    tables = {QUESTIONS[question].file for question in QUESTIONS if question != "tuning"}
+    tables = {QUESTIONS[question].file for question in QUESTIONS if study.answers(question)}
     assert written == {*tables, "verdicts.csv", "manifest.json"} | models
     assert load_model(paths.RECORDED_MODELS / "silu").config.hidden_size == 16  # the largest
+    training = json.loads((paths.RESULTS / "manifest.json").read_text())["training"]
+    assert (training["runs"], training["diverged"], training["parameters"]) == (6, 0, [736, 5888])
+    assert training["tokens"] > 6 * 5000 and training["run_hours"] >= 0
     figures = list(plots.draw_all(Study.recorded(tmp_path / "results"), tmp_path / "figures"))
-    whole = [questions for questions, _ in plots.FIGURES.values() if set(questions) <= set(QUESTIONS)]
+    whole = [questions for questions, _ in plots.FIGURES.values() if all(map(study.answers, questions))]
     assert len(figures) == 2 * len(whole) and all(file.exists() for file in figures)

@@ -17,7 +17,8 @@ from small import profile_content, write_profile, write_text
 from sparsity_utils import paths
 from sparsity_utils.__main__ import main
 from sparsity_utils.errors import InputError
-from sparsity_utils.study import QUESTIONS, Study
+from sparsity_utils.plan import QUESTIONS
+from sparsity_utils.study import Study
 from sparsity_utils.train import checkpoint_file
 
 
@@ -82,7 +83,7 @@ def test_a_recorded_study_has_its_models_at_hand():
 
 def test_a_second_call_computes_nothing(built, monkeypatch):
     study, tables = built
-    monkeypatch.setattr("sparsity_utils.study.ProcessPoolExecutor", lambda *args: pytest.fail("started workers"))
+    monkeypatch.setattr("sparsity_utils.jobs.ProcessPoolExecutor", lambda *args: pytest.fail("started workers"))
     pd.testing.assert_frame_equal(study.table("metrics"), tables["metrics"])
 
 
@@ -112,6 +113,22 @@ def test_a_missing_table_question_or_source_is_named(tmp_path):
         Study.recorded(tmp_path).table("speed")
     with pytest.raises(InputError, match="source is 'web'; choose recorded"):
         Study.open("web", "laptop")
+
+
+def test_a_profile_that_leaves_a_question_out_says_so(built):
+    study, tables = built
+    assert study.answers("metrics") and study.answers("sparse_ffn") and not study.answers("second_line")
+    with pytest.raises(InputError, match=r"Profile tiny trains no runs for second_line"):
+        study.table("second_line")
+    recorded = Study.recorded(study.folder)
+    assert recorded.answers("relu_vs_silu") and not recorded.answers("second_line")
+    assert "second_line" not in tables
+
+
+def test_tables_of_an_unknown_schema_are_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"schema": 99}')
+    with pytest.raises(InputError, match=r"have schema 99, this version reads 1; use the version of the project"):
+        Study.recorded(tmp_path)
 
 
 def test_a_diverged_run_does_not_stop_the_study(tmp_path, monkeypatch, text):

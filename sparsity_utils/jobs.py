@@ -1,0 +1,146 @@
+"""Runs side by side: train and measure what is missing in worker processes, behind one progress bar."""
+
+import math
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from sparsity_utils import paths
+from sparsity_utils.corpus import Corpus, open_corpus
+from sparsity_utils.curves import decided_by, kept, metric_comparison, sparsity_curve
+from sparsity_utils.errors import InputError
+from sparsity_utils.portraits import dead_curve, domain_transfer, neuron_frequencies, token_ratios
+from sparsity_utils.profiles import MeasureConfig, Profile
+from sparsity_utils.runs import Run, RunConfig, find_run, train_run
+
+MEASUREMENTS = {
+    "curve": sparsity_curve,
+    "metrics": metric_comparison,
+    "neurons": neuron_frequencies,
+    "vocabulary": token_ratios,
+    "dead": dead_curve,
+    "transfer": domain_transfer,
+}
+
+
+def measurement(run: Run, corpus: Corpus, settings: MeasureConfig, what: str) -> pd.DataFrame:
+    """A measurement of a run, computed once and kept with it."""
+    return kept(what, MEASUREMENTS[what], run, corpus, settings)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to train, if need be, and to measure."""
+
+    config: RunConfig
+    corpus: Path
+    measure: MeasureConfig
+    what: str | None  # a key of MEASUREMENTS, or nothing but the losses of training
+
+    def cost(self) -> float:
+        """Expected work, in units of the run's own; measuring takes about a tenth of training."""
+        return self.config.cost() * (0.1 if (paths.runs() / self.config.key).exists() else 1.0)
+
+    def done(self) -> bool:
+        """Whether nothing is left to compute."""
+        run = find_run(self.config)
+        if run is None or run.diverged or self.what is None:
+            return run is not None
+        return run.has_measured(self.what, decided_by(self.measure))
+
+
+class OutOfTime(RuntimeError):
+    """The time given to a sitting is over; what was finished is kept, runs under way resume from their last state."""
+
+
+def do_jobs(
+    jobs: Iterable[Job],
+    profile: Profile,
+    deadline: float = math.inf,
+    on_done: Callable[[], None] = lambda: None,
+) -> None:
+    """Do what is not done yet, `profile.workers` jobs side by side, behind one progress bar over expected cost.
+
+    On a GPU the workers share it: several small runs are packed on one device. on_done is called after every finished
+    job. Raises OutOfTime when `time.monotonic()` passes `deadline` with jobs left.
+    """
+    todo = [job for job in jobs if not job.done()]
+    if not todo:
+        return
+    todo.sort(key=Job.cost, reverse=True)  # the longest first, so that no worker is left alone at the end
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+    shares = context.Array("d", len(todo))
+    costs = [job.cost() for job in todo]
+    with ProcessPoolExecutor(profile.workers, context, _start_worker, (shares, profile.threads, os.getpid())) as pool:
+        futures = [pool.submit(_do_job, job, place) for place, job in enumerate(todo)]
+        try:
+            _watch(futures, shares, costs, deadline, on_done)
+            for future in futures:
+                future.result()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - set(others):
+                worker.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise InputError(
+                    "A worker process ended: killed for want of memory (lower workers in the profile), or started by a "
+                    "script without `if __name__ == '__main__':`; finished runs are kept, others resume: run it again."
+                ) from error
+            raise
+
+
+def _watch(futures: list[Future], shares, costs: list[float], deadline: float, on_done: Callable[[], None]) -> None:
+    """Show the progress of all jobs until they end, one fails or the time is over."""
+    names = f"{len(futures)} runs"
+    with tqdm(
+        total=100,
+        desc=names,
+        smoothing=0,  # an estimate from the mean speed: runs report in bursts
+        unit="%",
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
+        disable=bool(os.environ.get("CI")),
+    ) as bar:
+        pending = set(futures)
+        while pending and not any(future.done() and future.exception() for future in futures):
+            done, pending = wait(pending, timeout=1.0)
+            if done and not any(future.exception() for future in done):
+                on_done()
+            share = sum(cost * share for cost, share in zip(costs, shares, strict=True)) / sum(costs)
+            bar.update(100 * share - bar.n)
+            if pending and time.monotonic() > deadline:
+                raise OutOfTime(f"{len(futures) - len(pending)} of {len(futures)} runs done")
+
+
+def _start_worker(shares, threads: int, parent: int) -> None:
+    """Set up a worker process; a worker whose parent was killed ends at once, its run resumes later."""
+    global _shares
+    _shares = shares
+    torch.set_num_threads(threads)
+
+    def follow_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _do_job(job: Job, place: int) -> None:
+    def report(share: float) -> None:
+        _shares[place] = 0.9 * share  # measuring takes about a tenth
+
+    corpus = open_corpus(job.corpus)
+    run = train_run(job.config, corpus, report)
+    if not run.diverged and job.what is not None:
+        measurement(run, corpus, job.measure, job.what)
+    _shares[place] = 1.0
