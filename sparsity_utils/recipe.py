@@ -163,7 +163,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 def _with_interval(table: pd.DataFrame, column: str, unit: float, digits: int) -> list[str]:
     ends = unit * table[[column, f"low_{column}", f"high_{column}"]].astype(float)
-    return ["{:,.{n}f} [{:,.{n}f}, {:,.{n}f}]".format(*row, n=digits) for row in ends.to_numpy()]
+    text = "{:,.{n}f} [{:,.{n}f}, {:,.{n}f}]"
+    return [text.format(*row, n=digits) if np.isfinite(row).all() else "none" for row in ends.to_numpy()]
 
 
 def decoding_check(ffns: pd.DataFrame, decoding: pd.DataFrame) -> pd.DataFrame:

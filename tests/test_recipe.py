@@ -121,6 +121,8 @@ def test_a_readable_recipe_has_the_same_numbers(design):
     text, row = recipe.readable(table).iloc[1], table.iloc[1]
     shares = [100 * row[f"{end}activation_ratio"] for end in ("", "low_", "high_")]
     assert text["active %"] == "{:.1f} [{:.1f}, {:.1f}]".format(*shares)
+    unknown = recipe.readable(table.assign(low_sparse=np.nan))
+    assert set(unknown["sparse"]) == {"none"}
     assert text["activation"] == "SiLU" and text["sparse / dense"] == round(row["sparse"] / row["dense"], 2)
 
 
