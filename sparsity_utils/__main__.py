@@ -75,7 +75,7 @@ def _study_options(command: argparse.ArgumentParser) -> None:
 
 
 REFIT = """\
-Takes about a minute. Without --curves the eleven files (14 kB) are downloaded from the authors' repository to
+Takes about a minute. Without --curves the eleven files (13 kB) are downloaded from the authors' repository to
 build/published_curves and checked against checksums; they carry no licence and are not part of this project.
 """
 MEASURE = """\

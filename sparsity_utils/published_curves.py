@@ -37,7 +37,7 @@ COLUMNS = ["activation", "model", "tokens", "activation_ratio"]
 
 
 def download_curves() -> Path:
-    """Fetch the files that are not there yet (14 kB in all) and return their folder, build/published_curves.
+    """Fetch the files that are not there yet (13 kB in all) and return their folder, build/published_curves.
 
     Raises InputError when a file cannot be fetched or is not the published one.
     """
