@@ -23,6 +23,8 @@ NEAR_IDEAL = 0.9  # of the speed-up that the unread bytes allow
 BEYOND_WALL = 3.5  # times dense; reading all gates in full caps an exact method below 3
 DETERMINED = 0.01  # width of the 90% interval of a limit (1 point of activation ratio) up to which it counts as known
 PRINTED_ERROR = 0.005  # activation ratio (half a point): root mean square error of a law printed for its own curve
+COVERED = 0.8  # of held-out runs: 90% intervals that hold at least so many are called honest
+PREDICTED_LOSS_MARGIN = 0.05  # what a factor of two in parameters buys, at the exponent of LOSS_MARGIN
 TRANSFER_FACTOR = 2.0  # thresholds that cost p% on their own domain may cost this many times p% on another
 
 
@@ -78,6 +80,34 @@ def price_claim(p: float = 1.0) -> Claim:
         "% rise of perplexity",
         "bootstrap over documents of the rise of perplexity, on documents that had no part in the thresholds",
         f"90% interval inside 0 to {2 * p:g}%; not supported if wholly outside",
+    )
+
+
+def cover_claim(quantity: str) -> Claim:
+    """Do the intervals of the predicted `quantity` hold on shapes that were not fitted?"""
+    return Claim(
+        "design",
+        f"The 90% intervals of the predicted {quantity} hold on shapes that were not fitted",
+        "none",
+        "% of the runs inside",
+        "exact binomial interval of the share of runs inside, every shape left out in turn",
+        f"90% interval above {100 * COVERED:.0f}%; not supported if wholly below 90%",
+    )
+
+
+def size_claim(quantity: str) -> Claim:
+    """Is a size beyond the fit predicted within the margin of a quantity?"""
+    loss = quantity == "loss"
+    margin = f"{100 * PREDICTED_LOSS_MARGIN:.0f}%" if loss else f"{100 * SLOPE_MARGIN:.0f} points"
+    return Claim(
+        "design",
+        f"The {quantity} of a size beyond the fit is predicted within {margin}",
+        "none",
+        "% above the measured" if loss else "points above the measured",
+        "equivalence (two one-sided t tests) of predicted less measured, one value per shape and activation function, "
+        "fitted to runs of at most half the size",
+        f"90% interval inside +-{margin}",
+        scale=1.0,
     )
 
 
@@ -225,6 +255,15 @@ THRESHOLDS_TRANSFER = Claim(
     "t interval over runs of the mean rise on foreign domains, for each activation function; the highest decides",
     f"90% interval below {TRANSFER_FACTOR:g} times the p% solved for",
 )
+BETTER_THAN_MEAN = Claim(
+    "design",
+    "The recipe predicts the activation ratio better than the mean of the other runs",
+    "none",
+    "points nearer",
+    "t interval over shapes and activation functions, each left out in turn, of the error of the mean less that of the "
+    "recipe (sizes of errors, mean over seeds)",
+    scale=1.0,
+)
 SPEED_SHAPE = "A single FFN of the 2.4B shape, float32, one token, random patterns"
 NEARLY_IDEAL = Claim(
     "sparse_decoding",
@@ -334,6 +373,8 @@ CLAIMS = (
     form_claim("relu", "logspace", "published_curves"),
     form_claim("silu", "power", "published_curves"),
     LAW_FORECASTS,
+    *(cover_claim("activation ratio"), BETTER_THAN_MEAN, size_claim("activation ratio")),
+    *(cover_claim("loss"), size_claim("loss")),
 )
 
 

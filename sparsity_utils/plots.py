@@ -1,15 +1,17 @@
 """The figures of a study: which there are, and those of notebook 01. Table in, figure out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsity_utils import law_plots, pattern_plots, published_plots, scale_plots, speed_plots
+from sparsity_utils import design_plots, law_plots, pattern_plots, published_plots, scale_plots, speed_plots
 from sparsity_utils.cost import with_weights_read
+from sparsity_utils.design import CURVES, MORE_CURVES
 from sparsity_utils.labels import shape_name
 from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.study import Study
@@ -58,36 +60,50 @@ def _price_curves(axes: Axes, rows: pd.DataFrame, column: str) -> None:
     axes.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
 
 
-# name: the questions whose tables the figure is drawn from, in the order of its arguments
+class Drawing(NamedTuple):
+    """How a figure is drawn: from the tables of `questions`, then those of `optional` that a study has."""
+
+    draw: Callable[..., Figure]
+    questions: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    def tables(self, study: Study) -> list[pd.DataFrame] | None:
+        """The arguments of `draw`; None where the study lacks a table."""
+        if not all(map(study.answers, self.questions)):
+            return None
+        return [study.table(question) for question in (*self.questions, *filter(study.answers, self.optional))]
+
+
 FIGURES = {
-    "01_metrics": (("metrics",), metrics),
-    "02_relu_vs_silu": (("relu_vs_silu",), law_plots.relu_vs_silu),
-    "02_published_beside_ours": (("relu_vs_silu",), law_plots.published_beside_ours),
-    "02_other_activations": (("relu_vs_silu", "other_activations"), law_plots.other_activations),
-    "03_width_depth_ratio": (("width_depth_ratio",), scale_plots.width_depth_ratio),
-    "03_cost_of_depth": (("width_depth_ratio", "depth_cost"), scale_plots.cost_of_depth),
-    "04_scale_insensitivity": (("scale_insensitivity",), scale_plots.scale_insensitivity),
-    "04_second_line": (("scale_insensitivity", "second_line"), scale_plots.second_line),
-    "05_neuron_frequencies": (("activation_patterns",), pattern_plots.neuron_frequencies),
-    "05_token_patterns": (("token_patterns",), pattern_plots.token_patterns),
-    "05_dead_neurons": (("dead_neurons",), pattern_plots.dead_neurons),
-    "05_transfer": (("transfer",), pattern_plots.transfer),
-    "06_speed_against_sparsity": (("sparse_ffn",), speed_plots.speed_against_sparsity),
-    "06_roofline": (("sparse_ffn",), speed_plots.roofline),
-    "06_batches": (("sparse_ffn",), speed_plots.batches),
-    "06_decoding": (("sparse_decoding",), speed_plots.decoding),
-    "07_published_curves": (("published_refit",), published_plots.laws),
-    "07_limits": (("published_stability",), published_plots.limits),
-    "07_forecasts": (("published_forecasts",), published_plots.forecasts),
+    "01_metrics": Drawing(metrics, ("metrics",)),
+    "02_relu_vs_silu": Drawing(law_plots.relu_vs_silu, ("relu_vs_silu",)),
+    "02_published_beside_ours": Drawing(law_plots.published_beside_ours, ("relu_vs_silu",)),
+    "02_other_activations": Drawing(law_plots.other_activations, ("relu_vs_silu", "other_activations")),
+    "03_width_depth_ratio": Drawing(scale_plots.width_depth_ratio, ("width_depth_ratio",)),
+    "03_cost_of_depth": Drawing(scale_plots.cost_of_depth, ("width_depth_ratio", "depth_cost")),
+    "04_scale_insensitivity": Drawing(scale_plots.scale_insensitivity, ("scale_insensitivity",)),
+    "04_second_line": Drawing(scale_plots.second_line, ("scale_insensitivity", "second_line")),
+    "05_neuron_frequencies": Drawing(pattern_plots.neuron_frequencies, ("activation_patterns",)),
+    "05_token_patterns": Drawing(pattern_plots.token_patterns, ("token_patterns",)),
+    "05_dead_neurons": Drawing(pattern_plots.dead_neurons, ("dead_neurons",)),
+    "05_transfer": Drawing(pattern_plots.transfer, ("transfer",)),
+    "06_speed_against_sparsity": Drawing(speed_plots.speed_against_sparsity, ("sparse_ffn",)),
+    "06_roofline": Drawing(speed_plots.roofline, ("sparse_ffn",)),
+    "06_batches": Drawing(speed_plots.batches, ("sparse_ffn",)),
+    "06_decoding": Drawing(speed_plots.decoding, ("sparse_decoding",)),
+    "07_published_curves": Drawing(published_plots.laws, ("published_refit",)),
+    "07_limits": Drawing(published_plots.limits, ("published_stability",)),
+    "07_forecasts": Drawing(published_plots.forecasts, ("published_forecasts",)),
+    "08_design": Drawing(design_plots.design, ("sparse_ffn", "sparse_decoding", *CURVES), optional=MORE_CURVES),
 }
 
 
 def draw_all(study: Study, folder: Path) -> Iterator[Path]:
     """Draw every figure that a study has the tables for into `folder`, PNG and SVG; yield the files."""
-    for name, (questions, draw) in FIGURES.items():
-        tables = [study.table_or_none(question) for question in questions]
-        if all(table is not None for table in tables):
-            yield from save_figure(draw(*tables), folder / name)
+    for name, drawing in FIGURES.items():
+        tables = drawing.tables(study)
+        if tables is not None:
+            yield from save_figure(drawing.draw(*tables), folder / name)
 
 
 def keep_figure(figure: Figure, study: Study, name: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from small import profile_content, write_profile, write_text
 
 from sparsity_utils import (
+    design_verdicts,
     measure_sparsity,
     paths,
     pattern_verdicts,
@@ -19,7 +20,9 @@ from sparsity_utils import (
     speed_verdicts,
     verdicts,
 )
+from sparsity_utils.design import CURVES, MORE_CURVES, joined
 from sparsity_utils.errors import InputError
+from sparsity_utils.holdout import held_out
 from sparsity_utils.measure import window_length
 from sparsity_utils.model import load_model
 from sparsity_utils.plan import PUBLISHED, QUESTIONS, SCHEMA
@@ -64,6 +67,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
         pattern_verdicts.activation_patterns: ["activation_patterns", "token_patterns", "dead_neurons", "transfer"],
         speed_verdicts.sparse_decoding: ["sparse_ffn", "sparse_decoding"],
         published_verdicts.published_curves: PUBLISHED,
+        lambda *tables: design_verdicts.design(held_out(joined(tables))): [*CURVES, *MORE_CURVES],
     }
     found = [
         row
@@ -120,12 +124,10 @@ def test_the_tables_of_the_published_curves_are_those_of_the_refit():
 
 
 @pytest.mark.parametrize("name", plots.FIGURES)
-def test_a_figure_is_a_pure_function_of_its_table(name, tmp_path):
-    questions, draw = plots.FIGURES[name]
-    study = Study.recorded()
-    tables = [study.table_or_none(question) for question in questions]
-    if any(table is None for table in tables):
-        pytest.skip(f"the recorded study lacks a table of {', '.join(questions)}")
+def test_a_figure_is_a_pure_function_of_its_tables(name, tmp_path):
+    draw, tables = plots.FIGURES[name].draw, plots.FIGURES[name].tables(Study.recorded())
+    if tables is None:
+        pytest.skip(f"the recorded study lacks a table of {', '.join(plots.FIGURES[name].questions)}")
     before = [table.copy() for table in tables]
     written = [plots.save_figure(draw(*tables), tmp_path / str(turn) / name) for turn in (1, 2)]
     for table, copy in zip(tables, before, strict=True):
@@ -166,5 +168,5 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     assert (training["runs"], training["diverged"], training["parameters"]) == (6, 0, [736, 5888])
     assert training["tokens"] > 6 * 5000 and training["run_hours"] >= 0
     figures = list(plots.draw_all(Study.recorded(tmp_path / "results"), tmp_path / "figures"))
-    whole = [questions for questions, _ in plots.FIGURES.values() if all(map(study.answers, questions))]
+    whole = [name for name, drawing in plots.FIGURES.items() if drawing.tables(study) is not None]
     assert len(figures) == 2 * len(whole) and all(file.exists() for file in figures)
