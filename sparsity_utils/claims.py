@@ -156,7 +156,7 @@ RELU_SPARSER = Claim(
     "points fewer active",
     "paired t interval of the last-five means, pairs of equal size and seed",
 )
-LAW_FORECASTS = Claim(
+RUNS_FORECAST = Claim(
     "relu_vs_silu",
     "Fitted to the first half of a run, the published law forecasts the second better than the last value",
     "none",
@@ -364,7 +364,7 @@ CLAIMS = (
     price_claim(),
     *(CETT_LOWEST, CETT_CUT),
     *(LOSS_EQUAL, RELU_FALLS, SILU_RISES, RELU_SPARSER, form_claim("relu", "logspace"), form_claim("silu", "power")),
-    LAW_FORECASTS,
+    RUNS_FORECAST,
     *(RATIO_RISES, RATIO_BREAKS, RATIO_OPTIMUM),
     *(*line_claims(), SMALL_CONVERGE_FASTER, *line_claims(SECOND_LINE)),
     *(TOKENS_ALIKE, NEURONS_ALIKE, MIDDLE_ALIKE, DEAD_RISES, DEAD_EXPLAIN_LITTLE, THRESHOLDS_TRANSFER),

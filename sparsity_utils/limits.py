@@ -80,7 +80,7 @@ def limits_table(checkpoints: pd.DataFrame, seed_intervals: bool = False) -> pd.
         about = dict(zip([*SHAPE, "parameters", "ratio"], shape, strict=True))
         form, curve = published_form(about["activation"]), points[points["run"].isin(runs["run"])]
         seeds = []
-        for run in runs.itertuples():
+        for run in runs.sort_values("seed").itertuples():
             own = curve[curve["run"] == run.run]
             fit = fit_data_law(own["tokens"], own["activation_ratio"], form)
             entry = _with_interval(fit) if seed_intervals else _entry(fit)

@@ -276,7 +276,7 @@ def _forecast_verdict(checkpoints: pd.DataFrame) -> Verdict:
     left_out = (
         f"{len(last) - len(gains)} of {len(last)} runs too short for a forecast" if len(gains) < len(last) else ""
     )
-    return _positive(claims.LAW_FORECASTS, mean_over_runs(gains), left_out)
+    return _positive(claims.RUNS_FORECAST, mean_over_runs(gains), left_out)
 
 
 def best_of_all(claim: Claim, gaps: pd.DataFrame, against: pd.DataFrame | None = None) -> Verdict:

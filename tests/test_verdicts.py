@@ -314,3 +314,8 @@ def test_unusable_checkpoint_tables_are_input_errors(spoil, message):
 def test_unusable_metrics_tables_are_input_errors(spoil, message):
     with pytest.raises(InputError, match=message):
         verdicts.metrics(spoil(metrics_table()))
+
+
+def test_no_claim_is_stated_twice():
+    sentences = [claim.claim for claim in claims.CLAIMS]
+    assert len(set(sentences)) == len(sentences)
