@@ -217,7 +217,7 @@ NEURONS_ALIKE = Claim(
     "Neuron frequencies are distributed more alike across sizes than across activation functions",
     "alike across sizes (Fig. 9)",
     "less KS distance",
-    "t interval over seeds (each has every size) of the Kolmogorov-Smirnov distance of relative frequencies between "
+    "t interval over seeds, at the sizes that all of them have, of the KS distance of relative frequencies between "
     "ReLU and SiLU at one size, less that between sizes at one activation function; means over domains",
     scale=1.0,
 )

@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparsity_utils.claims import OFTEN, TRANSFER_FACTOR
+from sparsity_utils.labels import seeds_name
 from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.similarity import (
     PARTS,
@@ -42,8 +43,8 @@ def neuron_frequencies(neurons: pd.DataFrame) -> Figure:
     panels[0].set_ylabel("Neurons at or below (%)")
     panels[0].legend(loc="lower right")
     _distances(panels[-1], neurons)
-    domains, seeds = neurons["domain"].nunique(), neurons["seed"].nunique()
-    return captioned(figure, f"One line per size and each of {domains} domains, all layers, {seeds} seeds together.")
+    domains, seeds = neurons["domain"].nunique(), seeds_name(neurons)
+    return captioned(figure, f"One line per size and each of {domains} domains, all layers; {seeds} a size together.")
 
 
 @styled
@@ -62,7 +63,7 @@ def token_patterns(vocabulary: pd.DataFrame) -> Figure:
     return captioned(
         figure,
         f"One point per vocabulary token seen {OFTEN} times or more (n = {len(patterns)}), "
-        f"mean over {vocabulary['seed'].nunique()} seeds. "
+        f"mean over {seeds_name(vocabulary)} a size. "
         "Right: one point per pair of sizes; hollow: per pair of seeds of one size.",
     )
 
@@ -89,8 +90,8 @@ def dead_neurons(layers: pd.DataFrame) -> Figure:
         token_axis(axes)
         axes.set_ylim(bottom=0)
         axes.legend()
-    seeds = layers["seed"].nunique()
-    return captioned(figure, f"ReLU, mean over {seeds} seeds; dead: active on less than 0.1% of the evaluation tokens.")
+    about = f"ReLU, mean over {seeds_name(layers)} a size; dead: active on less than 0.1% of the evaluation tokens."
+    return captioned(figure, about)
 
 
 @styled

@@ -14,6 +14,7 @@ from sparsity_utils.laws import LEVEL
 from sparsity_utils.limits import require
 from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.similarity import (
+    SIZE,
     bootstrap_draws,
     frequency_distances,
     percentile_estimate,
@@ -76,7 +77,7 @@ def _tokens_alike(patterns: pd.DataFrame) -> Verdict:
 
 def _neurons_alike(neurons: pd.DataFrame) -> Verdict:
     """One value per seed: its models share no weights with those of another seed, whatever their size and domain."""
-    both = neurons[neurons["activation"].isin(["relu", "silu"])]
+    both = _sizes_of_all_seeds(neurons[neurons["activation"].isin(["relu", "silu"])])
     means = {
         against: frequency_distances(both, against).groupby("seed")["distance"].mean()
         for against in ("activation", "size")
@@ -84,7 +85,16 @@ def _neurons_alike(neurons: pd.DataFrame) -> Verdict:
     estimate = mean_over_runs((means["activation"] - means["size"]).dropna())
     found = ", ".join(f"{mean.mean():.2f} between {against}s" for against, mean in means.items())
     reason = estimate.reason.replace("runs", "seeds") or f"{estimate.n} seeds"
-    return claims.NEURONS_ALIKE.judged(estimate, supports_positive(estimate), reason, f"KS {found}")
+    sizes = ", ".join(map(size_name, both[SIZE].drop_duplicates().sort_values(SIZE).itertuples(index=False)))
+    return claims.NEURONS_ALIKE.judged(estimate, supports_positive(estimate), reason, f"KS {found}", f"sizes {sizes}")
+
+
+def _sizes_of_all_seeds(neurons: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the sizes that every seed has with every activation function, so that seeds are like for like."""
+    models = neurons[[*SIZE, "activation", "seed"]].drop_duplicates()
+    everywhere = len(models[["activation", "seed"]].drop_duplicates())
+    counts = pd.MultiIndex.from_frame(neurons[SIZE]).map(models.groupby(SIZE).size())
+    return neurons[counts == everywhere]
 
 
 def _middle_alike(patterns: pd.DataFrame) -> Verdict:

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 from sparsity_utils import measure, paths
 from sparsity_utils.__main__ import _parser, main
 from sparsity_utils.errors import InputError
+from sparsity_utils.sources import package_documents
 
 RELU = str(paths.RECORDED_MODELS / "relu")
 FILES = {"report.json", "layers.csv", "tokens.csv"} | {
@@ -23,10 +24,11 @@ FILES = {"report.json", "layers.csv", "tokens.csv"} | {
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    """Nine documents of this package's own source."""
+    """Nine documents of a pinned package's source, the same for everybody."""
     folder = tmp_path_factory.mktemp("text")
-    for file in sorted((paths.ROOT / "sparsity_utils").glob("*.py"))[1:10]:
-        (folder / f"{file.stem}.txt").write_text(file.read_text(encoding="utf-8")[:2500], encoding="utf-8")
+    documents = [document for document in package_documents("mistune") if len(document) > 2500]
+    for number, document in enumerate(documents[:9]):
+        (folder / f"{number}.txt").write_text(document[:2500], encoding="utf-8")
     return folder
 
 
@@ -59,12 +61,14 @@ def test_a_model_and_a_text_give_a_number_a_table_and_files(capsys, text, tmp_pa
         lines[2] == f"Metric cett-ppl, p = 1; {len(tokens):,} tokens of 6 documents; thresholds solved on other text."
     )
     assert [line.split()[:2] for line in lines[5:9]] == [[str(n), f"model.layers.{n}.mlp"] for n in range(4)]
-    assert {Path(line) for line in lines[9:]} == {out / name for name in FILES}
+    notes, files = lines[9 : -len(FILES)], lines[-len(FILES) :]
+    assert {Path(line) for line in files} == {out / name for name in FILES}
+    assert all(line.startswith("Note: ") for line in notes if line)  # whether there are any is up to the text
 
     assert 0.05 < found["activation_ratio"] < found["nonzero_share"] < 0.6
     assert found["interval"][0] < found["activation_ratio"] < found["interval"][1]
     assert layers["activation_ratio"].mean() == pytest.approx(found["activation_ratio"])
-    assert len(tokens) == found["tokens"] <= 4000 and found["documents"] == 6
+    assert len(tokens) == found["tokens"] < 4500 and found["documents"] == 6  # two thirds of 6,000, whole documents
     ratios = tokens[[f"layer_{layer}" for layer in range(4)]]
     np.testing.assert_allclose(ratios.mean(), layers["activation_ratio"], rtol=1e-4)
     assert found["settings"]["length"] == 128 and found["settings"]["dtype"] == "float32"
@@ -74,13 +78,14 @@ def test_a_model_and_a_text_give_a_number_a_table_and_files(capsys, text, tmp_pa
 def test_a_metric_that_solves_nothing_measures_all_documents(capsys, text, tmp_path):
     arguments = ("--text", text, "--metric", "top-k", "--k", 12, "--dtype", "bfloat16", "--out", tmp_path)
     printed = measured(capsys, RELU, *arguments)
-    assert printed.startswith("10.0% of the neurons are active per token (standard error 0.0")  # 12 of 120
+    share = 12 / json.loads((paths.RECORDED_MODELS / "relu" / "config.json").read_text())["intermediate_size"]
+    assert printed.startswith(f"{share:.1%} of the neurons are active per token (standard error 0.0")
     assert "Metric top-k, k = 12; " in printed and "tokens of 9 documents.\n" in printed
     assert json.loads((tmp_path / "report.json").read_text())["settings"]["dtype"] == "bfloat16"
 
 
 def test_one_document_has_no_error_and_calibration_may_be_another_text(capsys, text, tmp_path):
-    one, other = text / "batches.txt", text / "bench.txt"
+    one, other = text / "0.txt", text / "1.txt"
     arguments = ("--text", one, "--calibration", other, "--metric", "cett", "--cett", 0.2, "--out", tmp_path)
     printed = measured(capsys, RELU, *arguments)
     assert "are active per token (one document, so its error is unknown)." in printed

@@ -96,6 +96,16 @@ def test_a_study_that_contradicts_them():
     assert {name: row.verdict for name, row in rows.items()} == dict.fromkeys(rows, NOT_SUPPORTED)
 
 
+def test_a_size_that_a_seed_lacks_is_left_out_of_the_comparison_of_seeds():
+    table = neurons()
+    size = table["d_model"].max()
+    uneven = table[(table["d_model"] < size) | (table["seed"] > 0)]
+    even = table[table["d_model"] < size]
+    one, other, whole = (judged(neurons=chosen)["neurons"] for chosen in (uneven, even, table))
+    assert one == other and one.here != whole.here
+    assert f"{size}x" not in one.reason and f"{size}x" in whole.reason
+
+
 def test_the_slope_of_the_dead_share_is_per_decade_of_tokens():
     rows = judged(dead=dead(sizes=SIZES[:1], seeds=(0, 1)))
     assert rows["rises"].here == pytest.approx(0.4 * 1.05)  # runs rise to 0.4 and 0.44 points over one decade

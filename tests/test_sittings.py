@@ -2,7 +2,10 @@
 
 import json
 import lzma
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import pandas as pd
@@ -104,3 +107,33 @@ def test_packed_text_that_is_cut_or_of_another_profile_is_refused(tmp_path, text
         stream.write(json.dumps({"request": {"config": {}}}) + "\n")
     with pytest.raises(InputError, match="packed for another corpus section"):
         unpack_text(config, packed)
+
+
+def test_a_sitting_needs_only_what_a_bare_gpu_image_has(tmp_path, text):
+    profile, packed, archive = one_run(tmp_path, text), tmp_path / "text.jsonl.xz", tmp_path / "tables.zip"
+    assert main(["corpus", "--profile", profile, "--pack", str(packed)]) == 0
+    blocked = ("scipy", "statsmodels", "matplotlib", "seaborn", "datasketch", "datasets", "papermill", "pooch", "numba")
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import importlib.util, sys
+class Blocker:  # in the worker processes too
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(name)
+find = importlib.util.find_spec  # libraries ask it what is installed
+importlib.util.find_spec = lambda name, *args: None if name.split(".")[0] in {blocked} else find(name, *args)
+sys.meta_path.insert(0, Blocker())
+""")
+    (tmp_path / "sit.py").write_text(f"""
+if __name__ == "__main__":
+    from pathlib import Path
+    from sparsity_utils.sittings import sit
+    from sparsity_utils.study import Study
+    assert sit(Study.from_profile({profile!r}, Path({str(packed)!r})), 10.0, Path({str(archive)!r})) == ""
+""")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(paths.ROOT)])}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "sit.py")], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    names = {name.partition("/")[2].partition("-")[0] for name in zipfile.ZipFile(archive).namelist()}
+    assert names == {"manifest.json", "metrics", "curve", "neurons", "vocabulary", "dead", "transfer"}
