@@ -182,7 +182,7 @@ def test_the_command_line_says_what_is_wrong_in_one_sentence(capsys):
 def test_a_killed_worker_is_said_and_finished_runs_are_kept(tmp_path, monkeypatch, text):
     import multiprocessing
 
-    from sparsity_utils import study as module
+    from sparsity_utils import jobs as module
 
     monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
     original = module.wait
