@@ -45,7 +45,7 @@ class Job:
     config: RunConfig
     corpus: Path
     measure: MeasureConfig
-    what: str | None  # a key of MEASUREMENTS, or nothing but the losses of training
+    what: tuple[str, ...]  # keys of MEASUREMENTS; none: nothing but the losses of training
 
     def cost(self) -> float:
         """Expected work, in units of the run's own; measuring takes about a tenth of training."""
@@ -54,9 +54,9 @@ class Job:
     def done(self) -> bool:
         """Whether nothing is left to compute."""
         run = find_run(self.config)
-        if run is None or run.diverged or self.what is None:
+        if run is None or run.diverged:
             return run is not None
-        return run.has_measured(self.what, decided_by(self.measure))
+        return all(run.has_measured(what, decided_by(self.measure)) for what in self.what)
 
 
 class OutOfTime(RuntimeError):
@@ -141,6 +141,6 @@ def _do_job(job: Job, place: int) -> None:
 
     corpus = open_corpus(job.corpus)
     run = train_run(job.config, corpus, report)
-    if not run.diverged and job.what is not None:
-        measurement(run, corpus, job.measure, job.what)
+    for what in job.what if not run.diverged else ():
+        measurement(run, corpus, job.measure, what)
     _shares[place] = 1.0

@@ -27,16 +27,15 @@ def sit(study: Study, minutes: float, tables: Path | None = None) -> str:
     `tables`: an archive of finished runs, read first if it is there and written after every finished run.
     Raises InputError for an archive that is not one of ours.
     """
-    deadline = time.monotonic() + 60 * minutes
-    keys = sorted({config.key for question in QUESTIONS for config in study.configs(question)})
+    deadline, jobs = time.monotonic() + 60 * minutes, study.jobs(*QUESTIONS)
     if tables is not None and tables.exists():
         unpack_runs(tables)
+    keys = sorted(job.config.key for job in jobs)
     keep = (lambda: pack_runs(keys, tables)) if tables is not None else (lambda: None)
-    for question in filter(study.configs, QUESTIONS):
-        try:
-            do_jobs(study.jobs(question), study.profile, deadline, keep)
-        except OutOfTime as left:
-            return f"{question}: {left}"
+    try:
+        do_jobs(jobs, study.profile, deadline, keep)
+    except OutOfTime as left:
+        return str(left)
     return ""
 
 

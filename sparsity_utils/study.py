@@ -185,10 +185,15 @@ class Study:
             for model, train in planned(self.profile, question)
         ]
 
-    def jobs(self, question: str) -> list[Job]:
-        """What is to be trained and measured for a question, whether done or not."""
-        what = QUESTIONS[question].measurement
-        return [Job(config, self.corpus.folder, self.profile.measure, what) for config in self.configs(question)]
+    def jobs(self, *questions: str) -> list[Job]:
+        """What is to be trained and measured for some questions, whether done or not: one job per run."""
+        wanted: dict[RunConfig, dict[str, None]] = {}  # measurements in order, each once
+        for question in questions:
+            what = QUESTIONS[question].measurement
+            for config in self.configs(question):
+                wanted.setdefault(config, {}).update({what: None} if what else {})
+        measure = self.profile.measure
+        return [Job(config, self.corpus.folder, measure, tuple(what)) for config, what in wanted.items()]
 
     def _measured(self, question: str) -> pd.DataFrame:
         _, what, about = QUESTIONS[question]

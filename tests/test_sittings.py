@@ -60,7 +60,7 @@ def test_a_sitting_ends_in_time_and_the_next_one_goes_on(tmp_path, text, capsys)
     profile, archive = one_run(tmp_path, text), tmp_path / "tables.zip"
     command = ["study", "--profile", profile, "--tables", str(archive), "--minutes"]
     assert main([*command, "0"]) == TIME_OVER
-    assert "metrics: 0 of 1 runs done; the same command continues" in capsys.readouterr().out
+    assert "0 of 1 runs done; the same command continues" in capsys.readouterr().out
     study = Study.from_profile(profile)
     assert sit(study, FOREVER, archive) == "" and sit(study, 0, archive) == ""
 
