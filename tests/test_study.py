@@ -18,6 +18,7 @@ from sparsity_utils import paths
 from sparsity_utils.__main__ import main
 from sparsity_utils.errors import InputError
 from sparsity_utils.plan import QUESTIONS
+from sparsity_utils.sittings import sit
 from sparsity_utils.study import Study
 from sparsity_utils.train import checkpoint_file
 
@@ -34,6 +35,7 @@ def built(tmp_path_factory, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSITY_BUILD", str(folder / "build"))
         study = Study.from_profile(write_profile(folder, profile_content(text)))
+        assert sit(study, minutes=10) == ""  # all runs in one go
         tables = {question: study.table(question) for question in QUESTIONS if study.configs(question)}
         yield study, tables
 
