@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from sparsity_utils.errors import InputError
+from sparsity_utils.labels import short_number
 from sparsity_utils.laws import LEVEL
 from sparsity_utils.limits import COLUMNS, fit_points, last_means, require
 from sparsity_utils.profiles import ACTIVATIONS
@@ -280,11 +281,5 @@ def _weighted(x: Array, y: Array, weights: Array) -> Array | None:
 def _beyond(name: str, value: float, low: float, high: float) -> str:
     """How far `value` lies outside a fitted range, in decades; empty where it does not."""
     if value > NEAR * high:
-        return f"{name} {math.log10(value / high):.2g} decades above {compact(high)}"
-    return f"{name} {math.log10(low / value):.2g} decades below {compact(low)}" if value < low / NEAR else ""
-
-
-def compact(value: float) -> str:
-    """Three digits and a unit: 106k, 2.4B."""
-    size, unit = next(((size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= size), (1, ""))
-    return f"{value / size:.3g}{unit}"
+        return f"{name} {math.log10(value / high):.2g} decades above {short_number(high)}"
+    return f"{name} {math.log10(low / value):.2g} decades below {short_number(low)}" if value < low / NEAR else ""

@@ -5,8 +5,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsity_utils.design import Design, Law, compact, fit_design, joined
+from sparsity_utils.design import Design, Law, fit_design, joined
 from sparsity_utils.holdout import held_out
+from sparsity_utils.labels import short_number
 from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.recipe import RATIOS, machine, recipe
 from sparsity_utils.style import Look, ShownFigure, captioned, styled
@@ -40,7 +41,7 @@ def design(
     table = recipe(fitted, machine(ffns, decoding, bandwidth, dtype), parameters, tokens, vocabulary)
     _speeds(speeds, table, f"Decoding at {bandwidth:g} GB/s, {dtype}")
     _check(check, held_out(checkpoints).query("split == 'shape' and quantity == 'activation ratio'"))
-    budget = f"{compact(parameters)} parameters, {compact(tokens)} tokens"
+    budget = f"{short_number(parameters)} parameters, {short_number(tokens)} tokens"
     runs = f"{len(fitted.runs)} runs"
     return captioned(
         figure,

@@ -20,11 +20,10 @@ def parameters_name(rows: pd.DataFrame) -> str:
 
 
 def short_number(count: float) -> str:
-    """`45k`, `1.2M`, `2.4B`."""
-    for unit, letter in ((1e9, "B"), (1e6, "M")):
-        if count >= unit:
-            return f"{count / unit:.3g}{letter}"
-    return f"{count / 1e3:.3g}k"
+    """Three digits and a unit: `112`, `45k`, `1.2M`, `2.4B`."""
+    units = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+    size, letter = next(((size, letter) for size, letter in units if count >= size), (1, ""))
+    return f"{count / size:.3g}{letter}"
 
 
 def seeds_name(rows: pd.DataFrame) -> str:

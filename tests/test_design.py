@@ -8,9 +8,10 @@ import pytest
 from scipy.special import expit
 
 from sparsity_utils import claims, design_plots, design_verdicts
-from sparsity_utils.design import compact, fit_design, joined
+from sparsity_utils.design import fit_design, joined
 from sparsity_utils.errors import InputError
 from sparsity_utils.holdout import COLUMNS, accuracy, against_published, held_out
+from sparsity_utils.labels import short_number
 from sparsity_utils.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
 LINE = ((16, 1), (32, 2), (48, 3), (64, 4))  # ratio 16, 2.9k to 188k parameters
@@ -149,7 +150,7 @@ def test_every_direction_of_extrapolation_is_named(exact, parameters, tokens, ra
 
 
 def test_sizes_are_written_short():
-    assert [compact(x) for x in (26.25, 188_416, 2.4e9, 1e7)] == ["26.2", "188k", "2.4B", "10M"]
+    assert [short_number(x) for x in (26.25, 188_416, 2.4e9, 1e7)] == ["26.2", "188k", "2.4B", "10M"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from sparsity_utils.study import Study
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(2944, "2.94k"), (188_416, "188k"), (1.04e6, "1.04M"), (2.44e9, "2.44B"), (512, "0.512k")]
+    ("count", "text"), [(2944, "2.94k"), (188_416, "188k"), (1.04e6, "1.04M"), (2.44e9, "2.44B"), (512, "512")]
 )
 def test_short_numbers(count, text):
     assert labels.short_number(count) == text
