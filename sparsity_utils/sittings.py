@@ -62,10 +62,17 @@ def unpack_runs(file: Path) -> None:
         match = TABLE.fullmatch(name)
         if not match:
             raise InputError(f"{file} holds {name!r}, which no archive of runs has; name one of `study --tables`.")
-        manifest = contents.get(f"{match[1]}/manifest.json")
-        if manifest is None or digest(json.loads(manifest)["config"]) != match[1]:
+        if _key(contents.get(f"{match[1]}/manifest.json", b"")) != match[1]:
             raise InputError(f"The run {match[1]} in {file} does not fit its name; bring the archive back again.")
         target = paths.runs() / match[1] / match[2]
         if not target.exists():
             with paths.written_aside(target) as aside:
                 aside.write_bytes(content)
+
+
+def _key(manifest: bytes) -> str:
+    """The name of the run that a manifest belongs to; nothing for a damaged one."""
+    try:
+        return digest(json.loads(manifest)["config"])
+    except (ValueError, KeyError, TypeError):
+        return ""

@@ -116,7 +116,7 @@ class Study:
         return None
 
     def largest_config(self, activation: str) -> RunConfig:
-        """The run that stands for an activation function: the largest size and, of its seeds, the first.
+        """The configuration that stands for an activation function: the largest size and, of its seeds, the first.
 
         Raises InputError when the study has no run of that activation.
         """

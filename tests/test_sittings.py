@@ -73,6 +73,7 @@ def test_an_archive_that_is_not_ours_is_refused(tmp_path, text):
     for name, content, sentence in (
         ("../escape.csv", "", "which no archive of runs has"),
         ("0123456789abcdef/manifest.json", json.dumps({"config": {}}), "does not fit its name"),
+        ("0123456789abcdef/manifest.json", "{", "does not fit its name"),
         ("0123456789abcdef/curve-0123456789abcdef.csv", "step\n", "does not fit its name"),
     ):
         with zipfile.ZipFile(bad, "w") as archive:
@@ -112,7 +113,8 @@ def test_packed_text_that_is_cut_or_of_another_profile_is_refused(tmp_path, text
 def test_a_sitting_needs_only_what_a_bare_gpu_image_has(tmp_path, text):
     profile, packed, archive = one_run(tmp_path, text), tmp_path / "text.jsonl.xz", tmp_path / "tables.zip"
     assert main(["corpus", "--profile", profile, "--pack", str(packed)]) == 0
-    blocked = ("scipy", "statsmodels", "matplotlib", "seaborn", "datasketch", "datasets", "papermill", "pooch", "numba")
+    blocked = ("scipy", "statsmodels", "matplotlib", "seaborn", "datasketch", "datasets", "papermill", "nbformat")
+    blocked += ("pooch", "numba")
     (tmp_path / "sitecustomize.py").write_text(f"""
 import importlib.util, sys
 class Blocker:  # in the worker processes too
@@ -126,6 +128,8 @@ sys.meta_path.insert(0, Blocker())
     (tmp_path / "sit.py").write_text(f"""
 if __name__ == "__main__":
     from pathlib import Path
+    from sparsity_utils import measure_sparsity
+    from sparsity_utils.__main__ import main
     from sparsity_utils.sittings import sit
     from sparsity_utils.study import Study
     assert sit(Study.from_profile({profile!r}, Path({str(packed)!r})), 10.0, Path({str(archive)!r})) == ""

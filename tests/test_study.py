@@ -204,21 +204,3 @@ def test_a_killed_worker_is_said_and_finished_runs_are_kept(tmp_path, monkeypatc
     kept = {file: file.stat().st_mtime_ns for file in paths.runs().glob("[!.]*/manifest.json")}
     assert kept and len(study.table("relu_vs_silu")) > 0
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
-
-
-def test_the_study_part_needs_only_what_a_bare_gpu_image_has():
-    blocked = ("scipy", "statsmodels", "matplotlib", "seaborn", "datasketch", "datasets", "papermill", "nbformat")
-    code = f"""
-import importlib.util, sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked}:
-            raise ModuleNotFoundError(name)
-find = importlib.util.find_spec  # libraries ask it what is installed
-importlib.util.find_spec = lambda name, *args: None if name.split(".")[0] in {blocked} else find(name, *args)
-sys.meta_path.insert(0, Blocker())
-from sparsity_utils import Study, measure_sparsity
-from sparsity_utils.__main__ import main
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=paths.ROOT)
-    assert done.returncode == 0, done.stderr
