@@ -96,10 +96,10 @@ def other_activations(main: pd.DataFrame, others: pd.DataFrame) -> Figure:
             right.plot(_millions(run), run["validation_loss"], label=label, **style)
     for axes in (left, right):
         token_axis(axes)
-        axes.legend(fontsize=8)
-    left.set(
-        ylabel="Active neurons (% of d_ff)", title=f"{price_name(together)}, {shape_name(together)}", ylim=(0, None)
-    )
+    left.set(ylabel="Active neurons (% of d_ff)", title=f"{price_name(together)}, {shape_name(together)}")
+    left.set_ylim(0, 1.3 * left.dataLim.ymax)  # room for the legend
+    left.legend(fontsize=8, ncols=2, loc="upper left")
+    right.legend(fontsize=8)
     right.set(ylabel="Validation loss (nats per token)", title="Loss, last point after the decay")
     return captioned(figure, f"One line per run, {seeds_name(together)}; {parameters_name(together)}.")
 

@@ -166,15 +166,15 @@ class Size:
 
     def __post_init__(self) -> None:
         self.d_model_and_layers()
-        _check(self.tokens > 0, f"study.sizes: {self.shape} has {self.tokens} tokens; it needs a positive number.")
-        _check(self.seeds is None or self.seeds > 0, f"study.sizes: {self.shape} has {self.seeds} seeds; 1 or more.")
+        _check(self.tokens > 0, f"Size {self.shape} has {self.tokens} tokens; it needs a positive number.")
+        _check(self.seeds is None or self.seeds > 0, f"Size {self.shape} has {self.seeds} seeds; it needs 1 or more.")
 
     def d_model_and_layers(self) -> tuple[int, int]:
         """`"48x4"` -> (48, 4)."""
         parts = self.shape.split("x")
         _check(
             len(parts) == 2 and all(part.isdigit() for part in parts),
-            f"study.sizes: {self.shape!r} is not of the form 48x4 (d_model x n_layers).",
+            f"Size {self.shape!r} is not of the form 48x4 (d_model x n_layers).",
         )
         return int(parts[0]), int(parts[1])
 

@@ -151,8 +151,8 @@ def second_line(checkpoints: pd.DataFrame, second: pd.DataFrame) -> Figure:
         _size_axis(axes, sizes)
         axes.set_ylim(0, 1.5 * axes.dataLim.ymax)  # room for the legend
         axes.legend(fontsize=7)
-    seeds = f"{seeds_name(checkpoints)} and {seeds_name(second)} a size"
-    return captioned(figure, f"One point per run, {seeds}; slopes with 90% intervals.")
+    seeds = seeds_name(pd.concat([checkpoints, second]))
+    return captioned(figure, f"One point per run, {seeds} a size; slopes with 90% intervals.")
 
 
 def _nonzero(checkpoints: pd.DataFrame) -> pd.DataFrame:

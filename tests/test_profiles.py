@@ -80,7 +80,7 @@ CHANGES = [  # place, value, message
     (("measure", "protocol"), "best", r"measure\.protocol is 'best'"),
     (("study", "probe"), 2, r"study\.probe is 2; choose 0 to 1, a place in study\.sizes"),
     (("study", "other_activations"), ["silu"], r"study\.other_activations repeats silu of study\.activations"),
-    (("study", "second_sizes"), [{"shape": "8x1", "tokens": 5000, "seeds": 0}], r"8x1 has 0 seeds; 1 or more"),
+    (("study", "second_sizes"), [{"shape": "8x1", "tokens": 5000, "seeds": 0}], r"8x1 has 0 seeds; it needs 1 or more"),
     (("study", "activations"), ["relu", "swish"], r"study\.activations has 'swish'; choose from relu"),
     (("study", "seeds"), 0, r"study\.seeds is 0; it should be a list"),
     (("study", "sizes"), [], r"study\.sizes is empty"),
