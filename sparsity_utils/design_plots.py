@@ -113,6 +113,7 @@ def _check(axes: Axes, held: pd.DataFrame) -> None:
     else:
         ends = 100 * held[["low", "measured"]].min().min(), 100 * held[["high", "measured"]].max().max()
         axes.plot(ends, ends, color="grey", linewidth=0.8)
+        axes.set_ylim(0, 1.25 * ends[1])  # room for the legend
         axes.legend(fontsize=8, loc="upper left")
     labels = {"xlabel": "Measured active neurons (%)", "ylabel": "Predicted active neurons (%)"}
     axes.set(title="Shapes that were not fitted", **labels)

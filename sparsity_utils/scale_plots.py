@@ -93,13 +93,17 @@ def cost_of_depth(checkpoints: pd.DataFrame, costs: pd.DataFrame) -> Figure:
     figure, drawn = side_by_side(len(panels))
     for axes, (column, spread, unit, label, title) in zip(drawn, panels, strict=True):
         y = unit * shapes[column]
-        style = {"color": COLOURS[0], "marker": "o", "linestyle": "-", "linewidth": 0.8, "capsize": 2}
-        axes.errorbar(time, y, unit * shapes[spread] / 2, reach, **style)
+        axes.plot(time, y, color="lightgrey", linewidth=0.8, zorder=0)
+        axes.errorbar(time, y, unit * shapes[spread] / 2, reach, fmt="o", color=COLOURS[0], linewidth=0.8, capsize=2)
         axes.set(xlabel="Training time per token (widest = 1)", ylabel=label, title=title)
-    for shape, x, height in zip(_shapes(shapes), time, 100 * shapes["activation_ratio"], strict=True):
-        drawn[0].annotate(shape, (x, height), xytext=(4, 5), textcoords="offset points", fontsize=7)
+    for index, shape in enumerate(_shapes(shapes)):  # left and right in turn: the times of neighbours may be equal
+        end, side, away = ("training_low", "right", -4) if index % 2 else ("training_high", "left", 4)
+        place = (shapes[end][index], 100 * shapes["activation_ratio"][index])
+        style = {"ha": side, "va": "top" if index % 2 else "bottom", "fontsize": 7}
+        drawn[0].annotate(shape, place, xytext=(away, 0), textcoords="offset points", **style)
     basis = f"Means over {seeds_name(checkpoints)}, bars: half their spread to either side"
-    timing = f"{costs['rounds'].iloc[0]} rounds, {costs['threads'].iloc[0]} thread(s)"
+    threads = costs["threads"].iloc[0]
+    timing = f"{costs['rounds'].iloc[0]} rounds, {threads} thread{'s' if threads > 1 else ''}"
     unit = f"1 = {shapes['training_us'][0]:.0f} µs"
     return captioned(figure, f"{basis}; time: median and 90% interval, {timing}, {unit}.")
 
