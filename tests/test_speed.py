@@ -43,7 +43,9 @@ def test_every_way_is_timed_and_gives_the_masked_model_s_tokens(model, prompts):
     assert (table["tokens_per_second"] > 0).all() and table.loc["dense", "speedup"] == 1
     times = table[["ffn_time", "attention_time", "head_time"]]
     assert (times > 0).all(axis=None) and (times.sum(axis=1) < 1).all()
-    assert table.loc["dense", "ffn_megabytes"] == pytest.approx(4 * 3 * 48 * 120 * 4 / 1e6)
+    config = model.config
+    weights = config.num_hidden_layers * 3 * config.hidden_size * config.intermediate_size
+    assert table.loc["dense", "ffn_megabytes"] == pytest.approx(4 * weights / 1e6)
     assert table.loc["all rows", "ffn_megabytes"] == table.loc["dense", "ffn_megabytes"]
     assert table.loc["sparse", "ffn_megabytes"] < table.loc["dense", "ffn_megabytes"]
     assert (table.loc[["dense", "all rows"], "strict_speedup"] == 1).any()  # the faster of the two is the measure
@@ -80,7 +82,8 @@ def test_parts_count_the_time_of_single_tokens_alone(model, prompts, monkeypatch
 def test_patterns_are_those_of_the_last_tokens(model):
     windows = torch.randint(0, model.config.vocab_size, (3, 5), generator=torch.Generator().manual_seed(1))
     pattern = speed.decode_pattern("trained relu", model, CETT, windows)
-    assert (pattern.act, pattern.rule) == ("relu", "neuron") and pattern.active.shape == (3, 480)
+    neurons = model.config.num_hidden_layers * model.config.intermediate_size
+    assert (pattern.act, pattern.rule) == ("relu", "neuron") and pattern.active.shape == (3, neurons)
     assert (pattern.nonzero | ~pattern.active).all() and 0 < pattern.active.mean() < pattern.nonzero.mean() < 1
     alone = speed.decode_pattern("trained relu", model, CETT, windows[1:2])
     assert (alone.active == pattern.active[1:2]).all()
