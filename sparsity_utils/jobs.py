@@ -126,6 +126,7 @@ def _start_worker(shares, threads: int, parent: int) -> None:
     global _shares
     _shares = shares
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # the default lock is a semaphore, which a terminated worker would leave behind
 
     def follow_parent() -> None:
         while os.getppid() == parent:
