@@ -21,6 +21,7 @@ def parameters_name(rows: pd.DataFrame) -> str:
 
 def short_number(count: float) -> str:
     """Three digits and a unit: `112`, `45k`, `1.2M`, `2.4B`."""
+    count = float(f"{count:.3g}")  # first, so that 999,900 is 1M and not 1e+03k
     units = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
     size, letter = next(((size, letter) for size, letter in units if count >= size), (1, ""))
     return f"{count / size:.3g}{letter}"

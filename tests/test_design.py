@@ -11,7 +11,6 @@ from sparsity_utils import claims, design_plots, design_verdicts
 from sparsity_utils.design import fit_design, joined
 from sparsity_utils.errors import InputError
 from sparsity_utils.holdout import COLUMNS, accuracy, against_published, held_out
-from sparsity_utils.labels import short_number
 from sparsity_utils.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
 LINE = ((16, 1), (32, 2), (48, 3), (64, 4))  # ratio 16, 2.9k to 188k parameters
@@ -147,10 +146,6 @@ def test_inside_the_fit_there_are_no_words(exact):
 )
 def test_every_direction_of_extrapolation_is_named(exact, parameters, tokens, ratio, activation, words):
     assert exact.predict(parameters, tokens, ratio, activation).extrapolates == words
-
-
-def test_sizes_are_written_short():
-    assert [short_number(x) for x in (26.25, 188_416, 2.4e9, 1e7)] == ["26.2", "188k", "2.4B", "10M"]
 
 
 @pytest.mark.parametrize(

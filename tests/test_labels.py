@@ -9,7 +9,19 @@ from sparsity_utils.study import Study
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(2944, "2.94k"), (188_416, "188k"), (1.04e6, "1.04M"), (2.44e9, "2.44B"), (512, "512")]
+    ("count", "text"),
+    [
+        (2944, "2.94k"),
+        (188_416, "188k"),
+        (1.04e6, "1.04M"),
+        (1e7, "10M"),
+        (2.44e9, "2.44B"),
+        (2.4e9, "2.4B"),
+        (512, "512"),
+        (26.25, "26.2"),
+        (999_900, "1M"),
+        (999_400, "999k"),
+    ],
 )
 def test_short_numbers(count, text):
     assert labels.short_number(count) == text
