@@ -12,6 +12,7 @@ from dataclasses import replace
 import pandas as pd
 
 from sparsity_utils.judgement import Claim
+from sparsity_utils.one_dimension import ONE_DIMENSION
 from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.speed_claims import SPEED_CLAIMS
 from sparsity_utils.trends import DISTINCT
@@ -333,6 +334,7 @@ CLAIMS = (
     *(at_second_line(claim) for claim in PAIRED),
     *(RATIO_RISES, RATIO_BREAKS, RATIO_OPTIMUM),
     *(*line_claims(), SMALL_CONVERGE_FASTER, *line_claims(SECOND_LINE)),
+    *ONE_DIMENSION,
     *(TOKENS_ALIKE, NEURONS_ALIKE, MIDDLE_ALIKE, DEAD_RISES, DEAD_EXPLAIN_LITTLE, THRESHOLDS_TRANSFER),
     *SPEED_CLAIMS,
     *(PRINTED_LAWS, refit_claim("relu"), refit_claim("silu"), SPARSITY_KNOWN),
