@@ -68,10 +68,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _study_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--text", help="text packed by `corpus --pack`", type=Path, metavar="FILE")
-    about = "an archive of finished runs without weights: read at first, written after every finished run"
-    command.add_argument("--tables", help=about, type=Path, metavar="FILE")
+    about = "a folder with one small file per finished run: read at first, written after every finished run"
+    command.add_argument("--tables", help=about, type=Path, metavar="FOLDER")
     about = "stop after M minutes, exit status 75 if runs are left; the same command continues"
     command.add_argument("--minutes", help=about, type=float, metavar="M", default=float("inf"))
+    about = "only the runs of these questions, such as tuning or width_depth_ratio (default: all)"
+    command.add_argument("--questions", help=about, nargs="+", metavar="Q")
+    about = "print what each question costs on this profile, and stop before anything is trained"
+    command.add_argument("--cost", help=about, action="store_true")
 
 
 REFIT = """\
@@ -149,15 +153,21 @@ def _corpus(options: argparse.Namespace) -> None:
 
 def _study(options: argparse.Namespace) -> int:
     from sparsity_utils.plan import QUESTIONS
-    from sparsity_utils.sittings import sit
+    from sparsity_utils.sittings import costs, sit
     from sparsity_utils.study import Study
 
     study = Study.from_profile(options.profile, options.text)
-    left = sit(study, options.minutes, options.tables)
+    unknown = sorted(set(options.questions or ()) - set(QUESTIONS))
+    if unknown:
+        raise InputError(f"There is no question {unknown[0]!r}; choose from {', '.join(QUESTIONS)}.")
+    print(costs(study).to_string(index=False), flush=True)
+    if options.cost:
+        return 0
+    left = sit(study, options.minutes, options.tables, options.questions or QUESTIONS)
     if left:
         print(f"The time is over. {left}; the same command continues.")
         return TIME_OVER
-    for question in filter(study.answers, QUESTIONS):
+    for question in filter(study.answers, options.questions or QUESTIONS):
         print(f"{question}: {len(study.table(question))} rows in {study.folder}")
     return 0
 

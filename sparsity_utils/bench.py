@@ -10,7 +10,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from sparsity_utils.bench_search import memory, search
 from sparsity_utils.model import build_model, parameter_groups, training_flops_per_token
 from sparsity_utils.profiles import ModelConfig, Profile, TrainConfig
 from sparsity_utils.study import Study
-from sparsity_utils.train import Schedule, matmul_rate, train, validation_loss
+from sparsity_utils.train import Schedule, clock, matmul_rate, train, validation_loss
 
 ROUNDS = 5
 STEPS = 30  # optimizer steps of one round, before the decay
@@ -116,7 +115,7 @@ def _their_loop(config: ModelConfig, settings: TrainConfig, study: Study) -> tup
     windows = [pair for step in range(schedule.steps) for pair in zip(*batches(step), strict=True)]
     groups = parameter_groups(model, config, settings.learning_rate, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
-    clock = _Clock()
+    steps = _StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
@@ -135,19 +134,19 @@ def _their_loop(config: ModelConfig, settings: TrainConfig, study: Study) -> tup
         # shift_labels: every token of a window is predicted, the last one's successor included, as in our loop
         data = [{"input_ids": ids, "labels": ids, "shift_labels": targets} for ids, targets in windows]
         transformers.Trainer(
-            model, arguments, train_dataset=data, optimizers=(optimizer, rate), callbacks=[clock]
+            model, arguments, train_dataset=data, optimizers=(optimizer, rate), callbacks=[steps]
         ).train()
-    seconds = clock.times[-1] - clock.times[0]
+    seconds = steps.times[-1] - steps.times[0]
     speed = (schedule.steps - 1) * settings.batch_tokens / seconds
     return speed, validation_loss(model.eval(), _validation(study.profile, study))
 
 
-class _Clock(transformers.TrainerCallback):
+class _StepTimes(transformers.TrainerCallback):
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(clock(args.device.type))
 
 
 def _validation(profile: Profile, study: Study) -> list:

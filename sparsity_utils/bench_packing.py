@@ -8,6 +8,7 @@ import multiprocessing
 import statistics
 import tempfile
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def packing(study: Study) -> pd.DataFrame:
     """
     sizes, rows = study.profile.study.sizes, []
     for size in (sizes[0], sizes[-1]):
-        model = study.profile.model_config(*size.d_model_and_layers(), "relu")
+        model = study.profile.size_config(size, "relu")
         steps = STEPS * study.profile.train["batch_tokens"]
         settings = study.profile.train_config(steps, 0, warmup_share=0.0, checkpoints=6)
         speeds: dict[int, list[float]] = {1: [], study.profile.workers: []}
@@ -66,5 +67,7 @@ def _throughput(corpus: Path, model: ModelConfig, settings: TrainConfig) -> floa
     text = open_corpus(corpus)
     validation = measurement_batches(text.tokens("validation"), model.context, "evaluation", model.context)
     _together.wait()
+    started = time.perf_counter()  # runs that wait for one another must show it
     with tempfile.TemporaryDirectory() as folder:
-        return train(model, settings, text.tokens("train"), validation, Path(folder))[-1]["tokens_per_second"]
+        tokens = train(model, settings, text.tokens("train"), validation, Path(folder))[-1]["tokens"]
+    return tokens / (time.perf_counter() - started)

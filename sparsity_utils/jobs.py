@@ -69,7 +69,7 @@ def do_jobs(
     deadline: float = math.inf,
     on_done: Callable[[], None] = lambda: None,
 ) -> None:
-    """Do what is not done yet, `profile.workers` jobs side by side, behind one progress bar over expected cost.
+    """Do in the order given what is not done yet, `profile.workers` jobs side by side, behind one progress bar.
 
     On a GPU the workers share it: several small runs are packed on one device. on_done is called after every finished
     job. Raises OutOfTime when `time.monotonic()` passes `deadline` with jobs left.
@@ -77,7 +77,6 @@ def do_jobs(
     todo = [job for job in jobs if not job.done()]
     if not todo:
         return
-    todo.sort(key=Job.cost, reverse=True)  # the longest first, so that no worker is left alone at the end
     context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     shares = context.Array("d", len(todo))
     costs = [job.cost() for job in todo]

@@ -6,8 +6,10 @@ x 1.4 / sqrt(n_layers), logits / m with m = d / d_base, attention scores / sqrt(
 `transformers` has it natively as Granite, so a checkpoint opens anywhere without code of ours.
 
 muP (arXiv 2203.03466, table 8): hidden matrices start at std 0.1 / sqrt(m) and learn at lr / m; embeddings
-start at std 0.1 and norm gains at 1, both at the full lr. Weight decay is AdamW's own, so it is coupled to each
-group's learning rate: a hidden matrix shrinks by lr / m x weight_decay a step; norm gains are not decayed.
+start at std 0.1 and norm gains at 1, both at the full lr. m is a matrix's number of inputs over that of the base
+model: d / d_base, and d_ff / (2.5 d_base) for the down projection, which is the same at d_ff = 2.5 d. Weight decay
+is AdamW's own, so it is coupled to each group's learning rate: a hidden matrix shrinks by lr / m x weight_decay a step;
+norm gains are not decayed.
 """
 
 import json
@@ -26,6 +28,7 @@ from sparsity_utils.profiles import ModelConfig
 EMBEDDING_MULTIPLIER = 12.0
 RESIDUAL_MULTIPLIER = 1.4  # divided by sqrt(n_layers)
 INITIAL_STD = 0.1
+BASE_FFN_RATIO = 2.5  # d_ff / d_model of the base model
 WIDTH_STEP = 4  # d is a multiple of it, so that d_ff = 2.5 d is even and even head sizes exist
 SHAPE_TOLERANCE = 0.10
 
@@ -135,13 +138,12 @@ def build_model(config: ModelConfig, seed: int) -> GraniteForCausalLM:
     """A freshly initialised model, the same weights for the same (config, seed) on every machine."""
     model = GraniteForCausalLM(granite_config(config))
     generator = torch.Generator().manual_seed(seed)
-    hidden_std = INITIAL_STD / math.sqrt(config.d_model / config.base_width)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                std = INITIAL_STD if _is_embedding(name) else hidden_std
+                std = INITIAL_STD if _is_embedding(name) else INITIAL_STD / math.sqrt(input_multiplier(name, config))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
 
@@ -152,14 +154,23 @@ def parameter_groups(
     """Optimizer groups under muP: hidden matrices at learning_rate / m, embeddings and norm gains at the full rate."""
     named = list(model.named_parameters())
     embeddings = [p for name, p in named if p.ndim == 2 and _is_embedding(name)]
-    hidden = [p for name, p in named if p.ndim == 2 and not _is_embedding(name)]
     gains = [p for _, p in named if p.ndim == 1]
-    m = config.d_model / config.base_width
+    hidden: dict[float, list[torch.nn.Parameter]] = {}  # by m: one group at d_ff = 2.5 d, two elsewhere
+    for name, parameter in named:
+        if parameter.ndim == 2 and not _is_embedding(name):
+            hidden.setdefault(input_multiplier(name, config), []).append(parameter)
     return [
-        {"params": hidden, "lr": learning_rate / m, "weight_decay": weight_decay},
+        *({"params": group, "lr": learning_rate / m, "weight_decay": weight_decay} for m, group in hidden.items()),
         {"params": embeddings, "lr": learning_rate, "weight_decay": weight_decay},
         {"params": gains, "lr": learning_rate, "weight_decay": 0.0},
     ]
+
+
+def input_multiplier(name: str, config: ModelConfig) -> float:
+    """muP's m of the hidden matrix `name`: its number of inputs over that of the same matrix in the base model."""
+    if "down_proj" in name:
+        return d_ff(config.d_model, config.ffn_ratio) / (BASE_FFN_RATIO * config.base_width)
+    return config.d_model / config.base_width
 
 
 def _is_embedding(name: str) -> bool:

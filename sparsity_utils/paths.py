@@ -53,11 +53,17 @@ def published_curves() -> Path:
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Hold the lock file beside `target`; the system frees it when the process ends, however it ends."""
+def locked(target: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file beside `target`; the system frees it when the process ends, however it ends.
+
+    Where another process holds it: wait for it or, if not `wait`, raise InputError.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".{target.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise InputError(f"Another process writes {target}; wait until it ends, or name another folder.") from error
         yield
 
 

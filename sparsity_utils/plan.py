@@ -3,7 +3,7 @@
 from itertools import product
 from typing import NamedTuple
 
-from sparsity_utils.model import solve_shape
+from sparsity_utils.model import non_embedding_parameters, solve_shape
 from sparsity_utils.profiles import ModelConfig, Profile, Size, TrainConfig
 
 SCHEMA = 1  # of the tables; raise it when a column changes its meaning
@@ -28,6 +28,7 @@ QUESTIONS = {
     "width_depth_ratio": Question("width_depth_ratio.csv", "curve"),
     "scale_insensitivity": Question("relu_vs_silu.csv", "curve"),
     "second_line": Question("second_line.csv", "curve"),
+    "one_dimension": Question("one_dimension.csv", "curve"),
     "data_limited": Question("data_limited.csv", "curve"),
     "activation_patterns": Question("patterns_neurons.csv", "neurons", IDENTITY),
     "token_patterns": Question("patterns_vocabulary.csv", "vocabulary", IDENTITY),
@@ -38,6 +39,11 @@ QUESTIONS = {
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
 }
+LINES = (  # questions that together need every run of a profile
+    *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
+    "tuning",
+)
+PRIMARY = ("tuning", "relu_vs_silu", "second_line", "width_depth_ratio")  # what primary claims rest on
 # What `python -m sparsity_utils refit` makes of the published curves: recorded once, read by every study.
 PUBLISHED = ("published_refit", "published_forms", "published_forecasts", "published_stability")
 
@@ -56,38 +62,51 @@ def planned(profile: Profile, question: str) -> list[Settings]:
         )
     if question == "tuning":
         return _tuning(profile)
+    if question == "one_dimension":
+        return _line(profile, study.one_dimension, ("relu",))
     if question == "other_activations":
-        return _line(profile, (study.sizes[study.probe],), study.other_activations)
+        return _line(profile, study.other_sizes, study.other_activations)
     lines = {"second_line": study.second_sizes, "data_limited": study.data_limited}
     activations = ("relu",) if question == "dead_neurons" else study.activations
     return _line(profile, lines.get(question, study.sizes), activations)
 
 
+def largest(profile: Profile) -> list[Settings]:
+    """The runs whose models stand for the study: the largest size of the main line, its first seed, each activation."""
+    runs = planned(profile, "relu_vs_silu")
+    size = max(non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio) for model, _ in runs)
+    chosen: dict[str, Settings] = {}
+    for model, train in runs:
+        if non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio) == size:
+            chosen.setdefault(model.activation, (model, train))
+    return list(chosen.values())
+
+
 def ratio_shapes(profile: Profile) -> list[tuple[int, int]]:
     """(d_model, n_layers) of the width-depth line."""
-    study, config = profile.study, profile.model_config(2, 1, "relu")
-    shapes = [solve_shape(study.ratio_parameters, ratio, config.ffn_ratio) for ratio in study.ratios]
+    study, ffn_ratio = profile.study, profile.model.get("ffn_ratio", ModelConfig.ffn_ratio)
+    shapes = [solve_shape(study.ratio_parameters, ratio, ffn_ratio) for ratio in study.ratios]
     return [(shape.d_model, shape.n_layers) for shape in shapes]
 
 
 def _line(profile: Profile, sizes: tuple[Size, ...], activations: tuple[str, ...]) -> list[Settings]:
     return _unique(
-        (profile.model_config(*size.d_model_and_layers(), activation), profile.train_config(size.tokens, seed))
+        (profile.size_config(size, activation), profile.train_config(size.tokens, seed))
         for size, activation in product(sizes, activations)
-        for seed in profile.study.seeds[: size.seeds]
+        for seed in size.seeds
     )
 
 
 def _tuning(profile: Profile) -> list[Settings]:
     study = profile.study
-    size, seed = study.sizes[study.probe], study.seeds[0]
-    tried = product(study.tuning_rates, study.tuning_batches, study.activations)
+    tried = product(study.tuning_sizes, study.tuning_rates, study.tuning_batches, study.activations)
     return _unique(
         (
-            profile.model_config(*size.d_model_and_layers(), activation),
+            profile.size_config(size, activation),
             profile.train_config(size.tokens, seed, learning_rate=rate, batch_tokens=batch),
         )
-        for rate, batch, activation in tried
+        for size, rate, batch, activation in tried
+        for seed in size.seeds
     )
 
 

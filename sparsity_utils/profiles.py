@@ -20,6 +20,7 @@ from sparsity_utils.errors import InputError
 ACTIVATIONS = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "relu2": "ReLU²"}  # as configured -> as written
 LAST_CHECKPOINTS = 5  # stable ones solved together by the stabilised protocol (arXiv 2411.02335, appendix E)
 SOURCES = ("python-source", "path", "hub")
+WHOLE = 1e-6  # how far rounding may take d_model x (d_ff / d_model) from the whole number d_ff
 
 
 def _check(condition: bool, sentence: str) -> None:
@@ -72,11 +73,17 @@ class ModelConfig:
         )
         for name in ("d_model", "n_layers", "vocabulary", "context", "head_size", "base_width"):
             _check(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
-        _check(self.head_size % 2 == 0, f"model.head_size is {self.head_size}; rotary attention needs an even one.")
-        _check(self.ffn_ratio > 0, f"model.ffn_ratio is {self.ffn_ratio}; it must be positive.")
         _check(
             self.d_model % 2 == 0,
             f"model.d_model is {self.d_model}; it must be even, so that heads of an even size divide it.",
+        )
+        _check(self.head_size % 2 == 0, f"model.head_size is {self.head_size}; rotary attention needs an even one.")
+        _check(self.ffn_ratio > 0, f"model.ffn_ratio is {self.ffn_ratio}; it must be positive.")
+        neurons = self.d_model * self.ffn_ratio
+        _check(
+            round(neurons) > 0 and abs(neurons - round(neurons)) < WHOLE,
+            f"model.ffn_ratio {self.ffn_ratio:g} gives {neurons:g} neurons at d_model {self.d_model}; d_ff must be a "
+            "whole number.",
         )
 
 
@@ -158,16 +165,19 @@ class SpeedConfig:
 
 @dataclass(frozen=True)
 class Size:
-    """One point of a line of sizes, shape written as d_model x n_layers."""
+    """One shape of a line, written as d_model x n_layers: how long it is trained, and with which seeds."""
 
     shape: str
     tokens: int
-    seeds: int | None = None  # how many of study.seeds, the first ones; None: all
+    seeds: tuple[int, ...]
+    d_ff: int | None = None  # neurons of an FFN; None: model.ffn_ratio times d_model
 
     def __post_init__(self) -> None:
         self.d_model_and_layers()
         _check(self.tokens > 0, f"Size {self.shape} has {self.tokens} tokens; it needs a positive number.")
-        _check(self.seeds is None or self.seeds > 0, f"Size {self.shape} has {self.seeds} seeds; it needs 1 or more.")
+        _check(len(self.seeds) > 0, f"Size {self.shape} has no seeds; it needs at least one.")
+        _check(len(set(self.seeds)) == len(self.seeds), f"Size {self.shape} names a seed twice: {list(self.seeds)}.")
+        _check(self.d_ff is None or self.d_ff > 0, f"Size {self.shape} has d_ff {self.d_ff}; it must be positive.")
 
     def d_model_and_layers(self) -> tuple[int, int]:
         """`"48x4"` -> (48, 4)."""
@@ -185,17 +195,19 @@ class StudyConfig:
 
     sizes: tuple[Size, ...]  # the main line, one width-depth ratio, rising size: notebooks 01, 02, 04 and 05
     activations: tuple[str, ...] = ("relu", "silu")
-    seeds: tuple[int, ...] = (0, 1)
-    second_sizes: tuple[Size, ...] = ()  # another width-depth ratio, rising size: notebook 04
+    second_sizes: tuple[Size, ...] = ()  # another width-depth ratio, rising size: notebooks 02 and 04
+    equal_heads: bool = False  # whether model.head_size must divide every named width; if not, the nearest that does
+    one_dimension: tuple[Size, ...] = ()  # ReLU; depth, width and d_ff changed one at a time from one centre
     data_limited: tuple[Size, ...] = ()  # larger models, fewer tokens per parameter than the main line: notebook 04
-    probe: int = 0  # the place in `sizes` where other activations and training settings are tried
-    other_activations: tuple[str, ...] = ()  # beside `activations`, at the probe: notebook 02
+    other_sizes: tuple[Size, ...] = ()  # where other activation functions are tried: notebook 02
+    other_activations: tuple[str, ...] = ()  # beside `activations`
     ratio_parameters: int = 45_000  # non-embedding parameters of the width-depth line: notebook 03
     ratios: tuple[float, ...] = ()  # d_model / n_layers
     ratio_tokens: int = 4_500_000
     ratio_seeds: tuple[int, ...] = (0, 1)
-    tuning_rates: tuple[float, ...] = ()  # learning rates tried at the probe, by validation loss
-    tuning_batches: tuple[int, ...] = ()  # batch sizes in tokens, likewise
+    tuning_sizes: tuple[Size, ...] = ()  # where training settings are tried; validation loss alone chooses
+    tuning_rates: tuple[float, ...] = ()  # learning rates
+    tuning_batches: tuple[int, ...] = ()  # batch sizes in tokens
 
     def __post_init__(self) -> None:
         _check(len(self.sizes) > 0, "study.sizes is empty; name at least one shape.")
@@ -208,13 +220,17 @@ class StudyConfig:
                 )
         both = set(self.activations) & set(self.other_activations)
         _check(not both, f"study.other_activations repeats {', '.join(sorted(both))} of study.activations; drop it.")
-        _check(
-            0 <= self.probe < len(self.sizes),
-            f"study.probe is {self.probe}; choose 0 to {len(self.sizes) - 1}, a place in study.sizes.",
-        )
-        _check(
-            len(self.seeds) > 0 and len(self.ratio_seeds) > 0,
-            "study.seeds and study.ratio_seeds need at least one seed.",
+        _check(not self.ratios or len(self.ratio_seeds) > 0, "study.ratio_seeds needs at least one seed.")
+        for parts in (("other_sizes", "other_activations"), ("tuning_sizes", "tuning_rates", "tuning_batches")):
+            given = [name for name in parts if getattr(self, name)]
+            missing = " and ".join(f"study.{name}" for name in parts if name not in given)
+            _check(not given or not missing, f"study.{given[0] if given else ''} needs {missing} beside it.")
+
+    def named_sizes(self) -> tuple[Size, ...]:
+        """Every size that is written out, of all lines."""
+        return (
+            *(*self.sizes, *self.second_sizes, *self.one_dimension),
+            *(*self.data_limited, *self.other_sizes, *self.tuning_sizes),
         )
 
 
@@ -237,9 +253,14 @@ class Profile:
         for name in ("workers", "threads"):
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1 is needed.")
 
-    def model_config(self, d_model: int, n_layers: int, activation: str) -> ModelConfig:
-        """A shape of the study with the profile's shared settings."""
-        return ModelConfig(d_model, n_layers, activation, vocabulary=self.corpus.vocabulary, **self.model)
+    def model_config(self, d_model: int, n_layers: int, activation: str, d_ff: int | None = None) -> ModelConfig:
+        """A shape of the study with the profile's shared settings; `d_ff` in place of the shared `ffn_ratio`."""
+        shared = self.model if d_ff is None else {**self.model, "ffn_ratio": d_ff / d_model}
+        return ModelConfig(d_model, n_layers, activation, vocabulary=self.corpus.vocabulary, **shared)
+
+    def size_config(self, size: Size, activation: str) -> ModelConfig:
+        """The model of a named size."""
+        return self.model_config(*size.d_model_and_layers(), activation, size.d_ff)
 
     def train_config(self, tokens: int, seed: int, **changes: Any) -> TrainConfig:
         """A run's training settings: the profile's shared ones, then `changes`."""
@@ -276,14 +297,19 @@ def read_profile(name: str) -> Profile:
 def _checked(profile: Profile, folder: Path) -> Profile:
     """`profile`, every model and training configuration built once; a relative corpus.path starts at its `folder`."""
     study = profile.study
-    for size in (*study.sizes, *study.second_sizes, *study.data_limited):
-        profile.model_config(*size.d_model_and_layers(), study.activations[0])
-        for seed in study.seeds:
+    for size in study.named_sizes():
+        model = profile.size_config(size, study.activations[0])
+        _check(
+            not study.equal_heads or model.d_model % model.head_size == 0,
+            f"Size {size.shape} has no heads of {model.head_size}, which do not divide {model.d_model}; choose a width "
+            "that they divide, or drop study.equal_heads.",
+        )
+        for seed in size.seeds:
             profile.train_config(size.tokens, seed)
     for seed in study.ratio_seeds if study.ratios else ():
         profile.train_config(study.ratio_tokens, seed)
-    for rate, batch in itertools.product(study.tuning_rates, study.tuning_batches):
-        profile.train_config(study.sizes[study.probe].tokens, 0, learning_rate=rate, batch_tokens=batch)
+    for size, rate, batch in itertools.product(study.tuning_sizes, study.tuning_rates, study.tuning_batches):
+        profile.train_config(size.tokens, size.seeds[0], learning_rate=rate, batch_tokens=batch)
     corpus = profile.corpus
     if corpus.path and (corpus.source == "path" or (folder / corpus.path).is_dir()):
         corpus = dataclasses.replace(corpus, path=str(folder / Path(corpus.path).expanduser()))

@@ -13,9 +13,8 @@ import pandas as pd
 from sparsity_utils import paths
 from sparsity_utils.errors import InputError
 from sparsity_utils.plan import QUESTIONS, SCHEMA
-from sparsity_utils.runs import RECIPE, find_run, train_run
+from sparsity_utils.runs import RECIPE, find_run, run_with_model
 from sparsity_utils.study import Study
-from sparsity_utils.train import checkpoint_file
 
 
 def record(profile: str) -> Iterator[Path]:
@@ -76,9 +75,9 @@ def _training(study: Study) -> dict:
 
 def _models(study: Study, activation: str) -> Iterator[Path]:
     """The last checkpoint of the run that stands for an activation, in the form that transformers loads."""
-    run, folder = train_run(study.largest_config(activation), study.corpus), paths.RECORDED_MODELS / activation
+    run, folder = run_with_model(study.largest_config(activation), study.corpus), paths.RECORDED_MODELS / activation
     yield _copy(run.folder / "config.json", folder / "config.json")
-    yield _copy(checkpoint_file(run.folder, run.checkpoints["step"].max()), folder / "model.safetensors")
+    yield _copy(run.last_weights, folder / "model.safetensors")
     yield _copy(study.corpus.folder / "tokenizer.json", folder / "tokenizer.json")
 
 

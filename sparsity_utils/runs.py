@@ -5,7 +5,8 @@
         config.json               the model's, so that a checkpoint opens with transformers
         checkpoints/<step>.safetensors
         <measurement>-<key>.csv   what was measured on it
-    build/runs/<key>/             likewise, of a run brought from another machine: manifest and measurements alone
+    build/runs/<key>/             likewise, of a run brought from an archive: manifest and measurements, and for a few
+                                  runs model.safetensors, the last checkpoint
     build/runs/.<key>.working/    a run under way: it resumes from its last saved state
     build/runs/.<key>.lock        held by the process that trains it
 
@@ -30,10 +31,18 @@ import transformers
 from sparsity_utils import paths
 from sparsity_utils.batches import measurement_batches
 from sparsity_utils.corpus import Corpus
-from sparsity_utils.model import default_device, load_model, non_embedding_parameters, training_flops_per_token
+from sparsity_utils.model import (
+    d_ff,
+    default_device,
+    head_count,
+    load_model,
+    non_embedding_parameters,
+    training_flops_per_token,
+)
 from sparsity_utils.profiles import ModelConfig, TrainConfig
 from sparsity_utils.train import Diverged, checkpoint_file, train
 
+BROUGHT_WEIGHTS = "model.safetensors"  # as transformers names the weights beside a config.json
 RECIPE = 1  # raise it when the same configuration would train to other weights
 
 
@@ -58,6 +67,11 @@ class RunConfig:
         """The run in a few words, for progress and messages."""
         return f"{self.model.d_model}x{self.model.n_layers} {self.model.activation} seed {self.train.seed}"
 
+    @property
+    def tokens(self) -> float:
+        """Training tokens, those of the decay included."""
+        return self.train.tokens * (1 + self.train.decay_share)
+
     def cost(self) -> float:
         """Expected seconds on one CPU core, for the progress estimate.
 
@@ -66,7 +80,7 @@ class RunConfig:
         """
         width, depth = self.model.d_model, self.model.n_layers
         microseconds = 14.5e-6 * training_flops_per_token(self.model) + 0.08 * width * depth + 3
-        return 1e-6 * microseconds * self.train.tokens * (1 + self.train.decay_share)
+        return 1e-6 * microseconds * self.tokens
 
 
 def digest(content: dict) -> str:
@@ -88,21 +102,34 @@ class Run:
 
     @property
     def has_weights(self) -> bool:
-        """Whether its checkpoints are here; a run brought from another machine is its tables alone."""
+        """Whether its checkpoints are here; a run brought from an archive has its tables, and at most the last one."""
         return (self.folder / "checkpoints").exists()
+
+    @property
+    def last_weights(self) -> Path:
+        """The weights after the decay: the last checkpoint, or what an archive brought of it; it may not be there."""
+        return self.folder / (self.last_checkpoint if self.has_weights else BROUGHT_WEIGHTS)
+
+    @property
+    def last_checkpoint(self) -> str:
+        """The last checkpoint as the manifest names it; of a diverged run, which kept none, no file's name."""
+        steps = [row["step"] for row in self.manifest["checkpoints"]]
+        return str(checkpoint_file(Path(), steps[-1])) if steps else "none"
 
     @property
     def checkpoints(self) -> pd.DataFrame:
         """One row per checkpoint: what it is, its losses and the throughput until then."""
-        model, training = self.manifest["config"]["model"], self.manifest["config"]["train"]
+        model, training = ModelConfig(**self.manifest["config"]["model"]), self.manifest["config"]["train"]
         table = pd.DataFrame(self.manifest["checkpoints"])
         about = {
             "run": self.folder.name,
-            "activation": model["activation"],
-            "d_model": model["d_model"],
-            "n_layers": model["n_layers"],
-            "parameters": non_embedding_parameters(model["d_model"], model["n_layers"], model["ffn_ratio"]),
-            "ratio": model["d_model"] / model["n_layers"],
+            "activation": model.activation,
+            "d_model": model.d_model,
+            "n_layers": model.n_layers,
+            "d_ff": d_ff(model.d_model, model.ffn_ratio),
+            "head_size": model.d_model // head_count(model),
+            "parameters": non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio),
+            "ratio": model.d_model / model.n_layers,
             "seed": training["seed"],
         }
         for place, (name, value) in enumerate(about.items()):
@@ -138,8 +165,7 @@ def find_run(config: RunConfig) -> Run | None:
     folder = paths.runs() / config.key
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files = manifest["files"] if Run(folder, manifest).has_weights else {}
-        damaged = [name for name, sha in files.items() if _sha256(folder / name) != sha]
+        damaged = _damaged(Run(folder, manifest))
     except FileNotFoundError as error:
         if not folder.exists():
             return None
@@ -154,6 +180,21 @@ def find_run(config: RunConfig) -> Run | None:
         )
         return None
     return Run(folder, manifest)
+
+
+def _damaged(run: Run) -> list[str]:
+    """The files of a run that are not what was written; FileNotFoundError for a checkpoint that is gone."""
+    written = run.manifest["files"]  # name -> SHA-256
+    if run.has_weights:
+        return [name for name, sha in written.items() if _sha256(run.folder / name) != sha]
+    brought = [run.last_weights] if run.last_weights.exists() else []
+    return [file.name for file in brought if _sha256(file) != written[run.last_checkpoint]]
+
+
+def run_with_model(config: RunConfig, corpus: Corpus) -> Run:
+    """The run of `config` with the weights after its decay, trained if the store lacks them."""
+    run = find_run(config)
+    return run if run and run.last_weights.exists() else train_run(config, corpus)
 
 
 def train_run(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], None] = lambda share: None) -> Run:

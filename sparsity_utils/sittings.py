@@ -1,78 +1,75 @@
-"""A study in several sittings: it stops when its time is over, and finished runs travel as small tables.
+"""A study in several sittings: what is left and what it costs, in which order it is done, and when it stops."""
 
-A sitting on a borrowed machine begins with what earlier ones brought back, and an archive of tables is written after
-every finished run, so that nothing but the runs under way is lost with the machine.
-"""
-
-import json
-import re
 import time
-import zipfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
-from sparsity_utils import paths
-from sparsity_utils.errors import InputError
-from sparsity_utils.jobs import OutOfTime, do_jobs
-from sparsity_utils.plan import QUESTIONS
-from sparsity_utils.runs import digest
+import pandas as pd
+
+from sparsity_utils.archive import archived
+from sparsity_utils.jobs import Job, OutOfTime, do_jobs
+from sparsity_utils.plan import LINES, PRIMARY, QUESTIONS
+from sparsity_utils.runs import find_run
 from sparsity_utils.study import Study
 
-TABLE = re.compile(r"([0-9a-f]{16})/(manifest\.json|[a-z]+-[0-9a-f]{16}\.csv)")  # all that an archive may hold
+SHORT = 600  # seconds of a core that a run may be expected to take to be done before all longer ones
+OVERRUN = 1.4  # the first recorded study took so many times the core hours that the cost model gave
 
 
-def sit(study: Study, minutes: float, tables: Path | None = None) -> str:
+def sit(study: Study, minutes: float, tables: Path | None = None, questions: Iterable[str] = QUESTIONS) -> str:
     """Train and measure for at most `minutes` what the study lacks; return what was left to do, or an empty string.
 
-    `tables`: an archive of finished runs, read first if it is there and written after every finished run.
-    Raises InputError for an archive that is not one of ours.
+    tables: a folder of finished runs (see `archive`), read first and written after every finished run.
+    Raises InputError for a folder that another process writes, or that holds other runs than this study's.
     """
-    deadline, jobs = time.monotonic() + 60 * minutes, study.jobs(*QUESTIONS)
-    if tables is not None and tables.exists():
-        unpack_runs(tables)
-    keys = sorted(job.config.key for job in jobs)
-    keep = (lambda: pack_runs(keys, tables)) if tables is not None else (lambda: None)
-    try:
-        do_jobs(jobs, study.profile, deadline, keep)
-    except OutOfTime as left:
-        return str(left)
+    deadline = time.monotonic() + 60 * minutes
+    with archived(study, tables) if tables is not None else nullcontext(lambda: None) as keep:
+        try:
+            do_jobs(in_order(study, questions), study.profile, deadline, keep)
+        except OutOfTime as left:
+            return str(left)
     return ""
 
 
-def pack_runs(keys: Iterable[str], file: Path) -> None:
-    """Write manifests and measurements of the finished runs among `keys`, without weights, into the archive `file`."""
-    with paths.written_aside(file) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
-        for key in keys:
-            for table in sorted((paths.runs() / key).glob("*.*")):
-                if TABLE.fullmatch(f"{key}/{table.name}"):
-                    archive.write(table, f"{key}/{table.name}")
+def in_order(study: Study, questions: Iterable[str]) -> list[Job]:
+    """The runs of some questions, short ones of all lines first, then those of primary claims, cheap before dear."""
+    primary = {config.key for question in PRIMARY for config in study.configs(question)}
+
+    def place(job: Job) -> tuple[bool, bool, float]:
+        cost = job.config.cost()
+        return cost > SHORT, cost > SHORT and job.config.key not in primary, cost
+
+    return sorted(study.jobs(*questions), key=place)
 
 
-def unpack_runs(file: Path) -> None:
-    """Put the runs of an archive into the run store; a run that is there keeps what it has and gains what it lacks.
+def costs(study: Study) -> pd.DataFrame:
+    """What each line of runs adds to those before it: one row per line, by the question it answers, and one for all.
 
-    Raises InputError for a file that is no such archive, or a run whose manifest does not belong to its name.
+    Columns: question, runs, finished (runs trained), million_tokens, core_hours (of training and measuring, by the cost
+    model), likely_core_hours (OVERRUN times that), likely_hours_left (of `profile.workers` side by side).
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            contents = {name: archive.read(name) for name in archive.namelist()}
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"{file} is no archive of runs ({error}); name one written by `study --tables`.") from error
-    for name, content in contents.items():
-        match = TABLE.fullmatch(name)
-        if not match:
-            raise InputError(f"{file} holds {name!r}, which no archive of runs has; name one of `study --tables`.")
-        if _key(contents.get(f"{match[1]}/manifest.json", b"")) != match[1]:
-            raise InputError(f"The run {match[1]} in {file} does not fit its name; bring the archive back again.")
-        target = paths.runs() / match[1] / match[2]
-        if not target.exists():
-            with paths.written_aside(target) as aside:
-                aside.write_bytes(content)
-
-
-def _key(manifest: bytes) -> str:
-    """The name of the run that a manifest belongs to; nothing for a damaged one."""
-    try:
-        return digest(json.loads(manifest)["config"])
-    except (ValueError, KeyError, TypeError):
-        return ""
+    rows, seen = [], set()
+    for question in LINES:
+        runs = {config.key: config for config in study.configs(question) if config.key not in seen}
+        seen |= set(runs)
+        if not runs:
+            continue
+        hours = {key: config.cost() / 0.9 / 3600 for key, config in runs.items()}  # measuring takes about a tenth
+        finished = {key for key, config in runs.items() if find_run(config)}
+        rows.append(
+            {
+                "question": question,
+                "runs": len(runs),
+                "finished": len(finished),
+                "million_tokens": sum(config.tokens for config in runs.values()) / 1e6,
+                "core_hours": sum(hours.values()),
+                "likely_core_hours": OVERRUN * sum(hours.values()),
+                "likely_hours_left": OVERRUN * sum(hours[key] for key in hours if key not in finished),
+            }
+        )
+    table = pd.DataFrame(rows)
+    table["likely_hours_left"] /= study.profile.workers
+    total = table.drop(columns="question").sum().to_frame().T.assign(question="all")
+    table = pd.concat([table, total], ignore_index=True).astype({"runs": int, "finished": int})
+    return table.round({"million_tokens": 0, "core_hours": 1, "likely_core_hours": 1, "likely_hours_left": 1})

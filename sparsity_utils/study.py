@@ -21,11 +21,11 @@ from sparsity_utils.checkpoints import open_checkpoint
 from sparsity_utils.corpus import Corpus, build_corpus
 from sparsity_utils.errors import InputError
 from sparsity_utils.jobs import Job, do_jobs, measurement
-from sparsity_utils.model import default_device, head_count
+from sparsity_utils.model import default_device, head_count, load_model
 from sparsity_utils.packed_text import unpack_text
-from sparsity_utils.plan import PUBLISHED, QUESTIONS, SCHEMA, SPEEDS, Question, planned
+from sparsity_utils.plan import PUBLISHED, QUESTIONS, SCHEMA, SPEEDS, Question, Settings, planned
 from sparsity_utils.profiles import Profile, read_profile
-from sparsity_utils.runs import RunConfig, find_run, train_run
+from sparsity_utils.runs import RunConfig, find_run, run_with_model
 from sparsity_utils.speed_tables import decoding_table, ffn_table
 from sparsity_utils.step_times import step_times
 
@@ -134,9 +134,9 @@ class Study:
         """
         if self.profile is None:
             return open_checkpoint(paths.RECORDED_MODELS / activation)
-        run = train_run(self.largest_config(activation), self.corpus)
+        run = run_with_model(self.largest_config(activation), self.corpus)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=self.corpus.tokenizer())
-        return run.load(run.checkpoints["step"].max()), tokenizer
+        return load_model(run.folder, str(run.last_weights.relative_to(run.folder))).to(default_device()), tokenizer
 
     def environment(self) -> str:
         """One line: what computes here, and where the numbers come from."""
@@ -180,9 +180,13 @@ class Study:
 
     def configs(self, question: str) -> list[RunConfig]:
         """The runs that a question needs."""
+        return self.configs_of(planned(self.profile, question))
+
+    def configs_of(self, settings: list[Settings]) -> list[RunConfig]:
+        """Runs on this study's text with the given settings."""
         return [
             RunConfig(model, train, self.corpus.hash, self.corpus.tokenizer_hash, self.profile.threads)
-            for model, train in planned(self.profile, question)
+            for model, train in settings
         ]
 
     def jobs(self, *questions: str) -> list[Job]:
@@ -200,7 +204,8 @@ class Study:
         configs = self.configs(question)
         if not configs:
             raise InputError(f"Profile {self.name} trains no runs for {question}; its section study leaves them out.")
-        do_jobs(self.jobs(question), self.profile)
+        # the longest first, so that no worker is left alone at the end
+        do_jobs(sorted(self.jobs(question), key=Job.cost, reverse=True), self.profile)
         tables = []
         for config in configs:
             run = find_run(config)

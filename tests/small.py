@@ -17,6 +17,11 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
+def one_size(shape: str, tokens: int = 5000, seeds: tuple[int, ...] = (0,), **others) -> dict:
+    """One size of a profile."""
+    return {"shape": shape, "tokens": tokens, "seeds": list(seeds), **others}
+
+
 def profile_content(text: Path) -> dict:
     """A profile of two sizes, two activation functions and two ratios on that text."""
     return {
@@ -25,8 +30,7 @@ def profile_content(text: Path) -> dict:
         "model": {"context": 32, "head_size": 8, "base_width": 16},
         "train": {"batch_tokens": 256, "checkpoints": 8, "validation_tokens": 512},
         "study": {
-            "sizes": [{"shape": "8x1", "tokens": 5000}, {"shape": "16x2", "tokens": 5000}],
-            "seeds": [0],
+            "sizes": [one_size("8x1"), one_size("16x2")],
             "ratio_parameters": 3000,
             "ratios": [16, 2],  # 16x1 and 8x4
             "ratio_tokens": 5000,

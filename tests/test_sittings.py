@@ -1,4 +1,4 @@
-"""A study in several sittings: it stops in time, tables travel without weights, text travels compressed."""
+"""A study in several sittings: what it costs, in which order, that it stops in time; text travels compressed."""
 
 import json
 import lzma
@@ -8,16 +8,15 @@ import subprocess
 import sys
 import zipfile
 
-import pandas as pd
 import pytest
-from small import profile_content, write_profile, write_text
+from small import one_size, profile_content, write_profile, write_text
 
 from sparsity_utils import paths
 from sparsity_utils.__main__ import TIME_OVER, main
 from sparsity_utils.errors import InputError
 from sparsity_utils.packed_text import pack_text, unpack_text
-from sparsity_utils.runs import find_run, train_run
-from sparsity_utils.sittings import sit, unpack_runs
+from sparsity_utils.plan import QUESTIONS
+from sparsity_utils.sittings import costs, in_order, sit
 from sparsity_utils.study import Study
 
 FOREVER = 10.0  # minutes
@@ -36,51 +35,48 @@ def own_store(tmp_path, monkeypatch):
 def one_run(tmp_path, text, **study) -> str:
     """A profile of a single run."""
     content = profile_content(text)
-    only = {"sizes": [{"shape": "8x1", "tokens": 5000}], "activations": ["relu"], "seeds": [0]}
+    only = {"sizes": [one_size("8x1")], "activations": ["relu"]}
     content["study"] = {**only, **study}
     return write_profile(tmp_path, content)
 
 
-def test_tables_travel_without_weights_and_answer_what_was_measured(tmp_path, text):
-    profile, archive = one_run(tmp_path, text), tmp_path / "tables.zip"
-    study = Study.from_profile(profile)
-    assert sit(study, FOREVER, archive) == ""
-    table = study.table("relu_vs_silu")
-    assert not [name for name in zipfile.ZipFile(archive).namelist() if "safetensors" in name]
-    shutil.rmtree(paths.runs())
-    brought = Study.from_profile(profile)
-    assert sit(brought, FOREVER, archive) == ""
-    pd.testing.assert_frame_equal(brought.table("relu_vs_silu"), table)
-    (config,) = brought.configs("relu_vs_silu")
-    assert not find_run(config).has_weights
-    assert train_run(config, brought.corpus).has_weights  # a model in hand is trained again
-
-
 def test_a_sitting_ends_in_time_and_the_next_one_goes_on(tmp_path, text, capsys):
-    profile, archive = one_run(tmp_path, text), tmp_path / "tables.zip"
-    command = ["study", "--profile", profile, "--tables", str(archive), "--minutes"]
+    profile, folder = one_run(tmp_path, text), tmp_path / "runs"
+    command = ["study", "--profile", profile, "--tables", str(folder), "--minutes"]
     assert main([*command, "0"]) == TIME_OVER
     assert "0 of 1 runs done; the same command continues" in capsys.readouterr().out
     study = Study.from_profile(profile)
-    assert sit(study, FOREVER, archive) == "" and sit(study, 0, archive) == ""
+    assert sit(study, FOREVER, folder) == "" and sit(study, 0, folder) == ""
 
 
-def test_an_archive_that_is_not_ours_is_refused(tmp_path, text):
-    bad = tmp_path / "bad.zip"
-    bad.write_bytes(b"no archive")
-    with pytest.raises(InputError, match=r"bad\.zip is no archive of runs"):
-        unpack_runs(bad)
-    for name, content, sentence in (
-        ("../escape.csv", "", "which no archive of runs has"),
-        ("0123456789abcdef/manifest.json", json.dumps({"config": {}}), "does not fit its name"),
-        ("0123456789abcdef/manifest.json", "{", "does not fit its name"),
-        ("0123456789abcdef/curve-0123456789abcdef.csv", "step\n", "does not fit its name"),
-    ):
-        with zipfile.ZipFile(bad, "w") as archive:
-            archive.writestr(name, content)
-        with pytest.raises(InputError, match=sentence):
-            unpack_runs(bad)
-    assert not paths.runs().exists()
+def test_short_runs_come_first_then_those_of_primary_claims(tmp_path, text, monkeypatch):
+    lines = {
+        "sizes": [one_size("8x1"), one_size("8x2", 80_000)],
+        "second_sizes": [one_size("16x1", 6000)],
+        "one_dimension": [one_size("8x1"), one_size("8x1", 9000, d_ff=40), one_size("8x2", 50_000, d_ff=40)],
+    }
+    study = Study.from_profile(one_run(tmp_path, text, **lines))
+    jobs = in_order(study, QUESTIONS)
+    seconds = [job.config.cost() for job in jobs]
+    assert seconds == sorted(seconds) and len(jobs) == 5  # the centre is one run
+    monkeypatch.setattr("sparsity_utils.sittings.SHORT", (seconds[2] + seconds[3]) / 2)
+    assert in_order(study, QUESTIONS) == [*jobs[:3], jobs[4], jobs[3]]  # 8x2 of the main line before the wide one
+    (only,) = in_order(study, ["second_line"])
+    assert only.config.model.d_model == 16
+
+
+def test_costs_are_told_by_line_before_anything_is_trained(tmp_path, text, capsys):
+    lines = {"second_sizes": [one_size("16x1", 6000), one_size("8x1")]}
+    profile = one_run(tmp_path, text, **lines)
+    assert main(["study", "--profile", profile, "--cost"]) == 0
+    assert "second_line" in capsys.readouterr().out and not paths.runs().exists()
+    study = Study.from_profile(profile)
+    sit(study, FOREVER, questions=["relu_vs_silu"])
+    table = costs(study).set_index("question")
+    assert list(table.index) == ["relu_vs_silu", "second_line", "all"]  # a run of both lines counts in the first
+    assert table["runs"].tolist() == [1, 1, 2] and table["finished"].tolist() == [1, 0, 1]
+    assert main(["study", "--profile", profile, "--questions", "speed"]) == 2
+    assert "There is no question 'speed'; choose from metrics" in capsys.readouterr().err
 
 
 def test_packed_text_gives_the_same_corpus(tmp_path, text):
@@ -111,7 +107,7 @@ def test_packed_text_that_is_cut_or_of_another_profile_is_refused(tmp_path, text
 
 
 def test_a_sitting_needs_only_what_a_bare_gpu_image_has(tmp_path, text):
-    profile, packed, archive = one_run(tmp_path, text), tmp_path / "text.jsonl.xz", tmp_path / "tables.zip"
+    profile, packed, archive = one_run(tmp_path, text), tmp_path / "text.jsonl.xz", tmp_path / "runs"
     assert main(["corpus", "--profile", profile, "--pack", str(packed)]) == 0
     blocked = ("scipy", "statsmodels", "matplotlib", "seaborn", "datasketch", "datasets", "papermill", "nbformat")
     blocked += ("pooch", "numba")
@@ -139,5 +135,7 @@ if __name__ == "__main__":
         [sys.executable, str(tmp_path / "sit.py")], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
-    names = {name.partition("/")[2].partition("-")[0] for name in zipfile.ZipFile(archive).namelist()}
-    assert names == {"manifest.json", "metrics", "curve", "neurons", "vocabulary", "dead", "transfer"}
+    (run,) = archive.glob("*.zip")
+    names = {name.partition("-")[0] for name in zipfile.ZipFile(run).namelist()}
+    measured = {"metrics", "curve", "neurons", "vocabulary", "dead", "transfer"}
+    assert names == {"manifest.json", "config.json", "model.safetensors", *measured}

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import profile_content, write_profile, write_text
+from small import one_size, profile_content, write_profile, write_text
 
 from sparsity_utils import paths
 from sparsity_utils.__main__ import main
@@ -136,7 +136,7 @@ def test_tables_of_an_unknown_schema_are_refused(tmp_path):
 def test_a_diverged_run_does_not_stop_the_study(tmp_path, monkeypatch, text):
     monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
     content = profile_content(text)
-    content["study"] |= {"tuning_rates": [0.01, 1e6], "tuning_batches": [256]}
+    content["study"] |= {"tuning_sizes": [one_size("8x1")], "tuning_rates": [0.01, 1e6], "tuning_batches": [256]}
     study = Study.from_profile(write_profile(tmp_path, content))
     with pytest.warns(
         UserWarning,
@@ -151,7 +151,7 @@ def test_a_diverged_run_does_not_stop_the_study(tmp_path, monkeypatch, text):
 
 def test_a_killed_study_redoes_no_finished_run_also_when_two_resume_it(tmp_path, text):
     content = profile_content(text)
-    content["study"]["sizes"] = [{"shape": f"{8 * n}x1", "tokens": 20_000} for n in (1, 2, 3)]
+    content["study"]["sizes"] = [one_size(f"{8 * n}x1", 20_000) for n in (1, 2, 3)]
     command = [sys.executable, "-m", "sparsity_utils", "study", "--profile", write_profile(tmp_path, content)]
     environment = os.environ | {"SPARSITY_BUILD": str(tmp_path / "build"), "PYTHONPATH": str(paths.ROOT)}
     store = tmp_path / "build" / "runs"
