@@ -86,7 +86,9 @@ def _rows(name: str, runs: pd.DataFrame, x: str | None) -> list[dict[str, object
     for _, line in size_means(runs).groupby("line", sort=False):
         level = line["value"].mean()
         effect = level if x is None else np.polyfit(_along(line, x), line["value"], 1)[0]
-        rows.append({"outcome": name, "ratio": line["ratio"].median(), "level": level, "first_effect": effect, **spread})
+        rows.append(
+            {"outcome": name, "ratio": line["ratio"].median(), "level": level, "first_effect": effect, **spread}
+        )
     return rows
 
 

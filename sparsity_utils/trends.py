@@ -175,7 +175,7 @@ def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
     if reason:
         return Segments(no_estimate(x.size, level, reason), *[np.nan] * 4)
     grid = np.linspace(positions[1], positions[-1], GRID)
-    found, coefficients, rss = _profile(lambda at: np.minimum(x - at, 0)[:, None], y, grid, groups, level)
+    found, coefficients, rss = _profile(lambda at: np.minimum(x - at, 0), y, grid, groups, level)
     aicc = information(rss, x.size, coefficients.size + 1)[1]
     rivals = {
         "a straight line": fit_line(x, y, groups, level).aicc,
@@ -206,7 +206,7 @@ def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, 
         return Saturation(no_estimate(x.size, level, reason), *[np.nan] * 5)
     start, span = positions[0], positions[-1] - positions[0]
     grid = np.geomspace(SCALES[0] * span, SCALES[1] * span, GRID)
-    found, coefficients, rss = _profile(lambda scale: np.exp((start - x) / scale)[:, None], y, grid, groups, level)
+    found, coefficients, rss = _profile(lambda scale: np.exp((start - x) / scale), y, grid, groups, level)
     if found.low <= grid[0] or found.high >= grid[-1]:
         reason = "the interval of the scale reaches an end of its range: the points hardly bend, or bend at once"
     scale = Estimate(found.value, found.low, found.high, level, x.size, reason)
@@ -247,7 +247,7 @@ def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, lev
     if reason:
         return no_estimate(x.size, level, reason)
     grid = np.geomspace(positions[0], positions[-1], GRID)
-    found, coefficients, _ = _profile(lambda at: np.log(x / at)[:, None] ** 2, y, grid, groups, level)
+    found, coefficients, _ = _profile(lambda at: np.log(x / at) ** 2, y, grid, groups, level)
     if coefficients[0] <= 0:
         reason = "the parabola has no minimum inside the sampled range"
     elif found.low <= grid[0] or found.high >= grid[-1]:
@@ -256,19 +256,26 @@ def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, lev
 
 
 def _profile(
-    regressors: Callable[[float], Array], y: Array, grid: Array, groups: ArrayLike | None, level: float
+    regressor: Callable[[Array], Array], y: Array, grid: Array, groups: ArrayLike | None, level: float
 ) -> tuple[Estimate, Array, float]:
-    """Profile least squares over one non-linear value: estimate and F interval, linear coefficients, residual sum."""
+    """Profile least squares over one non-linear value: estimate and F interval, linear coefficients, residual sum.
+
+    regressor: the one column of the fit for each value of the grid, (grid, 1) to (grid, n). Column and y less their
+    means within groups leave a slope and a residual sum per grid value in closed form.
+    """
     blocks = _blocks(y.size, groups)
-    designs = [np.column_stack([regressors(value), blocks]) for value in grid]
-    solutions = [np.linalg.lstsq(design, y, rcond=None)[0] for design in designs]
-    rss = np.array([np.sum((design @ b - y) ** 2) for design, b in zip(designs, solutions, strict=True)])
+    within = blocks / blocks.sum(axis=0)  # (n, groups): means of groups
+    columns = regressor(grid[:, None])
+    centred, left = columns - columns @ within @ blocks.T, y - blocks @ (within.T @ y)
+    slopes = centred @ left / np.sum(centred**2, axis=1)
+    rss = np.sum((left - slopes[:, None] * centred) ** 2, axis=1)
     best = int(np.argmin(rss))
-    dof = y.size - designs[0].shape[1] - 1
+    dof = y.size - blocks.shape[1] - 2
     accepted = np.flatnonzero(rss <= rss[best] * (1 + stats.f.ppf(level, 1, dof) / dof))
     ends = max(accepted[0] - 1, 0), min(accepted[-1] + 1, grid.size - 1)  # rounded outwards to the grid
     found = Estimate(float(grid[best]), *(float(grid[end]) for end in ends), level, y.size)
-    return found, solutions[best], float(rss[best])
+    effects = within.T @ (y - slopes[best] * columns[best])
+    return found, np.append(slopes[best], effects), float(rss[best])
 
 
 def _too_few(positions: Array, n: int, groups: ArrayLike | None, extra: int) -> str:
