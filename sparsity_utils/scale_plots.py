@@ -154,13 +154,14 @@ def scale_insensitivity(checkpoints: pd.DataFrame, second: pd.DataFrame | None =
 def second_line(checkpoints: pd.DataFrame, second: pd.DataFrame) -> Figure:
     """Both metrics against size at two width-depth ratios."""
     figure, (left, right) = side_by_side(2)
-    lines = {f"ratio {table['ratio'].median():.3g}": table for table in (checkpoints, second)}
+    lines = {"main": checkpoints, "second": second}
     drawn = {left: _values(lines), right: {"relu": on_lines(lines, nonzero_share)}}
     for axes, by_activation in drawn.items():
         for activation, values in by_activation.items():
-            for number, (line, found) in enumerate(slopes_on_lines(values).items()):
-                look = Look(2 * number + list(ACTIVATIONS).index(activation))
-                _against_size(axes, values[values["line"] == line], found, f"{ACTIVATIONS[activation]}, {line}", look)
+            for line, found in slopes_on_lines(values).items():
+                own = values[values["line"] == line]
+                look = Look(2 * list(lines).index(line) + list(ACTIVATIONS).index(activation))
+                _against_size(axes, own, found, f"{ACTIVATIONS[activation]}, ratio {own['ratio'].median():.3g}", look)
     sizes = pd.concat([checkpoints["parameters"], second["parameters"]])
     left.set(title=price_name(checkpoints), ylabel="Active neurons (% of d_ff)")
     right.set(title="Share of non-zero neurons", ylabel="Non-zero neurons (% of d_ff)")
