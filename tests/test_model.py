@@ -103,6 +103,23 @@ def test_initial_weights_follow_mup():
     assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
 
 
+@pytest.mark.parametrize("d_ff", [40, 80, 320])
+def test_the_down_projection_follows_its_own_number_of_inputs(d_ff):
+    """Every hidden matrix starts at 0.1 / sqrt(m) and learns at rate / m, m the inputs over those of the base model."""
+    config = ModelConfig(32, 2, head_size=16, base_width=64, ffn_ratio=d_ff / 32)
+    model = build_model(config, 7)
+    assert model.config.intermediate_size == d_ff
+    rates = {p: group["lr"] for group in parameter_groups(model, config, 0.01, 0.1) for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name:
+            m = parameter.shape[1] / (160 if "down" in name else 64)  # 160: d_ff of the base model
+            assert rates[parameter] == pytest.approx(0.01 / m), name
+            assert parameter.std().item() == pytest.approx(0.1 / math.sqrt(m), rel=0.06), name
+    assert len(rates) == len(list(model.parameters()))
+    groups = len(parameter_groups(model, config, 0.01, 0.1))
+    assert groups == (3 if d_ff == 80 else 4)  # at 2.5 d as ever: hidden, embeddings, gains
+
+
 def residual_rms(d_model: int, mup: bool, steps: int = 10) -> float:
     """Root mean square of the residual stream after `steps` AdamW steps on one fixed batch."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sparsity_utils.batches import TrainingBatches, measurement_batches
 from sparsity_utils.errors import InputError
 from sparsity_utils.loss import CHUNK_TOKENS, linear_cross_entropy
 from sparsity_utils.profiles import ModelConfig, TrainConfig
-from sparsity_utils.train import Diverged, Schedule, checkpoint_file, train, validation_loss
+from sparsity_utils.train import Diverged, Schedule, Training, checkpoint_file, train, validation_loss
 
 MODEL = ModelConfig(16, 2, vocabulary=64, context=16, head_size=8, base_width=16)
 TRAIN = TrainConfig(tokens=16 * 4 * 30, batch_tokens=16 * 4, checkpoints=8, seed=3)
@@ -41,6 +42,13 @@ def test_a_run_is_the_same_twice(tokens, validation, tmp_path):
     assert timeless[0] == timeless[1]
     step = first[-1]["step"]
     assert all(torch.equal(a, weights(tmp_path / "b", step)[n]) for n, a in weights(tmp_path / "a", step).items())
+
+
+def test_a_paused_run_is_charged_its_processor_time_alone(tokens, validation, tmp_path, monkeypatch):
+    step = Training.train_step
+    monkeypatch.setattr(Training, "train_step", lambda self: (time.sleep(0.05), step(self)))
+    last = train(MODEL, TRAIN, tokens, validation, tmp_path)[-1]
+    assert last["tokens"] / last["tokens_per_second"] < 0.05 * last["step"]  # seconds charged, and seconds slept
 
 
 @pytest.mark.parametrize("killed_at", [1, 7, 20, 32])
