@@ -1,11 +1,20 @@
-"""The claims under test, with test, threshold and margin stated before any result."""
+"""The claims under test, with test, threshold and margin stated before any result.
+
+Thirteen claims are primary: the study's sizes and seeds are planned for them. At each of two width-depth ratios they
+are that ReLU reaches the loss of SiLU, that the ReLU activation ratio falls with data, that the SiLU activation ratio
+rises, that ReLU ends sparser, and that the limits of either do not depend on scale; at one size, that the limit rises
+with the width-depth ratio. Each is judged at its own 90% interval, without correction for their number. All other
+claims are secondary.
+"""
 
 from dataclasses import replace
 
 import pandas as pd
 
 from sparsity_utils.judgement import Claim
+from sparsity_utils.one_dimension import ONE_DIMENSION
 from sparsity_utils.profiles import ACTIVATIONS
+from sparsity_utils.speed_claims import SPEED_CLAIMS
 from sparsity_utils.trends import DISTINCT
 
 # "Comparable" loss: 1% is what about 14% more parameters buy, at loss ~ N^-0.076 (arXiv 2001.08361, eq. 1.1).
@@ -19,8 +28,11 @@ OFTEN = 20  # occurrences in the measured text from which a token's mean activat
 ALIKE = 0.5  # rank correlation of two token patterns: at least this much counts as alike
 LITTLE = 0.25  # of the fall of the activation ratio: dead neurons explain little of it below this
 SECOND_LINE = ", at a second width-depth ratio"
-NEAR_IDEAL = 0.9  # of the speed-up that the unread bytes allow
-BEYOND_WALL = 3.5  # times dense; reading all gates in full caps an exact method below 3
+# How every test over sizes counts: t intervals of `pooled.pooled_means` and `pooled.pooled_slopes`.
+MEANS = "mean over the sizes of a line, each size the mean over its seeds; t interval, the variance of sizes pooled "
+MEANS += "over the lines of sizes (degrees of freedom: sizes less lines)"
+SLOPES = "the means over the seeds of each size; own level and slope for each line of sizes, residual variance pooled "
+SLOPES += "over the lines (degrees of freedom: sizes less twice the lines)"
 DETERMINED = 0.01  # width of the 90% interval of a limit (1 point of activation ratio) up to which it counts as known
 PRINTED_ERROR = 0.005  # activation ratio (half a point): root mean square error of a law printed for its own curve
 COVERED = 0.8  # of held-out runs: 90% intervals that hold at least so many are called honest
@@ -43,15 +55,16 @@ def form_claim(activation: str, form: str, question: str = "relu_vs_silu") -> Cl
     )
 
 
-def scale_claim(what: str, published: str = "none", where: str = "") -> Claim:
+def scale_claim(what: str, published: str = "none", where: str = "", primary: bool = False) -> Claim:
     """Is a quantity insensitive to scale? `where` names a line of runs other than the main one."""
     return Claim(
         "scale_insensitivity",
         f"{what} does not depend on scale{where}",
         published,
         "points per decade",
-        "equivalence (two one-sided t tests) of the slope on log parameters, seeds as blocks",
+        f"equivalence (two one-sided t tests) of the slope, on log parameters, of {SLOPES}",
         f"90% interval inside +-{100 * SLOPE_MARGIN:.0f} points per decade",
+        primary=primary,
     )
 
 
@@ -59,16 +72,20 @@ def line_claims(where: str = "") -> tuple[Claim, ...]:
     """The claims on one line of sizes at one width-depth ratio, in the order of their verdicts."""
     metric = scale_claim("The gap between CETT-PPL and the share of non-zero ReLU neurons", "none", where)
     return (
-        scale_claim("The ReLU limit", "+1.6 points per decade", where),
-        scale_claim("The SiLU limit", "-2.6 points per decade", where),
+        scale_claim("The ReLU limit", "+1.6 points per decade", where, primary=True),
+        scale_claim("The SiLU limit", "-2.6 points per decade", where, primary=True),
         scale_claim("The ReLU share of non-zero neurons", "sparser (2210.06313)", where),
         replace(
             metric,
-            test="equivalence (two one-sided t tests) of the slope on log parameters of the activation ratio at "
-            "CETT-PPL less the non-zero share, paired by run (last-five means), seeds as blocks: do both metrics "
-            "see the same dependence on scale?",
+            test=f"{metric.test}; of the activation ratio at CETT-PPL less the non-zero share, paired by run "
+            "(last-five means): do both metrics see the same dependence on scale?",
         ),
     )
+
+
+def at_second_line(claim: Claim) -> Claim:
+    """The same claim on the sizes at the other width-depth ratio."""
+    return replace(claim, claim=claim.claim + SECOND_LINE)
 
 
 def price_claim(p: float = 1.0) -> Claim:
@@ -132,30 +149,36 @@ LOSS_EQUAL = Claim(
     "ReLU reaches the loss of SiLU",
     "comparable",
     "% of the SiLU loss",
-    "equivalence (paired two one-sided t tests), pairs of equal size, seed and tokens",
+    "equivalence (two one-sided t tests) of the relative difference of pairs of runs of equal size, seed and tokens: "
+    f"{MEANS}",
     f"90% interval inside +-{100 * LOSS_MARGIN:.0f}%",
+    primary=True,
 )
 RELU_FALLS = Claim(
     "relu_vs_silu",
     "The ReLU activation ratio falls with data",
     "falls",
     "points fewer per decade of tokens",
-    "t interval over runs of each run's slope on log tokens, warm-up dropped",
+    f"slope of each run on log tokens, warm-up dropped: {MEANS}",
+    primary=True,
 )
 SILU_RISES = Claim(
     "relu_vs_silu",
     "The SiLU activation ratio rises with data",
     "rises",
     "points more per decade of tokens",
-    "t interval over runs of each run's slope on log tokens, warm-up dropped",
+    f"slope of each run on log tokens, warm-up dropped: {MEANS}",
+    primary=True,
 )
 RELU_SPARSER = Claim(
     "relu_vs_silu",
     "ReLU ends sparser than SiLU",
     "7.1% against 39.2% active (0.1B)",
     "points fewer active",
-    "paired t interval of the last-five means, pairs of equal size and seed",
+    f"difference of the last-five means of pairs of runs of equal size and seed: {MEANS}",
+    primary=True,
 )
+PAIRED = (LOSS_EQUAL, RELU_FALLS, SILU_RISES, RELU_SPARSER)  # the claims on ReLU beside SiLU that each line decides
 RUNS_FORECAST = Claim(
     "relu_vs_silu",
     "Fitted to the first half of a run, the published law forecasts the second better than the last value",
@@ -170,8 +193,10 @@ RATIO_RISES = Claim(
     "The limit rises with the width-depth ratio below the breakpoint",
     "rises",
     "points per 100 of d_model / n_layers",
-    "t interval of the slope, seeds as blocks",
+    "t interval of the slope of a line through the means over the seeds of each shape, shapes up to the breakpoint "
+    "where there is one (degrees of freedom: shapes less 2)",
     scale=1e4,
+    primary=True,
 )
 RATIO_BREAKS = Claim(
     "width_depth_ratio",
@@ -264,64 +289,6 @@ BETTER_THAN_MEAN = Claim(
     "recipe (sizes of errors, mean over seeds)",
     scale=1.0,
 )
-SPEED_SHAPE = "A single FFN of the 2.4B shape, float32, one token, random patterns"
-NEARLY_IDEAL = Claim(
-    "sparse_decoding",
-    "Skipping neurons saves nearly all the time that their weights take",
-    "2.00x and 1.51x in two steps of an FFN (7B, 89% sparse)",
-    "of the ideal",
-    f"{SPEED_SHAPE}: speed-up over the fastest way that reads all weights, by that of the bytes left; the lowest "
-    "from 50% to 97% sparsity decides",
-    f"90% interval of the median at or above {NEAR_IDEAL:g}",
-    scale=1.0,
-)
-NEVER_SLOWER = Claim(
-    "sparse_decoding",
-    "With nothing to skip the sparse kernel is no slower than dense",
-    "none",
-    "x dense",
-    f"{SPEED_SHAPE} and no inactive neuron: speed-up over torch",
-    "90% interval of the median at or above 1",
-    scale=1.0,
-)
-GATE_WALL = Claim(
-    "sparse_decoding",
-    "An exact method passes the wall of 3x that reading the gate in full puts up",
-    "none",
-    "x dense",
-    f"{SPEED_SHAPE}, certified gate at 93.5% sparsity: speed-up over the fastest way that reads all weights",
-    f"90% interval of the median above {BEYOND_WALL:g}",
-    scale=1.0,
-)
-PUBLISHED_SPEED = Claim(
-    "sparse_decoding",
-    "Sparse FFNs alone can explain the published decoding speed",
-    "4.1x (2.4B)",
-    "x at most",
-    "arithmetic: all weights but those of the FFNs are read still; FFNs that cost nothing, no output head",
-    "at or above 4.1",
-    scale=1.0,
-)
-SHAPE_GAINS = Claim(
-    "sparse_decoding",
-    "A decoder of the published 0.1B shape gains from sparse FFNs at 90% sparsity",
-    "gains",
-    "x dense",
-    "random weights, FAT thresholds, one sequence, the masked model's own tokens: speed-up of whole decoding steps "
-    "over the faster of torch and the kernels with nothing skipped",
-    "90% interval of the median above 1",
-    scale=1.0,
-)
-TRAINED_GAIN = Claim(
-    "sparse_decoding",
-    "The trained models of this study gain from sparse FFNs",
-    "gains",
-    "x dense",
-    "one sequence, CETT-PPL-1%, the masked model's own tokens: speed-up of whole decoding steps over the faster of "
-    "torch and the kernels with nothing skipped, each activation function; the lowest decides",
-    "90% interval of the median above 1 for each",
-    scale=1.0,
-)
 
 
 def refit_claim(activation: str) -> Claim:
@@ -363,12 +330,13 @@ LAW_FORECASTS = Claim(
 CLAIMS = (
     price_claim(),
     *(CETT_LOWEST, CETT_CUT),
-    *(LOSS_EQUAL, RELU_FALLS, SILU_RISES, RELU_SPARSER, form_claim("relu", "logspace"), form_claim("silu", "power")),
-    RUNS_FORECAST,
+    *(*PAIRED, form_claim("relu", "logspace"), form_claim("silu", "power"), RUNS_FORECAST),
+    *(at_second_line(claim) for claim in PAIRED),
     *(RATIO_RISES, RATIO_BREAKS, RATIO_OPTIMUM),
     *(*line_claims(), SMALL_CONVERGE_FASTER, *line_claims(SECOND_LINE)),
+    *ONE_DIMENSION,
     *(TOKENS_ALIKE, NEURONS_ALIKE, MIDDLE_ALIKE, DEAD_RISES, DEAD_EXPLAIN_LITTLE, THRESHOLDS_TRANSFER),
-    *(NEARLY_IDEAL, NEVER_SLOWER, GATE_WALL, PUBLISHED_SPEED, SHAPE_GAINS, TRAINED_GAIN),
+    *SPEED_CLAIMS,
     *(PRINTED_LAWS, refit_claim("relu"), refit_claim("silu"), SPARSITY_KNOWN),
     form_claim("relu", "logspace", "published_curves"),
     form_claim("silu", "power", "published_curves"),
@@ -379,7 +347,7 @@ CLAIMS = (
 
 
 def claims_table(question: str) -> pd.DataFrame:
-    """What a notebook states before its results: question, published, test, threshold."""
+    """What a notebook states before its results: question, published, test, threshold, rank."""
     chosen = [claim for claim in CLAIMS if claim.question == question]
-    rows = [(claim.claim, claim.published, claim.test, claim.threshold) for claim in chosen]
-    return pd.DataFrame(rows, columns=["question", "published", "test", "threshold"])
+    rows = [(claim.claim, claim.published, claim.test, claim.threshold, claim.rank) for claim in chosen]
+    return pd.DataFrame(rows, columns=["question", "published", "test", "threshold", "rank"])

@@ -27,7 +27,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Claim:
-    """A published claim and the test that decides it. An estimate times `scale` is in `unit`."""
+    """A published claim and the test that decides it. An estimate times `scale` is in `unit`.
+
+    A primary claim is one of the few that the study is planned for; all others are secondary.
+    """
 
     question: str
     claim: str
@@ -36,6 +39,12 @@ class Claim:
     test: str
     threshold: str = "90% interval above 0"
     scale: float = 100.0  # shares are shown in points or percent
+    primary: bool = False
+
+    @property
+    def rank(self) -> str:
+        """The word for it in a table."""
+        return "primary" if self.primary else "secondary"
 
     def judged(self, estimate: Estimate, verdict: str, *reasons: str) -> Verdict:
         """The verdict on this claim, with the reasons that are not empty."""

@@ -81,7 +81,9 @@ FIGURES = {
     "02_other_activations": Drawing(law_plots.other_activations, ("relu_vs_silu", "other_activations")),
     "03_width_depth_ratio": Drawing(scale_plots.width_depth_ratio, ("width_depth_ratio",)),
     "03_cost_of_depth": Drawing(scale_plots.cost_of_depth, ("width_depth_ratio", "depth_cost")),
-    "04_scale_insensitivity": Drawing(scale_plots.scale_insensitivity, ("scale_insensitivity",)),
+    "04_scale_insensitivity": Drawing(
+        scale_plots.scale_insensitivity, ("scale_insensitivity",), optional=("second_line",)
+    ),
     "04_second_line": Drawing(scale_plots.second_line, ("scale_insensitivity", "second_line")),
     "05_neuron_frequencies": Drawing(pattern_plots.neuron_frequencies, ("activation_patterns",)),
     "05_token_patterns": Drawing(pattern_plots.token_patterns, ("token_patterns",)),

@@ -10,13 +10,20 @@ from sparsity_utils.claims import BREAKPOINT, OPTIMUM
 from sparsity_utils.convergence import convergence_table
 from sparsity_utils.depth_cost import cost_beside_sparsity
 from sparsity_utils.labels import parameters_name, price_name, seeds_name, short_number
-from sparsity_utils.limits import last_means, limits_table
+from sparsity_utils.limits import limits_table
 from sparsity_utils.model import non_embedding_parameters
+from sparsity_utils.outcomes import (
+    OverSizes,
+    limits_on_lines,
+    nonzero_share,
+    on_lines,
+    one_value_per_run,
+    slopes_on_lines,
+)
 from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.published_laws import PUBLISHED_LAWS
 from sparsity_utils.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
 from sparsity_utils.trends import fit_line, fit_saturation, fit_two_segments
-from sparsity_utils.verdicts import one_value_per_run
 
 CLOSEST = 1.8  # ratio of two sizes whose labels stand side by side
 LOOKS = {activation: Look(number) for number, activation in enumerate(ACTIVATIONS)}
@@ -113,16 +120,22 @@ def _shapes(rows: pd.DataFrame) -> list[str]:
 
 
 @styled
-def scale_insensitivity(checkpoints: pd.DataFrame) -> Figure:
-    """Activation ratio against size by two metrics and beside the published limits, and who converges sooner."""
+def scale_insensitivity(checkpoints: pd.DataFrame, second: pd.DataFrame | None = None) -> Figure:
+    """Activation ratio against size by two metrics and beside the published limits, and who converges sooner.
+
+    second: sizes at another width-depth ratio. They are not drawn; the intervals of the slopes rest on the spread of
+    the sizes of both lines, as in the verdicts.
+    """
     figure = ShownFigure(figsize=(7.8, 6.8), layout="constrained")
     (left, right), (half, beside) = figure.subplots(2, 2)
-    limits = limits_table(checkpoints)
-    for activation in sorted(set(checkpoints["activation"])):
-        values, _ = one_value_per_run(limits, activation)
-        _against_size(left, values, ACTIVATIONS[activation], LOOKS[activation])
-        _beside_published(beside, values, activation)
-    _against_size(right, _nonzero(checkpoints), ACTIVATIONS["relu"], LOOKS["relu"])
+    lines = {"": checkpoints} if second is None else {"": checkpoints, "second": second}
+    for activation, values in _values(lines).items():
+        if activation in set(checkpoints["activation"]):
+            own = values[values["line"] == ""]
+            _against_size(left, own, slopes_on_lines(values)[""], ACTIVATIONS[activation], LOOKS[activation])
+            _beside_published(beside, own, activation)
+    shares = on_lines(lines, nonzero_share)
+    _against_size(right, shares[shares["line"] == ""], slopes_on_lines(shares)[""], ACTIVATIONS["relu"], LOOKS["relu"])
     _half_way(half, convergence_table(checkpoints))
     left.set(title=price_name(checkpoints), ylabel="Active neurons (% of d_ff)")
     right.set(title="Share of non-zero neurons", ylabel="Non-zero neurons (% of d_ff)")
@@ -141,13 +154,14 @@ def scale_insensitivity(checkpoints: pd.DataFrame) -> Figure:
 def second_line(checkpoints: pd.DataFrame, second: pd.DataFrame) -> Figure:
     """Both metrics against size at two width-depth ratios."""
     figure, (left, right) = side_by_side(2)
-    for number, table in enumerate((checkpoints, second)):
-        ratio, limits = table["ratio"].median(), limits_table(table)
-        for activation in sorted(set(table["activation"])):
-            values, _ = one_value_per_run(limits, activation)
-            look = Look(2 * number + list(ACTIVATIONS).index(activation))
-            _against_size(left, values, f"{ACTIVATIONS[activation]}, ratio {ratio:.3g}", look)
-        _against_size(right, _nonzero(table), f"ReLU, ratio {ratio:.3g}", Look(2 * number))
+    lines = {"main": checkpoints, "second": second}
+    drawn = {left: _values(lines), right: {"relu": on_lines(lines, nonzero_share)}}
+    for axes, by_activation in drawn.items():
+        for activation, values in by_activation.items():
+            for line, found in slopes_on_lines(values).items():
+                own = values[values["line"] == line]
+                look = Look(2 * list(lines).index(line) + list(ACTIVATIONS).index(activation))
+                _against_size(axes, own, found, f"{ACTIVATIONS[activation]}, ratio {own['ratio'].median():.3g}", look)
     sizes = pd.concat([checkpoints["parameters"], second["parameters"]])
     left.set(title=price_name(checkpoints), ylabel="Active neurons (% of d_ff)")
     right.set(title="Share of non-zero neurons", ylabel="Non-zero neurons (% of d_ff)")
@@ -159,9 +173,10 @@ def second_line(checkpoints: pd.DataFrame, second: pd.DataFrame) -> Figure:
     return captioned(figure, f"One point per run, {seeds} a size; slopes with 90% intervals.")
 
 
-def _nonzero(checkpoints: pd.DataFrame) -> pd.DataFrame:
-    relu = checkpoints[checkpoints["activation"] == "relu"]
-    return last_means(relu, "nonzero_share").rename(columns={"last_five_mean": "value"})
+def _values(lines: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """{activation: one value per run on every line}."""
+    limits = limits_on_lines(lines)
+    return {name: one_value_per_run(limits, name)[0] for name in sorted(set(limits["activation"]))}
 
 
 def _seeds(axes: Axes, x: pd.Series, y: pd.Series, seeds: pd.Series) -> None:
@@ -171,15 +186,13 @@ def _seeds(axes: Axes, x: pd.Series, y: pd.Series, seeds: pd.Series) -> None:
         axes.plot(x[chosen], y[chosen], linestyle="none", label=f"seed {seed}", **style)
 
 
-def _against_size(axes: Axes, values: pd.DataFrame, name: str, look: Look) -> None:
-    """One value per run against size, and the line whose slope is tested."""
-    decades = np.log10(values["parameters"])
-    line = fit_line(decades, values["value"], values["seed"])
-    ends = np.array([decades.min(), decades.max()])
-    slope = [100 * part for part in (line.slope.value, line.slope.low, line.slope.high)]
+def _against_size(axes: Axes, values: pd.DataFrame, found: OverSizes, name: str, look: Look) -> None:
+    """One value per run against size, and the line through the means of the sizes whose slope is tested."""
+    ends = np.array([values["parameters"].min(), values["parameters"].max()])
+    slope = [100 * part for part in (found.estimate.value, found.estimate.low, found.estimate.high)]
     label = f"{name}: {slope[0]:+.1f} [{slope[1]:+.1f}, {slope[2]:+.1f}] points per decade"
     axes.plot(values["parameters"], 100 * values["value"], look.marker, color=look.colour, alpha=0.8)
-    axes.plot(10**ends, 100 * line.predict(ends), look.line, color=look.colour, label=label)
+    axes.plot(ends, 100 * found.at(ends), look.line, color=look.colour, label=label)
 
 
 def _half_way(axes: Axes, table: pd.DataFrame) -> None:

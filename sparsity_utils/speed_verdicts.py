@@ -1,4 +1,4 @@
-"""Notebook 06: tables of speeds in, verdicts on the claims of claims.py out.
+"""Notebook 06: tables of speeds in, verdicts on the claims of speed_claims.py out.
 
 A test whose conditions are not met is inconclusive and says why; only an unusable table is an error.
 """
@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from sparsity_utils import claims
+from sparsity_utils import speed_claims
 from sparsity_utils.cost import decoding_limit
 from sparsity_utils.judgement import Claim, Verdict
 from sparsity_utils.laws import LEVEL
@@ -36,16 +36,16 @@ def sparse_decoding(ffns: pd.DataFrame, decoding: pd.DataFrame) -> list[Verdict]
     shape, trained = (decoding[decoding["model"] == name] for name in ("random weights", "trained"))
     return [
         _nearly_ideal(one[(one["way"] == "sparse") & one["sparsity"].between(0.499, 0.971)]),
-        _above(claims.NEVER_SLOWER, one[(one["way"] == "sparse") & (one["sparsity"] < 0.001)], "speedup", 1.0),
+        _above(speed_claims.NEVER_SLOWER, one[(one["way"] == "sparse") & (one["sparsity"] < 0.001)], "speedup", 1.0),
         _above(
-            claims.GATE_WALL,
+            speed_claims.GATE_WALL,
             one[(one["way"] == "certified") & ((one["sparsity"] - 0.935).abs() < 0.001)],
             "strict_speedup",
-            claims.BEYOND_WALL,
+            speed_claims.BEYOND_WALL,
         ),
         _published_speed(),
-        _above(claims.SHAPE_GAINS, _decoded(shape[shape["setting"] == 90]), "strict_speedup", 1.0),
-        _above(claims.TRAINED_GAIN, _decoded(trained), "strict_speedup", 1.0),
+        _above(speed_claims.SHAPE_GAINS, _decoded(shape[shape["setting"] == 90]), "strict_speedup", 1.0),
+        _above(speed_claims.TRAINED_GAIN, _decoded(trained), "strict_speedup", 1.0),
     ]
 
 
@@ -58,7 +58,7 @@ def _nearly_ideal(rows: pd.DataFrame) -> Verdict:
     ideal = rows["ideal_speedup"]
     strict = ["strict_speedup", "low_strict_speedup", "high_strict_speedup"]
     shares = rows.assign(**{column: rows[column] / ideal for column in strict})
-    return _above(claims.NEARLY_IDEAL, shares, "strict_speedup", claims.NEAR_IDEAL)
+    return _above(speed_claims.NEARLY_IDEAL, shares, "strict_speedup", speed_claims.NEAR_IDEAL)
 
 
 def _above(claim: Claim, rows: pd.DataFrame, column: str, bound: float) -> Verdict:
@@ -89,4 +89,6 @@ def _published_speed() -> Verdict:
     verdict = SUPPORTED if limit >= PUBLISHED else NOT_SUPPORTED
     estimate = Estimate(limit, limit, limit, LEVEL, 1)
     exact = np.round(decoding_limit(ffn_share_read=(1 + 2 * 0.0648) / 3), 2)
-    return claims.PUBLISHED_SPEED.judged(estimate, verdict, f"with the gate read in full and 93.52% sparsity {exact}x")
+    return speed_claims.PUBLISHED_SPEED.judged(
+        estimate, verdict, f"with the gate read in full and 93.52% sparsity {exact}x"
+    )

@@ -1,9 +1,10 @@
 """Trends across runs: lines, breakpoints, smooth bends, optima, and the tests that turn an interval into a verdict.
 
-The unit of every test is a run (one shape, one seed): checkpoints along a run are correlated and never counted as
-independent. Runs of one seed share initialisation and data order, so seeds enter regressions as fixed effects
-(blocks). Two or three seeds are too few for a random effect or for cluster-robust errors, both of which would come
-out too small; the fixed effects cost one degree of freedom per seed and the interval is an exact t interval.
+The unit of every test here is a run (one shape, one seed): checkpoints along a run are correlated and never counted as
+independent. Tests whose unit is a size are in `pooled`. Runs of one seed share initialisation and data order, so seeds
+enter regressions as fixed effects (blocks). Two or three seeds are too few for a random effect or for cluster-robust
+errors, both of which would come out too small; the fixed effects cost one degree of freedom per seed and the interval
+is an exact t interval.
 """
 
 from collections.abc import Callable
@@ -49,7 +50,6 @@ class Equivalence:
     margin: float
     p_value: float
     verdict: str
-    relative_change: float = float("nan")  # of the fitted line from the smallest to the largest size; slopes only
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ def supports_within(estimate: Estimate, margin: float) -> str:
 
 def mean_over_runs(values: ArrayLike, level: float = LEVEL) -> Estimate:
     """Mean of one value per run (or per pair of runs) with its t interval; fewer than two runs give a reason."""
-    values = _finite(values, "values")
+    values = finite(values, "values")
     if values.size < SMALLEST_DOF + 1:
-        return _nothing(values.size, level, f"only {values.size} runs; at least {SMALLEST_DOF + 1} are needed")
+        return no_estimate(values.size, level, f"only {values.size} runs; at least {SMALLEST_DOF + 1} are needed")
     described = DescrStatsW(values)
     low, high = described.tconfint_mean(1 - level)
     return Estimate(float(described.mean), float(low), float(high), level, values.size)
@@ -134,44 +134,13 @@ def equivalence_of_pairs(differences: ArrayLike, margin: float, level: float = L
     return Equivalence(estimate, margin, p_value, supports_within(estimate, margin))
 
 
-def equivalence_of_slope(
-    parameters: ArrayLike,
-    limits: ArrayLike,
-    groups: ArrayLike | None = None,
-    margin: float = 0.03,
-    level: float = LEVEL,
-) -> Equivalence:
-    """Is the slope of the limit per decade of parameters inside +-margin (activation ratio, 0.03 = 3 points)?
-
-    One limit per run, `groups` its seed. Ordinary least squares on log10 parameters with seeds as fixed effects;
-    the interval at 90% is the equivalence test at 5% (two one-sided t tests). A missing significance of the slope
-    would not do: it is what a study too small to see anything reports. Fewer than three sizes are inconclusive.
-    """
-    parameters, limits = _finite(parameters, "parameters"), _finite(limits, "limits")
-    if (parameters <= 0).any():
-        raise InputError("parameters must be positive numbers of non-embedding parameters.")
-    decades, sizes = np.log10(parameters), np.unique(parameters).size
-    line = fit_line(decades, limits, groups, level=level)
-    slope = line.slope
-    if sizes < 3:
-        slope = _nothing(limits.size, level, f"only {sizes} sizes; at least 3 are needed")
-    if slope.reason:
-        return Equivalence(slope, margin, float("nan"), INCONCLUSIVE)
-    standard_error = (slope.high - slope.value) / stats.t.ppf((1 + level) / 2, _dof(limits.size, groups))
-    with np.errstate(divide="ignore"):  # an exact line has no spread
-        nearest = np.float64(margin - abs(slope.value)) / standard_error
-    p_value = float(stats.t.sf(nearest, _dof(limits.size, groups)))
-    start, end = line.predict([decades.min(), decades.max()])
-    return Equivalence(slope, margin, p_value, supports_within(slope, margin), float(end / start - 1))
-
-
 def fit_line(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Line:
     """Straight line by ordinary least squares (statsmodels); `groups` become fixed effects."""
     x, y = _xy(x, y)
     blocks, dof = _blocks(x.size, groups), _dof(x.size, groups)
     if np.unique(x).size < 2 or dof < SMALLEST_DOF:
         reason = f"too few runs: {x.size} at {np.unique(x).size} positions leave {max(dof, 0)} degrees of freedom"
-        return Line(_nothing(x.size, level, reason), np.nan, np.nan, np.nan)
+        return Line(no_estimate(x.size, level, reason), np.nan, np.nan, np.nan)
     design = np.column_stack([x, blocks])  # (n, 1 + groups)
     result = sm.OLS(y, design).fit()
     low, high = result.conf_int(1 - level)[0]
@@ -186,7 +155,7 @@ def run_slopes(tokens: ArrayLike, values: ArrayLike, runs: ArrayLike) -> dict[ob
 
     Only the slope is used, never its standard error: the errors along a run are correlated.
     """
-    tokens, values, runs = _finite(tokens, "tokens"), _finite(values, "values"), np.asarray(runs)
+    tokens, values, runs = finite(tokens, "tokens"), finite(values, "values"), np.asarray(runs)
     lines = {run: fit_line(np.log10(tokens[runs == run]), values[runs == run]) for run in np.unique(runs)}
     return {run: line.slope.value for run, line in lines.items() if not line.slope.reason}
 
@@ -204,9 +173,9 @@ def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
     positions = np.unique(x)
     reason = _too_few(positions, x.size, groups, extra=1)
     if reason:
-        return Segments(_nothing(x.size, level, reason), *[np.nan] * 4)
+        return Segments(no_estimate(x.size, level, reason), *[np.nan] * 4)
     grid = np.linspace(positions[1], positions[-1], GRID)
-    found, coefficients, rss = _profile(lambda at: np.minimum(x - at, 0)[:, None], y, grid, groups, level)
+    found, coefficients, rss = _profile(lambda at: np.minimum(x - at, 0), y, grid, groups, level)
     aicc = information(rss, x.size, coefficients.size + 1)[1]
     rivals = {
         "a straight line": fit_line(x, y, groups, level).aicc,
@@ -234,10 +203,10 @@ def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, 
     positions = np.unique(x)
     reason = _too_few(positions, x.size, groups, extra=1)
     if reason:
-        return Saturation(_nothing(x.size, level, reason), *[np.nan] * 5)
+        return Saturation(no_estimate(x.size, level, reason), *[np.nan] * 5)
     start, span = positions[0], positions[-1] - positions[0]
     grid = np.geomspace(SCALES[0] * span, SCALES[1] * span, GRID)
-    found, coefficients, rss = _profile(lambda scale: np.exp((start - x) / scale)[:, None], y, grid, groups, level)
+    found, coefficients, rss = _profile(lambda scale: np.exp((start - x) / scale), y, grid, groups, level)
     if found.low <= grid[0] or found.high >= grid[-1]:
         reason = "the interval of the scale reaches an end of its range: the points hardly bend, or bend at once"
     scale = Estimate(found.value, found.low, found.high, level, x.size, reason)
@@ -276,9 +245,9 @@ def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, lev
     positions = np.unique(x)
     reason = _too_few(positions, x.size, groups, extra=1)
     if reason:
-        return _nothing(x.size, level, reason)
+        return no_estimate(x.size, level, reason)
     grid = np.geomspace(positions[0], positions[-1], GRID)
-    found, coefficients, _ = _profile(lambda at: np.log(x / at)[:, None] ** 2, y, grid, groups, level)
+    found, coefficients, _ = _profile(lambda at: np.log(x / at) ** 2, y, grid, groups, level)
     if coefficients[0] <= 0:
         reason = "the parabola has no minimum inside the sampled range"
     elif found.low <= grid[0] or found.high >= grid[-1]:
@@ -287,19 +256,26 @@ def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, lev
 
 
 def _profile(
-    regressors: Callable[[float], Array], y: Array, grid: Array, groups: ArrayLike | None, level: float
+    regressor: Callable[[Array], Array], y: Array, grid: Array, groups: ArrayLike | None, level: float
 ) -> tuple[Estimate, Array, float]:
-    """Profile least squares over one non-linear value: estimate and F interval, linear coefficients, residual sum."""
+    """Profile least squares over one non-linear value: estimate and F interval, linear coefficients, residual sum.
+
+    regressor: the one column of the fit for each value of the grid, (grid, 1) to (grid, n). Column and y less their
+    means within groups leave a slope and a residual sum per grid value in closed form.
+    """
     blocks = _blocks(y.size, groups)
-    designs = [np.column_stack([regressors(value), blocks]) for value in grid]
-    solutions = [np.linalg.lstsq(design, y, rcond=None)[0] for design in designs]
-    rss = np.array([np.sum((design @ b - y) ** 2) for design, b in zip(designs, solutions, strict=True)])
+    within = blocks / blocks.sum(axis=0)  # (n, groups): means of groups
+    columns = regressor(grid[:, None])
+    centred, left = columns - columns @ within @ blocks.T, y - blocks @ (within.T @ y)
+    slopes = centred @ left / np.sum(centred**2, axis=1)
+    rss = np.sum((left - slopes[:, None] * centred) ** 2, axis=1)
     best = int(np.argmin(rss))
-    dof = y.size - designs[0].shape[1] - 1
+    dof = y.size - blocks.shape[1] - 2
     accepted = np.flatnonzero(rss <= rss[best] * (1 + stats.f.ppf(level, 1, dof) / dof))
     ends = max(accepted[0] - 1, 0), min(accepted[-1] + 1, grid.size - 1)  # rounded outwards to the grid
     found = Estimate(float(grid[best]), *(float(grid[end]) for end in ends), level, y.size)
-    return found, solutions[best], float(rss[best])
+    effects = within.T @ (y - slopes[best] * columns[best])
+    return found, np.append(slopes[best], effects), float(rss[best])
 
 
 def _too_few(positions: Array, n: int, groups: ArrayLike | None, extra: int) -> str:
@@ -323,18 +299,20 @@ def _dof(n: int, groups: ArrayLike | None) -> int:
 
 
 def _xy(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
-    x, y = _finite(x, "x"), _finite(y, "y")
+    x, y = finite(x, "x"), finite(y, "y")
     if x.size != y.size:
         raise InputError(f"x has {x.size} numbers and y {y.size}; give as many of one as of the other.")
     return x, y
 
 
-def _finite(values: ArrayLike, name: str) -> Array:
+def finite(values: ArrayLike, name: str) -> Array:
+    """`values` as one row of numbers; InputError that names them where one is missing."""
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not np.isfinite(array).all():
         raise InputError(f"{name} must be one row of finite numbers; drop or measure the missing ones first.")
     return array
 
 
-def _nothing(n: int, level: float, reason: str) -> Estimate:
+def no_estimate(n: int, level: float, reason: str) -> Estimate:
+    """No number, and why."""
     return Estimate(float("nan"), float("nan"), float("nan"), level, n, reason)

@@ -3,6 +3,8 @@
 A test whose conditions are not met is inconclusive and says why; only an unusable table is an error.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
@@ -13,31 +15,40 @@ from sparsity_utils.errors import InputError
 from sparsity_utils.forecasts import LAST_VALUE, forecast_table
 from sparsity_utils.judgement import Claim, Verdict, details, to_table
 from sparsity_utils.laws import LEVEL, RIVAL_FORMS, compare_forms
-from sparsity_utils.limits import (
-    SHAPE,
-    check_checkpoints,
-    fit_points,
-    last_means,
-    limits_table,
-    published_form,
-    require,
-)
+from sparsity_utils.limits import check_checkpoints, fit_points, limits_table, published_form, require
 from sparsity_utils.metrics import SparsityReport
+from sparsity_utils.outcomes import (
+    Lines,
+    OverSizes,
+    check_lines,
+    last_checkpoints,
+    limits_on_lines,
+    loss_difference,
+    means_on_lines,
+    metric_gap,
+    no_sizes,
+    nonzero_share,
+    on_lines,
+    one_value_per_run,
+    relu_falls,
+    relu_sparser,
+    silu_rises,
+    slopes_on_lines,
+    unequal_data,
+)
+from sparsity_utils.pooled import pooled_slopes, size_means
 from sparsity_utils.profiles import ACTIVATIONS
-from sparsity_utils.run_table import run_table
 from sparsity_utils.trends import (
     INCONCLUSIVE,
     NOT_SUPPORTED,
     SUPPORTED,
     Estimate,
-    equivalence_of_pairs,
-    equivalence_of_slope,
     fit_line,
     fit_optimum,
     fit_two_segments,
     mean_over_runs,
-    run_slopes,
     supports_positive,
+    supports_within,
 )
 
 __all__ = [
@@ -51,8 +62,10 @@ __all__ = [
     "width_depth",
 ]
 
+# What each claim of claims.PAIRED is a mean of, one value per run or per pair of runs.
+OUTCOMES = dict(zip(claims.PAIRED, (loss_difference, relu_falls, silu_rises, relu_sparser), strict=True))
+NO_RUNS = no_sizes("no size has the runs that this needs")
 RIVAL_METRICS = ("top-k", "fat")
-SAME_TRAINING = 1.1  # largest ratio of tokens per parameter between sizes that are compared as measured
 RATIO_GRID = 9  # activation ratios at which two metrics are compared, over the range both cover
 
 
@@ -96,24 +109,25 @@ def metrics(table: pd.DataFrame) -> list[Verdict]:
     ]
 
 
-def relu_vs_silu(checkpoints: pd.DataFrame) -> list[Verdict]:
-    """Notebook 02: comparable loss, opposite directions with data, ReLU sparser, and the published forms of the law
-    as descriptions and as forecasts.
+def relu_vs_silu(checkpoints: pd.DataFrame, second_line: pd.DataFrame | None = None) -> list[Verdict]:
+    """Notebook 02: comparable loss, opposite directions with data, ReLU sparser, on each line of sizes; and the
+    published forms of the law as descriptions and as forecasts.
 
+    second_line: the same table for sizes at another width-depth ratio; without one its claims are inconclusive.
     Raises InputError for missing columns, duplicates and NaN.
     """
-    check_checkpoints(checkpoints)
-    losses = _pairs(_ends(checkpoints), "validation_loss")
-    loss = equivalence_of_pairs((losses["relu"] - losses["silu"]) / losses["silu"], claims.LOSS_MARGIN)
-    means = _pairs(last_means(checkpoints), "last_five_mean")
-    about_loss = loss.estimate.reason or f"{loss.estimate.n} pairs, TOST p = {loss.p_value:.2g}"
+    lines = _lines(checkpoints, second_line)
+    paired = {where: [] for where in lines}
+    for claim, outcome in OUTCOMES.items():
+        found = means_on_lines(on_lines(lines, outcome))
+        for where, rows in paired.items():
+            rows.append(_paired_verdict(claim, found.get(where, NO_RUNS), where))
+    main, second = paired.pop(""), paired.pop(claims.SECOND_LINE, None)
     return [
-        claims.LOSS_EQUAL.judged(loss.estimate, loss.verdict, about_loss),
-        _positive(claims.RELU_FALLS, _direction(checkpoints, "relu", -1)),
-        _positive(claims.SILU_RISES, _direction(checkpoints, "silu", 1)),
-        _positive(claims.RELU_SPARSER, mean_over_runs(means["silu"] - means["relu"])),
+        *main,
         *(_form_verdict(checkpoints, activation) for activation in ("relu", "silu")),
         _forecast_verdict(checkpoints),
+        *(second or _without_second_line(map(claims.at_second_line, claims.PAIRED))),
     ]
 
 
@@ -127,17 +141,33 @@ def width_depth(checkpoints: pd.DataFrame) -> list[Verdict]:
     if relu.empty:
         raise InputError("The checkpoints table has no relu runs; the width-depth claims are about ReLU models.")
     values, basis = one_value_per_run(limits_table(relu), "relu")
-    found = fit_two_segments(values["ratio"], values["value"], values["seed"]).breakpoint
-    rising = values if found.reason else values[values["ratio"] <= found.value]
-    slope = fit_line(rising["ratio"], rising["value"], rising["seed"]).slope
-    ends = _ends(relu)
+    slope, found, furthest = ratio_slope(values)
+    ends = last_checkpoints(relu)
     optimum = fit_optimum(ends["ratio"], ends["validation_loss"], ends["seed"])
     sampled = (values["ratio"].min(), values["ratio"].max())
     return [
-        _positive(claims.RATIO_RISES, slope, f"ratios up to {rising['ratio'].max():.3g}", basis),
+        claims.RATIO_RISES.judged(
+            slope,
+            supports_positive(slope),
+            slope.reason or f"{slope.n} shapes, {len(values)} runs",
+            f"ratios up to {furthest:.3g}",
+            basis,
+        ),
         _located(claims.RATIO_BREAKS, found, claims.BREAKPOINT, sampled, basis),
         _located(claims.RATIO_OPTIMUM, optimum, claims.OPTIMUM, sampled),
     ]
+
+
+def ratio_slope(values: pd.DataFrame) -> tuple[Estimate, Estimate, float]:
+    """Slope of `value` per unit of width-depth ratio over shapes up to the breakpoint, the breakpoint, the last ratio.
+
+    values: one row per run with d_model, n_layers, ratio, seed and value. All shapes where no breakpoint is found.
+    """
+    found = fit_two_segments(values["ratio"], values["value"], values["seed"]).breakpoint
+    shapes = size_means(values, ("d_model", "n_layers"))
+    rising = shapes if found.reason else shapes[shapes["ratio"] <= found.value]
+    slope = pooled_slopes(rising["ratio"], rising["value"], [""] * len(rising))[""]
+    return slope, found, rising["ratio"].max()
 
 
 def scale_insensitivity(checkpoints: pd.DataFrame, second_line: pd.DataFrame | None = None) -> list[Verdict]:
@@ -148,29 +178,55 @@ def scale_insensitivity(checkpoints: pd.DataFrame, second_line: pd.DataFrame | N
     second_line: the same table for sizes at another width-depth ratio; without one its claims are inconclusive.
     Raises InputError for missing columns, duplicates and NaN.
     """
-    rows = [*_line_verdicts(checkpoints), _convergence_verdict(checkpoints)]
-    if second_line is not None:
-        return rows + _line_verdicts(second_line, claims.SECOND_LINE)
+    lines = _lines(checkpoints, second_line)
+    main, *second = _line_verdicts(lines).values()
+    beyond = second[0] if second else _without_second_line(claims.line_claims(claims.SECOND_LINE))
+    return [*main, _convergence_verdict(checkpoints), *beyond]
+
+
+def _lines(checkpoints: pd.DataFrame, second_line: pd.DataFrame | None) -> Lines:
+    """The tables of the lines of sizes by the words that name them in a claim."""
+    lines = {"": checkpoints} if second_line is None else {"": checkpoints, claims.SECOND_LINE: second_line}
+    check_lines(lines)
+    return lines
+
+
+def _without_second_line(stated: Iterable[Claim]) -> list[Verdict]:
     nothing, reason = mean_over_runs([]), "this study has no sizes at a second width-depth ratio"
-    return rows + [claim.judged(nothing, INCONCLUSIVE, reason) for claim in claims.line_claims(claims.SECOND_LINE)]
+    return [claim.judged(nothing, INCONCLUSIVE, reason) for claim in stated]
 
 
-def _line_verdicts(checkpoints: pd.DataFrame, where: str = "") -> list[Verdict]:
-    """The verdicts on one line of sizes; those on non-zero neurons only where the table has ReLU runs."""
-    *stated, shares_claim, gap_claim = claims.line_claims(where)
-    limits, known, rows = limits_table(checkpoints), {claim.claim: claim for claim in stated}, []
-    for activation in sorted(set(checkpoints["activation"])):
-        claim = scale_claim(f"The {ACTIVATIONS[activation]} limit", where=where)
+def _paired_verdict(claim: Claim, found: OverSizes, where: str) -> Verdict:
+    """One claim on ReLU beside SiLU on one line of sizes."""
+    stated = claims.at_second_line(claim) if where else claim
+    return stated.judged(found.estimate, judge(claim, found.estimate), found.reason)
+
+
+def judge(claim: Claim, estimate: Estimate) -> str:
+    """The verdict of a claim on lines of sizes: equivalence within the claim's margin, or a value above 0."""
+    if claim == claims.LOSS_EQUAL:
+        return supports_within(estimate, claims.LOSS_MARGIN)
+    return supports_positive(estimate)
+
+
+def _line_verdicts(lines: Lines) -> dict[str, list[Verdict]]:
+    """The verdicts on each line of sizes; those on non-zero neurons only where the table has ReLU runs."""
+    limits, rows = limits_on_lines(lines), {where: [] for where in lines}
+    for activation in sorted(set(limits["activation"])):
         values, basis = one_value_per_run(limits, activation)
-        rows.append(_slope_verdict(known.get(claim.claim, claim), values, basis, _unequal_data(checkpoints, values)))
-    relu = checkpoints[checkpoints["activation"] == "relu"]
-    if relu.empty:
-        return rows
-    runs = run_table(relu)
-    basis, confounded = "mean of the last five stable checkpoints", _unequal_data(relu, runs)
-    gap = runs["last_five_mean"] - runs["last_five_nonzero"]
-    for claim, values in ((shares_claim, runs["last_five_nonzero"]), (gap_claim, gap)):
-        rows.append(_slope_verdict(claim, runs.assign(value=values), basis, confounded))
+        measured = not (values["value"] == values["limit"]).all()
+        name = f"The {ACTIVATIONS[activation]} limit"
+        for where, found in slopes_on_lines(values).items():
+            known = {claim.claim: claim for claim in claims.line_claims(where)}
+            claim = scale_claim(name, where=where)
+            confounded = unequal_data(lines[where]) if measured else ""
+            rows[where].append(_slope_verdict(known.get(claim.claim, claim), found, basis, confounded))
+    relu = {where: table for where, table in lines.items() if (table["activation"] == "relu").any()}
+    basis = "mean of the last five stable checkpoints"
+    for number, outcome in ((-2, nonzero_share), (-1, metric_gap)):
+        for where, found in slopes_on_lines(on_lines(relu, outcome)).items() if relu else ():
+            confounded = unequal_data(lines[where][lines[where]["activation"] == "relu"])
+            rows[where].append(_slope_verdict(claims.line_claims(where)[number], found, basis, confounded))
     return rows
 
 
@@ -183,25 +239,6 @@ def _convergence_verdict(checkpoints: pd.DataFrame) -> Verdict:
     weak = table[table["reason"] != ""]
     left_out = f"{len(weak)} of {len(table)} runs left out (first: {weak.iloc[0]['reason']})" if len(weak) else ""
     return _positive(claims.SMALL_CONVERGE_FASTER, slope, left_out)
-
-
-def one_value_per_run(limits: pd.DataFrame, activation: str) -> tuple[pd.DataFrame, str]:
-    """The rows of `limits_table` per seed with the `value` that verdicts rest on, and a sentence that says what it is.
-
-    The limit A0 if every fit of the activation is sound; else, for all of them, the measured mean of the last five
-    stable checkpoints: extrapolated and measured values are never mixed.
-    """
-    rows = limits[limits["activation"] == activation]
-    by_seed, weak = rows[rows["seed"] != "all"], rows[~rows["sound"]]
-    if weak.empty:
-        return by_seed.assign(value=by_seed["limit"]), "rests on the limits A0 of the data law"
-    first = weak.iloc[0]
-    where = f"{first['d_model']}x{first['n_layers']} seed {first['seed']}"
-    basis = (
-        f"rests on the mean of the last five stable checkpoints: {len(weak)} of {len(rows)} fits give no sound limit "
-        f"(first {where}, {first['reason']})"
-    )
-    return by_seed.assign(value=by_seed["last_five_mean"]), basis
 
 
 def _positive(claim: Claim, estimate: Estimate, *notes: str) -> Verdict:
@@ -229,27 +266,13 @@ def _located(
     return claim.judged(found, verdict, found.reason or f"{found.n} runs", *notes)
 
 
-def _unequal_data(checkpoints: pd.DataFrame, values: pd.DataFrame) -> str:
-    """Why measured values of several sizes cannot be compared, or nothing: they must be equally far trained.
-
-    The ratio moves with data, so values taken at other numbers of tokens per parameter confound size with data.
-    Limits of the data law are free of this.
-    """
-    if "limit" in values and (values["value"] == values["limit"]).all():
-        return ""
-    stable = checkpoints[checkpoints["role"] == "stable"]
-    per_parameter = stable.groupby("run")["tokens"].max() / stable.groupby("run")["parameters"].first()
-    if per_parameter.max() <= SAME_TRAINING * per_parameter.min():
-        return ""
-    return f"sizes differ in tokens per parameter, {per_parameter.min():.0f} to {per_parameter.max():.0f}"
-
-
-def _slope_verdict(claim: Claim, values: pd.DataFrame, basis: str, confounded: str) -> Verdict:
-    result = equivalence_of_slope(values["parameters"], values["value"], values["seed"], claims.SLOPE_MARGIN)
-    change = f"{100 * result.relative_change:+.0f}% from the smallest to the largest size"
-    numbers = f"{result.estimate.n} runs, TOST p = {result.p_value:.2g}, {change}"
-    verdict = INCONCLUSIVE if confounded else result.verdict
-    return claim.judged(result.estimate, verdict, result.estimate.reason or numbers, confounded, basis)
+def _slope_verdict(claim: Claim, found: OverSizes, basis: str, confounded: str) -> Verdict:
+    verdict = INCONCLUSIVE if confounded else supports_within(found.estimate, claims.SLOPE_MARGIN)
+    notes = []
+    if not found.estimate.reason:
+        start, end = found.at(np.array([found.sizes["parameters"].min(), found.sizes["parameters"].max()]))
+        notes = [f"{100 * (end / start - 1):+.0f}% from the smallest to the largest size"]
+    return claim.judged(found.estimate, verdict, found.reason, *notes, confounded, basis)
 
 
 def _form_verdict(checkpoints: pd.DataFrame, activation: str) -> Verdict:
@@ -299,14 +322,6 @@ def best_of_all(claim: Claim, gaps: pd.DataFrame, against: pd.DataFrame | None =
     return claim.judged(estimate, verdict, estimate.reason or f"{estimate.n} runs", f"closest: {closest}")
 
 
-def _direction(checkpoints: pd.DataFrame, activation: str, sign: int) -> Estimate:
-    """`sign` times the slope of the activation ratio per decade of tokens, mean over the runs of an activation."""
-    points = fit_points(checkpoints)
-    points = points[points["activation"] == activation]
-    slopes = run_slopes(points["tokens"], points["activation_ratio"], points["run"])
-    return mean_over_runs([sign * slope for slope in slopes.values()])
-
-
 def _loss_gaps(rows: pd.DataFrame) -> dict[str, float]:
     """Mean loss gap (nats per token) of Top-k and FAT to CETT over the activation ratios that both cover in one run."""
     ratios, cett = _curve(rows, "cett")
@@ -331,14 +346,3 @@ def _curve(rows: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _at(grid: np.ndarray, ratios: np.ndarray, heights: np.ndarray) -> np.ndarray:
     return np.interp(np.log(grid), np.log(ratios), heights)
-
-
-def _ends(checkpoints: pd.DataFrame) -> pd.DataFrame:
-    """The last checkpoint of each run: after the decay if it has one, else of the stable stage."""
-    return checkpoints.sort_values("tokens").groupby("run", sort=True).tail(1)
-
-
-def _pairs(values: pd.DataFrame, column: str) -> pd.DataFrame:
-    """`column` of ReLU and SiLU runs of equal shape, seed and, where the table has them, tokens: columns relu, silu."""
-    keys = [*SHAPE[1:], "seed", *(["tokens"] if "tokens" in values else [])]
-    return values.pivot_table(column, keys, "activation").reindex(columns=["relu", "silu"]).dropna()
