@@ -135,6 +135,8 @@ def shape_means(shapes: pd.DataFrame) -> pd.DataFrame:
     values = nonzero_share(shapes)
     if values.empty:
         raise InputError(f"The {QUESTION} table has no relu runs; its claims are about ReLU models.")
+    if (values["value"] <= 0).any():
+        raise InputError(f"The {QUESTION} table has a run without a share of non-zeros above 0; measure it again.")
     return size_means(values.assign(d_ff=values["run"].map(runs.set_index("run")["d_ff"])), DIMENSIONS)
 
 

@@ -113,10 +113,10 @@ def power_table(profile: Profile) -> pd.DataFrame:
     """
     questions = (*LINES, "width_depth_ratio", "one_dimension")
     designs = {question: planned(profile, question) for question in questions}
-    return simulated(designs, pd.read_csv(paths.RESULTS / "power_inputs.csv"))
+    return simulated(designs, pd.read_csv(paths.RESULTS / "power_inputs.csv"), DRAWS)
 
 
-def simulated(designs: dict[str, list[Settings]], inputs: pd.DataFrame, draws: int = DRAWS) -> pd.DataFrame:
+def simulated(designs: dict[str, list[Settings]], inputs: pd.DataFrame, draws: int) -> pd.DataFrame:
     """`power_table` of designs {question: what its runs are trained with} and of `power_inputs.power_inputs`."""
     spread = {name: Spread(rows) for name, rows in inputs.groupby("outcome")}
     unknown = [name for name in (*OUTCOMES, RATIO_OUTCOME) if name not in spread]
@@ -125,9 +125,15 @@ def simulated(designs: dict[str, list[Settings]], inputs: pd.DataFrame, draws: i
             f"The power inputs have no row for {', '.join(unknown)}; make them from a recorded study again."
         )
     lines = _runs({where: designs.get(question, []) for question, where in LINES.items()})
-    simulations = _of_means(lines, spread) + _of_slopes(lines, spread) + _of_tail(lines, spread)
-    simulations += _of_ratio(_runs({"": designs.get("width_depth_ratio", [])}), spread)
-    simulations += _of_dimensions(_runs({"": designs.get("one_dimension", [])}), spread)
+    ratios, dimensions = (_runs({"": designs.get(name, [])}) for name in ("width_depth_ratio", "one_dimension"))
+    made = (
+        (_of_means, lines),
+        (_of_slopes, lines),
+        (_of_tail, lines),
+        (_of_ratio, ratios),
+        (_of_dimensions, dimensions),
+    )
+    simulations = [simulation for make, runs in made if len(runs) for simulation in make(runs, spread)]
     rows = [row for simulation in progress(simulations, "simulated tests") for row in simulation.rows(draws)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -167,7 +173,7 @@ def _of_means(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]
             return {stated[where]: verdicts.judge(claim, estimate) for where, estimate in found.items()}
 
         truths = [_truth(name, effect, stated, runs) for name, effect in effects.items()]
-        simulations += [Simulation(runs, own, truths, judge)] if len(runs) else []
+        simulations.append(Simulation(runs, own, truths, judge))
     return simulations
 
 
@@ -187,7 +193,7 @@ def _of_slopes(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation
             return {stated[where]: supports_within(found[where], claims.SLOPE_MARGIN) for where in stated}
 
         truths = [_truth(name, effect, stated, runs, _decades(runs)) for name, effect in effects.items()]
-        simulations += [Simulation(runs, own, truths, judge)] if len(runs) else []
+        simulations.append(Simulation(runs, own, truths, judge))
     return simulations
 
 
@@ -198,7 +204,7 @@ def _of_tail(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
         return []
     sizes, own, claim = _sizes(runs), spread["metric_gap"], one_dimension.TAIL_SHRINKS
     first = {line: -effect for line, effect in _per_line(runs, own).items()}
-    nearest = max(first.values())  # as the verdict shows it; NaN unless both lines are known
+    nearest = float(np.max(list(first.values())))  # as the verdict shows it; NaN unless both lines are known
 
     def judge(means: Array, _: Array) -> dict[Claim, str]:
         found = pooled_slopes(np.log10(sizes["parameters"]), means, sizes["line"])
@@ -220,13 +226,11 @@ def _of_ratio(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]
     truths = [
         Truth(name, {claim: slope}, slope * runs["ratio"].to_numpy()) for name, slope in ((ZERO, 0.0), (FIRST, first))
     ]
-    return [Simulation(runs, own, truths, judge)] if len(runs) else []
+    return [Simulation(runs, own, truths, judge)]
 
 
 def _of_dimensions(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
     """The claims on one dimension at a time, on the share of non-zeros."""
-    if runs.empty:
-        return []
     sizes, own = _sizes(runs), spread["nonzero_share"]
     middle = one_dimension.centre(sizes)
     level, line = own.at_ratio(DEPTH_LINE, "level"), own.at_ratio(DEPTH_LINE)
@@ -250,8 +254,8 @@ def _of_dimensions(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simula
 
     def falls(name: str, deep: float, wide: float) -> Truth:
         share = level + deep * doublings["n_layers"] + wide * doublings["d_ff"]
-        log_count = np.log2((level + wide * doublings["d_ff"]) * runs["d_ff"])
-        count = np.polyfit(doublings["d_ff"][alone["d_ff"]], log_count[alone["d_ff"]], 1)[0]
+        means = size_means(runs.assign(value=share), SIZE)
+        count = one_dimension.doubling_verdicts(means)[one_dimension.COUNT_RISES][0].value
         claimed = (one_dimension.DEEPER_SPARSER, one_dimension.MORE_NEURONS_SPARSER, one_dimension.COUNT_RISES)
         return Truth(name, dict(zip(claimed, (deep, wide, count), strict=True)), share)
 

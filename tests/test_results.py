@@ -61,7 +61,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
     study = Study.recorded()
     judges = {
         verdicts.metrics: ["metrics"],
-        verdicts.relu_vs_silu: ["relu_vs_silu"],
+        verdicts.relu_vs_silu: ["relu_vs_silu", "second_line"],
         verdicts.width_depth: ["width_depth_ratio"],
         verdicts.scale_insensitivity: ["scale_insensitivity", "second_line"],
         pattern_verdicts.activation_patterns: ["activation_patterns", "token_patterns", "dead_neurons", "transfer"],

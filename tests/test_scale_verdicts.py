@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from planted import by_claim, study
+from planted import SHAPES, by_claim, study
+from scipy import stats
 
-from sparsity_utils import claims, limits, verdicts
+from sparsity_utils import claims, limits, scale_plots, verdicts
 from sparsity_utils.profiles import ACTIVATIONS
 from sparsity_utils.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
@@ -25,7 +26,7 @@ def test_scale_insensitivity_rests_on_sound_limits(slope, verdict):
         row = rows[f"The {ACTIVATIONS[activation]} limit does not depend on scale"]
         assert row.verdict == verdict and row.published == published
         assert row.here == pytest.approx(100 * slope, abs=0.3)
-        assert "rests on the limits A0 of the data law" in row.reason and "TOST p" in row.reason
+        assert "rests on the limits A0 of the data law" in row.reason and row.reason.startswith("4 sizes, 8 runs")
     assert rows["The ReLU share of non-zero neurons does not depend on scale"].here == pytest.approx(0, abs=1e-9)
 
 
@@ -78,6 +79,50 @@ def test_a_second_line_has_verdicts_of_its_own():
     assert {(row.verdict, row.reason) for row in missing[5:]} == {
         (INCONCLUSIVE, "this study has no sizes at a second width-depth ratio")
     }
+
+
+def test_the_spread_of_sizes_is_pooled_over_the_lines():
+    """Sizes off the line on the second line widen the interval on the first, at more degrees of freedom."""
+    shapes = SHAPES[:3]
+    straight, bent = planted_metrics(shapes=shapes), planted_metrics(shapes=shapes)
+    bent["nonzero_share"] += np.where(bent["d_model"] == 60, 0.02, 0.0)
+    claim = "The ReLU share of non-zero neurons does not depend on scale"
+    row = by_claim(verdicts.scale_insensitivity(straight, bent))[claim]
+    x = np.log10([11.5 * layers * d**2 for d, layers in shapes])
+    y = np.array([0.4, 0.42, 0.4])
+    residuals = y - np.polyval(np.polyfit(x, y, 1), x)
+    half = stats.t.ppf(0.95, 2) * np.sqrt(residuals @ residuals / 2 / np.sum((x - x.mean()) ** 2))
+    assert row.interval == pytest.approx((-100 * half, 100 * half))
+    assert row.reason.startswith("3 sizes, 6 runs; spread of 6 sizes on 2 lines")
+
+
+def test_limits_of_one_line_are_not_pooled_with_measured_means_of_another():
+    known = planted_metrics()
+    flat = planted_metrics(activations=("relu",)).assign(activation_ratio=0.3)
+    for lines in ((known, flat), (flat, known)):
+        rows = by_claim(verdicts.scale_insensitivity(*lines))
+        for where in ("", claims.SECOND_LINE):
+            row = rows[f"The ReLU limit does not depend on scale{where}"]
+            assert "rests on the mean of the last five stable checkpoints: 12 of 24 fits" in row.reason
+    silu = rows[f"The SiLU limit does not depend on scale{claims.SECOND_LINE}"]
+    assert "rests on the limits A0" in silu.reason
+
+
+def legends(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.get_legend().texts]
+
+
+def test_the_figures_print_the_slopes_of_the_verdicts():
+    tables = [planted_metrics(0.01, -0.05), planted_metrics(-0.02, 0.03, shapes=SHAPES[:3])]
+    main, second = (table.assign(p=1.0) for table in tables)
+    rows = by_claim(verdicts.scale_insensitivity(main, second))
+    of_both = legends(scale_plots.second_line(main, second))
+    of_main = legends(scale_plots.scale_insensitivity(main, second))
+    for what in ("ReLU limit", "SiLU limit", "ReLU share of non-zero neurons"):
+        for where, labels in (("", of_main), ("", of_both), (claims.SECOND_LINE, of_both)):
+            row = rows[f"The {what} does not depend on scale{where}"]
+            numbers = f"{row.here:+.1f} [{row.interval[0]:+.1f}, {row.interval[1]:+.1f}] points per decade"
+            assert any(label.endswith(numbers) and label.startswith(what[:4]) for label in labels), (what, where)
 
 
 def convergence_study(shift):

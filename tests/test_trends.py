@@ -33,57 +33,6 @@ def test_seeds_as_blocks_remove_an_offset_of_a_seed():
     assert shifted.intercept == pytest.approx(plain.intercept + 0.25)  # the mean over the seeds
 
 
-@pytest.mark.parametrize(
-    ("slope", "noise", "verdict"),
-    [(0.01, 1e-3, SUPPORTED), (-0.01, 1e-3, SUPPORTED), (0.06, 1e-3, NOT_SUPPORTED), (-0.06, 1e-3, NOT_SUPPORTED),
-     (0.028, 1e-2, INCONCLUSIVE), (0.0, 6e-2, INCONCLUSIVE)],
-)  # fmt: skip
-def test_scale_equivalence(slope, noise, verdict):
-    """The last case: a slope of zero seen through noise is no evidence of insensitivity."""
-    pattern = np.array([1, -1, -1, 1, 1, -1])  # sums to zero over either seed's line
-    result = trends.equivalence_of_slope(SIZES, 0.2 + slope * np.log10(SIZES / 3e4) + noise * pattern, SEEDS)
-    assert result.verdict == verdict
-    assert (result.p_value < 0.05) == (verdict == SUPPORTED)  # the 90% interval is the two one-sided tests at 5%
-    assert result.relative_change == pytest.approx(result.estimate.value * 1.0 / 0.2, rel=0.35)
-
-
-def test_equivalence_p_value_is_the_larger_one_sided_test():
-    limits = np.array([0.20, 0.21, 0.215, 0.222, 0.231, 0.24])
-    result = trends.equivalence_of_slope(SIZES, limits, None)
-    reference = stats.linregress(np.log10(SIZES), limits)
-    expected = max(stats.t.sf((reference.slope + 0.03) / reference.stderr, 4),
-                   stats.t.cdf((reference.slope - 0.03) / reference.stderr, 4))  # fmt: skip
-    assert result.p_value == pytest.approx(expected)
-
-
-def test_published_limits_have_the_published_slopes_or_close():
-    """A0 from 0.1B to 1.2B; the published slopes of +1.6 and -2.6 points are end to end, these are least squares."""
-    sizes = [11.5 * layers * d**2 for d, layers in ((768, 16), (1024, 20), (1280, 24), (1536, 28), (1792, 32))]
-    relu = trends.equivalence_of_slope(sizes, [0.0614, 0.0674, 0.0690, 0.0721, 0.0782])
-    silu = trends.equivalence_of_slope(sizes, [0.409, 0.390, 0.385, 0.383, 0.382])
-    assert (round(relu.estimate.value, 4), relu.verdict) == (0.0147, SUPPORTED)
-    assert (round(silu.estimate.value, 4), silu.verdict) == (-0.0250, INCONCLUSIVE)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "limits", "groups", "reason"),
-    [
-        ([1e5, 1e6] * 3, [0.1, 0.2] * 3, [0, 0, 1, 1, 2, 2], "only 2 sizes; at least 3"),
-        ([1e5, 1e6, 1e7], [0.1, 0.1, 0.1], [0, 1, 2], "too few runs: 3 at 3 positions leave 0 degrees of freedom"),
-        ([], [], None, "only 0 sizes"),
-    ],
-)
-def test_too_few_sizes_or_seeds_are_inconclusive(sizes, limits, groups, reason):
-    result = trends.equivalence_of_slope(sizes, limits, groups)
-    assert result.verdict == INCONCLUSIVE and reason in result.estimate.reason and np.isnan(result.p_value)
-
-
-def test_one_seed_is_judged_by_the_scatter_around_its_line():
-    result = trends.equivalence_of_slope([3e4, 1e5, 3e5], [0.20, 0.21, 0.20])
-    assert result.verdict == INCONCLUSIVE and not result.estimate.reason
-    assert result.estimate.high > 0.03  # one degree of freedom: 6.3 standard errors
-
-
 def test_mean_over_runs_and_pairs_against_scipy():
     values = np.array([0.004, 0.006, 0.001, 0.005])
     estimate, reference = trends.mean_over_runs(values), stats.ttest_1samp(values, 0).confidence_interval(0.90)
@@ -241,7 +190,6 @@ def test_optimum_of_a_parabola_in_the_log_ratio():
         (lambda: trends.fit_line([1, 2, np.nan], [1, 2, 3]), "x must be one row of finite numbers"),
         (lambda: trends.fit_two_segments(RATIOS, np.full(18, np.inf)), "y must be one row"),
         (lambda: trends.mean_over_runs([0.1, np.nan]), "values must be one row"),
-        (lambda: trends.equivalence_of_slope([1, 0, 2], [0.1, 0.2, 0.3]), "parameters must be positive"),
         (lambda: trends.fit_line([1, 2, 3], [1, 2, 3], groups=[0]), "give one label per point"),
         (lambda: trends.fit_line([1, 2, 3], [1, 2]), "x has 3 numbers and y 2"),
     ],

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted import SHAPES, by_claim, study
+from scipy import stats
 
-from sparsity_utils import claims, judgement, limits, verdicts
+from sparsity_utils import claims, judgement, limits, outcomes, verdicts
 from sparsity_utils.errors import InputError
 from sparsity_utils.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
@@ -135,8 +136,8 @@ def test_a_limit_with_a_wide_interval_is_unsound(monkeypatch):
 
 
 def test_relu_vs_silu_on_a_study_that_follows_the_paper():
-    rows = verdicts.relu_vs_silu(study())
-    assert [row.verdict for row in rows] == [SUPPORTED] * 7
+    rows = verdicts.relu_vs_silu(study(), study(SHAPES[:3]))
+    assert [row.verdict for row in rows] == [SUPPORTED] * 11
     row = by_claim(rows)["ReLU ends sparser than SiLU"]
     assert row.here == pytest.approx(24, abs=1)  # 45 - 20 points, less what is left of either law
     assert row.interval[0] < row.here < row.interval[1]
@@ -149,6 +150,32 @@ def test_relu_vs_silu_on_a_study_that_contradicts_the_paper():
     assert [row.verdict for row in rows[:4]] == [NOT_SUPPORTED] * 4
     assert rows[0].here == pytest.approx(5, abs=0.2)
     assert {row.verdict for row in rows[4:6]} == {NOT_SUPPORTED}
+
+
+def test_each_line_has_verdicts_of_its_own_and_its_sizes_count_once():
+    """The second line is turned round. A size with many seeds weighs as much as one with a single seed."""
+    second = study(SHAPES[:3], limit=lambda activation, ratio, size: {"relu": 0.45, "silu": 0.2}[activation])
+    rows = by_claim(verdicts.relu_vs_silu(study(), second))
+    row, other = (rows[f"ReLU ends sparser than SiLU{where}"] for where in ("", claims.SECOND_LINE))
+    assert (row.verdict, other.verdict) == (SUPPORTED, NOT_SUPPORTED)
+    assert other.here == pytest.approx(-26, abs=1)
+    assert other.reason == "3 sizes, 6 runs; spread of 7 sizes on 2 lines"
+    checkpoints = study(SHAPES[:3], seeds=(0, 1, 2))
+    few = checkpoints[(checkpoints["d_model"] == 40) | (checkpoints["seed"] == 0)]
+    values = outcomes.relu_sparser(few)
+    expected = values.groupby("d_model")["value"].mean().to_numpy()
+    reference = stats.ttest_1samp(expected, 0).confidence_interval(0.90)
+    row = by_claim(verdicts.relu_vs_silu(few))["ReLU ends sparser than SiLU"]
+    assert row.here == pytest.approx(100 * expected.mean())
+    assert row.interval == pytest.approx((100 * reference.low, 100 * reference.high))
+
+
+def test_a_study_without_a_second_line_says_so():
+    rows = verdicts.relu_vs_silu(study())
+    assert [row.claim for row in rows] == claims.claims_table("relu_vs_silu")["question"].tolist()
+    assert {(row.verdict, row.reason) for row in rows[7:]} == {
+        (INCONCLUSIVE, "this study has no sizes at a second width-depth ratio")
+    }
 
 
 @pytest.mark.parametrize(("shapes", "seeds"), [(SHAPES[:1], (0,)), (SHAPES[:2], (0,)), (SHAPES[:1], (0, 1))])
@@ -164,7 +191,7 @@ def test_small_studies_pass_through_every_question(shapes, seeds):
 def test_one_activation_alone_leaves_comparisons_inconclusive():
     rows = by_claim(verdicts.relu_vs_silu(study(activations=("relu",))))
     assert rows["ReLU reaches the loss of SiLU"].verdict == INCONCLUSIVE
-    assert rows["ReLU reaches the loss of SiLU"].reason == "only 0 runs; at least 2 are needed"
+    assert rows["ReLU reaches the loss of SiLU"].reason == "no size has the runs that this needs"
     assert rows["The SiLU activation ratio rises with data"].verdict == INCONCLUSIVE
     assert rows["The ReLU activation ratio falls with data"].verdict == SUPPORTED
     with pytest.raises(InputError, match="no relu runs"):
@@ -182,7 +209,7 @@ def test_losses_are_paired_at_equal_tokens_only():
     checkpoints = study()
     other = (checkpoints["activation"] == "silu") & (checkpoints["role"] == "final") & (checkpoints["d_model"] == 40)
     checkpoints.loc[other, "tokens"] *= 1.5
-    assert verdicts.relu_vs_silu(checkpoints)[0].reason.startswith("6 pairs")
+    assert verdicts.relu_vs_silu(checkpoints)[0].reason == "3 sizes, 6 runs"
 
 
 WIDE = ((24, 4), (48, 4), (72, 3), (96, 2), (144, 2), (130, 1), (180, 1), (282, 1))  # ratios 6 to 282
@@ -268,7 +295,7 @@ def test_claims_are_stated_before_their_verdicts():
     judged = {
         "quickstart": verdicts.quickstart(report()),
         "metrics": verdicts.metrics(metrics_table()),
-        "relu_vs_silu": verdicts.relu_vs_silu(study()),
+        "relu_vs_silu": verdicts.relu_vs_silu(study(), study()),
         "width_depth_ratio": verdicts.width_depth(study()),
         "scale_insensitivity": verdicts.scale_insensitivity(study(), study()),
     }
@@ -277,6 +304,7 @@ def test_claims_are_stated_before_their_verdicts():
         assert stated["question"].tolist() == [row.claim for row in rows]
         assert stated["threshold"].tolist() == [row.threshold for row in rows]
         assert stated["published"].tolist() == [row.published for row in rows]
+        assert stated["test"].tolist() == [row.test for row in rows]
         assert {row.question for row in rows} == {question}
 
 
@@ -319,3 +347,15 @@ def test_unusable_metrics_tables_are_input_errors(spoil, message):
 def test_no_claim_is_stated_twice():
     sentences = [claim.claim for claim in claims.CLAIMS]
     assert len(set(sentences)) == len(sentences)
+
+
+def test_the_primary_claims_are_those_that_the_docstring_names():
+    primary = [claim for claim in claims.CLAIMS if claim.primary]
+    at_both = {claim.claim for claim in (*claims.PAIRED, *claims.line_claims()[:2])}
+    assert len(primary) == 13 and claims.__doc__.count("Thirteen claims are primary") == 1
+    assert {claim.claim for claim in primary} == {
+        *at_both, *(sentence + claims.SECOND_LINE for sentence in at_both), claims.RATIO_RISES.claim
+    }  # fmt: skip
+    ranks = claims.claims_table("scale_insensitivity").set_index("question")["rank"]
+    assert ranks["The SiLU limit does not depend on scale"] == "primary"
+    assert ranks["The ReLU share of non-zero neurons does not depend on scale"] == "secondary"
