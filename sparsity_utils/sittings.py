@@ -10,7 +10,6 @@ import pandas as pd
 from sparsity_utils.archive import archived
 from sparsity_utils.jobs import Job, OutOfTime, do_jobs
 from sparsity_utils.plan import LINES, PRIMARY, QUESTIONS
-from sparsity_utils.runs import find_run
 from sparsity_utils.study import Study
 
 SHORT = 600  # seconds of a core that a run may be expected to take to be done before all longer ones
@@ -46,26 +45,26 @@ def in_order(study: Study, questions: Iterable[str]) -> list[Job]:
 def costs(study: Study) -> pd.DataFrame:
     """What each line of runs adds to those before it: one row per line, by the question it answers, and one for all.
 
-    Columns: question, runs, finished (runs trained), million_tokens, core_hours (of training and measuring, by the cost
-    model), likely_core_hours (OVERRUN times that), likely_hours_left (of `profile.workers` side by side).
+    Columns: question, runs, finished (trained and measured), million_tokens, core_hours (of training and measuring, by
+    the cost model), likely_core_hours (OVERRUN times that), likely_hours_left (of `profile.workers` side by side).
     """
-    rows, seen = [], set()
+    rows, seen, jobs = [], set(), {job.config.key: job for job in study.jobs(*QUESTIONS)}
     for question in LINES:
-        runs = {config.key: config for config in study.configs(question) if config.key not in seen}
-        seen |= set(runs)
-        if not runs:
+        keys = [config.key for config in study.configs(question) if config.key not in seen]
+        seen |= set(keys)
+        if not keys:
             continue
-        hours = {key: config.cost() / 0.9 / 3600 for key, config in runs.items()}  # measuring takes about a tenth
-        finished = {key for key, config in runs.items() if find_run(config)}
+        hours = {key: (jobs[key].config.cost() + jobs[key].measuring()) / 3600 for key in keys}
+        finished = {key for key in keys if jobs[key].done()}
         rows.append(
             {
                 "question": question,
-                "runs": len(runs),
+                "runs": len(keys),
                 "finished": len(finished),
-                "million_tokens": sum(config.tokens for config in runs.values()) / 1e6,
+                "million_tokens": sum(jobs[key].config.tokens for key in keys) / 1e6,
                 "core_hours": sum(hours.values()),
                 "likely_core_hours": OVERRUN * sum(hours.values()),
-                "likely_hours_left": OVERRUN * sum(hours[key] for key in hours if key not in finished),
+                "likely_hours_left": OVERRUN * sum(hours[key] for key in keys if key not in finished),
             }
         )
     table = pd.DataFrame(rows)
