@@ -49,12 +49,15 @@ bench: $(ENV)  ## measure training and measurement speed on this machine
 lab: $(ENV)  ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks $(LAB)
 
-lock: $(ENV)  ## resolve the dependencies of pyproject.toml again and write requirements.lock
+# Versions that are locked stay: the text of a study under way is the source of its packages. To upgrade one, delete its
+# line from requirements.lock first.
+lock: $(ENV)  ## resolve the dependencies of pyproject.toml, adding what is new to requirements.lock
 	$(PY) -m venv build/lock && build/lock/bin/python -m pip install --quiet uv
-	echo "# Made from pyproject.toml by 'make lock'." > build/requirements.lock
-	build/lock/bin/uv pip compile --quiet --universal --upgrade --no-annotate --no-header pyproject.toml \
-	  | sed "s/ ; sys_platform == 'darwin' or sys_platform == 'linux'$$//" >> build/requirements.lock
-	mv build/requirements.lock requirements.lock
+	cp requirements.lock build/requirements.lock
+	build/lock/bin/uv pip compile --quiet --universal --no-annotate --no-header pyproject.toml -o build/requirements.lock
+	{ echo "# Made from pyproject.toml by 'make lock'."; \
+	  sed "s/ ; sys_platform == 'darwin' or sys_platform == 'linux'$$//" build/requirements.lock; } > build/lock/new
+	mv build/lock/new requirements.lock
 
 clean:  ## delete build/ (trained runs included) and caches; .venv stays
 	rm -rf build .pytest_cache .ruff_cache *.egg-info

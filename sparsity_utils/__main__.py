@@ -45,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     about = "write the text to FILE, compressed, for `study --text` on a machine without its source"
     corpus.add_argument("--pack", help=about, type=Path, metavar="FILE")
     _study_options(command("study", _study, "train and measure every run of a profile, without notebooks"))
+    about = "simulate how likely each verdict on a profile's runs is, and write results/power.csv"
+    command("power", _power, about).set_defaults(interrupted="Nothing was written.")
     command("reproduce", _reproduce, "execute all notebooks on a profile's own runs and print the verdicts")
     command("record", _record, "copy a finished study of a profile into results/")
     command("notebooks", _notebooks, "refresh the stored outputs of the notebooks", profile=False)
@@ -170,6 +172,13 @@ def _study(options: argparse.Namespace) -> int:
     for question in filter(study.answers, options.questions or QUESTIONS):
         print(f"{question}: {len(study.table(question))} rows in {study.folder}")
     return 0
+
+
+def _power(options: argparse.Namespace) -> None:
+    from sparsity_utils.power import write_power
+    from sparsity_utils.profiles import read_profile
+
+    print(write_power(read_profile(options.profile), paths.RESULTS))
 
 
 def _reproduce(options: argparse.Namespace) -> int:

@@ -28,8 +28,9 @@ def kept(name: str, measure: Measurement, run: Run, corpus: Corpus, settings: Me
 
 
 def decided_by(settings: MeasureConfig) -> dict:
-    """All that decides a measurement of a given run."""
-    return {**asdict(settings), "version": VERSION}
+    """All that decides a measurement of a given run; a setting that joined later is left out where it is None."""
+    given = {name: value for name, value in asdict(settings).items() if value is not None}
+    return {**given, "version": VERSION}
 
 
 def sparsity_curve(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:

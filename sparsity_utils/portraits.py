@@ -103,7 +103,7 @@ def _domains(run: Run, corpus: Corpus, settings: MeasureConfig) -> dict[str, tup
         corpus.tokens("validation"),
         corpus.documents("validation"),
         run.manifest["config"]["model"]["context"],
-        settings.calibration_tokens // CALIBRATION_PART,
+        settings.domain_calibration_tokens or settings.calibration_tokens // CALIBRATION_PART,
         settings.evaluation_tokens // EVALUATION_PART,
     )
 

@@ -130,6 +130,7 @@ class MeasureConfig:
     protocol: str = "stabilised"  # or "per-checkpoint"
     calibration_tokens: int = 16384  # thresholds and target are solved on these
     evaluation_tokens: int = 49152  # and reported on these, disjoint from them
+    domain_calibration_tokens: int | None = None  # of each kind of text (notebook 05); None: half of calibration_tokens
 
     def __post_init__(self) -> None:
         _check(0 < self.p <= 100, f"measure.p is {self.p}; choose a rise of perplexity between 0 and 100 percent.")
@@ -141,6 +142,8 @@ class MeasureConfig:
             self.calibration_tokens > 0 < self.evaluation_tokens,
             "measure.calibration_tokens and evaluation_tokens must be positive.",
         )
+        domain = self.domain_calibration_tokens
+        _check(domain is None or domain > 0, f"measure.domain_calibration_tokens is {domain}; it must be positive.")
 
 
 @dataclass(frozen=True)

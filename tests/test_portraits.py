@@ -7,7 +7,7 @@ from small import write_text
 
 from sparsity_utils.batches import domain_batches, measurement_batches
 from sparsity_utils.corpus import build_corpus
-from sparsity_utils.curves import sparsity_curve
+from sparsity_utils.curves import VERSION, decided_by, sparsity_curve
 from sparsity_utils.metrics import measure_sparsity
 from sparsity_utils.patterns import DEAD, activation_patterns
 from sparsity_utils.portraits import dead_curve, domain_transfer, neuron_frequencies, token_ratios
@@ -88,3 +88,16 @@ def test_transfer_is_the_matrix_between_the_domains(trained, domains):
     table = domain_transfer(run, corpus, SETTINGS)
     assert set(table["step"]) == {step} and set(table["p"]) == {1.0}
     pd.testing.assert_frame_equal(table.drop(columns=["step", "p"]), transfer_matrix(model, domains))
+
+
+def test_domains_may_be_calibrated_on_a_number_of_tokens_of_their_own(trained):
+    """More calibration must not take the small domains away; without the setting, names stay as they were."""
+    run, corpus = trained
+    own = MeasureConfig(calibration_tokens=8192, evaluation_tokens=1536, domain_calibration_tokens=256)
+    batches = domain_batches(corpus.tokens("validation"), corpus.documents("validation"), 32, 256, 256)
+    _, model = last_stable(run)
+    expected = transfer_matrix(model, batches, own.p)
+    found = domain_transfer(run, corpus, own)
+    pd.testing.assert_frame_equal(found[expected.columns], expected)
+    old = {"p": 1.0, "protocol": "stabilised", "calibration_tokens": 512, "evaluation_tokens": 1536, "version": VERSION}
+    assert decided_by(SETTINGS) == old and decided_by(own)["domain_calibration_tokens"] == 256

@@ -123,6 +123,7 @@ CHANGES = [  # place, value, message
     (("corpus", "source"), "web", r"corpus\.source is 'web'; choose one of python-source, path, hub"),
     (("corpus", "path"), None, r"corpus\.path is empty; source 'path' needs one"),
     (("measure", "p"), 0.0, r"measure\.p is 0\.0"),
+    (("measure", "domain_calibration_tokens"), 0, r"measure\.domain_calibration_tokens is 0; it must be positive"),
     (("measure", "protocol"), "best", r"measure\.protocol is 'best'"),
     (("study", "tuning_rates"), [0.1], r"study\.tuning_rates needs study\.tuning_sizes and study\.tuning_batches"),
     (("study", "other_activations"), ["gelu"], r"study\.other_activations needs study\.other_sizes beside it"),
