@@ -131,7 +131,8 @@ def simulated(designs: dict[str, list[Settings]], inputs: pd.DataFrame, draws: i
         (_of_slopes, lines),
         (_of_tail, lines),
         (_of_ratio, ratios),
-        (_of_dimensions, dimensions),
+        (_of_depth, dimensions),
+        (_of_doublings, dimensions),
     )
     simulations = [simulation for make, runs in made if len(runs) for simulation in make(runs, spread)]
     rows = [row for simulation in progress(simulations, "simulated tests") for row in simulation.rows(draws)]
@@ -229,50 +230,63 @@ def _of_ratio(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]
     return [Simulation(runs, own, truths, judge)]
 
 
-def _of_dimensions(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
-    """The claims on one dimension at a time, on the share of non-zeros."""
+def _of_depth(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
+    """Whether depth drives the trend of non-zeros, one dimension at a time."""
+    sizes, own, claim = _sizes(runs), spread["nonzero_share"], one_dimension.DEPTH_DRIVES
+    middle, depth = one_dimension.centre(sizes), _slope_of_depth(own)
+    decades = np.log10(runs["parameters"] / middle["parameters"])
+    wider, deeper = (np.where(runs[name] != middle[name], decades, 0) for name in ("d_model", "n_layers"))
+
+    def judge(means: Array, _: Array) -> dict[Claim, str]:
+        return {claim: one_dimension.depth_drives(one_dimension.parameter_slopes(sizes.assign(value=means)))[0]}
+
+    width_margin, depth_margin = one_dimension.WIDTH_MARGIN, one_dimension.DEPTH_MARGIN
+    slopes = {  # of width and of depth; the slope shown
+        ZERO: (0.0, 0.0, 0.0),
+        f"{FIRST}: depth alone": (0.0, depth, depth),
+        f"{MARGIN} of depth, width 0": (0.0, depth_margin, depth_margin),
+        f"{MARGIN} of width, depth as in the first study": (width_margin, depth, width_margin + 0 * depth),
+    }
+    truths = [
+        Truth(name, {claim: shown}, width * wider + deep * deeper) for name, (width, deep, shown) in slopes.items()
+    ]
+    return [Simulation(runs, own, truths, judge)]
+
+
+def _of_doublings(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
+    """Whether deeper and wider FFNs are sparser by non-zeros, one dimension at a time."""
     sizes, own = _sizes(runs), spread["nonzero_share"]
-    middle = one_dimension.centre(sizes)
-    level, line = own.at_ratio(DEPTH_LINE, "level"), own.at_ratio(DEPTH_LINE)
-    depth = DEPTH_PER_LINE * line  # per decade of depth, which at fixed width is a decade of parameters
-    alone = {name: (runs[name] != middle[name]).to_numpy() for name in one_dimension.DIMENSIONS}
-    decades = {name: np.where(at, np.log10(runs["parameters"] / middle["parameters"]), 0) for name, at in alone.items()}
-    doublings = {name: np.log2(runs[name] / middle[name]).to_numpy() for name in one_dimension.DIMENSIONS}
+    middle, level = one_dimension.centre(sizes), own.at_ratio(DEPTH_LINE, "level")
+    deeper, more = (np.log2(runs[name] / middle[name]).to_numpy() for name in ("n_layers", "d_ff"))
+    claimed = (one_dimension.DEEPER_SPARSER, one_dimension.MORE_NEURONS_SPARSER, one_dimension.COUNT_RISES)
 
-    def by_parameters(means: Array, _: Array) -> dict[Claim, str]:
-        slopes = one_dimension.parameter_slopes(sizes.assign(value=means))
-        return {one_dimension.DEPTH_DRIVES: one_dimension.depth_drives(slopes)[0]}
-
-    def by_doubling(means: Array, _: Array) -> dict[Claim, str]:
+    def judge(means: Array, _: Array) -> dict[Claim, str]:
         found = one_dimension.doubling_verdicts(sizes.assign(value=means))
         return {claim: word for claim, (_, word) in found.items()}
 
-    def drives(name: str, width: float, deep: float, shown: float) -> Truth:
-        return Truth(
-            name, {one_dimension.DEPTH_DRIVES: shown}, level + width * decades["d_model"] + deep * decades["n_layers"]
-        )
-
-    def falls(name: str, deep: float, wide: float) -> Truth:
-        share = level + deep * doublings["n_layers"] + wide * doublings["d_ff"]
-        means = size_means(runs.assign(value=share), SIZE)
-        count = one_dimension.doubling_verdicts(means)[one_dimension.COUNT_RISES][0].value
-        claimed = (one_dimension.DEEPER_SPARSER, one_dimension.MORE_NEURONS_SPARSER, one_dimension.COUNT_RISES)
+    def truth(name: str, deep: float, wide: float) -> Truth:
+        share = level + deep * deeper + wide * more
+        found = one_dimension.doubling_verdicts(
+            _sizes(runs.assign(value=share))
+        )  # without noise: the true slope of the count
+        count = found[one_dimension.COUNT_RISES][0].value
         return Truth(name, dict(zip(claimed, (deep, wide, count), strict=True)), share)
 
-    width_margin, depth_margin, fall = one_dimension.WIDTH_MARGIN, one_dimension.DEPTH_MARGIN, one_dimension.FALL
-    driving = [
-        drives(ZERO, 0.0, 0.0, 0.0),
-        drives(f"{FIRST}: depth alone", 0.0, depth, depth),
-        drives(f"{MARGIN} of depth, width 0", 0.0, depth_margin, depth_margin),
-        drives(f"{MARGIN} of width, depth as in the first study", width_margin, depth, width_margin),
+    fall, per_doubling = one_dimension.FALL, _slope_of_depth(own) * np.log10(2)
+    truths = [
+        truth(ZERO, 0.0, 0.0),
+        truth(f"{MARGIN}: -2 points", fall, fall),
+        truth(f"{FIRST}: depth alone; d_ff -4 points", per_doubling, 2 * fall),
     ]
-    per_doubling = depth * np.log10(2)
-    falling = [
-        falls(ZERO, 0.0, 0.0),
-        falls(f"{MARGIN}: -2 points", fall, fall),
-        falls(f"{FIRST}: depth alone; d_ff -4 points", per_doubling, 2 * fall),
-    ]
-    return [Simulation(runs, own, driving, by_parameters), Simulation(runs, own, falling, by_doubling)]
+    return [Simulation(runs, own, truths, judge)] if np.isfinite(level) else []
+
+
+def _slope_of_depth(spread: Spread) -> float:
+    """Slope per decade of depth if depth alone explains the first study's line; at fixed width a decade of parameters.
+
+    NaN where the first study had no such line.
+    """
+    return DEPTH_PER_LINE * spread.at_ratio(DEPTH_LINE)
 
 
 def _sizes(runs: pd.DataFrame) -> pd.DataFrame:

@@ -147,7 +147,8 @@ def scale_insensitivity(checkpoints: pd.DataFrame, second: pd.DataFrame | None =
     beside.set(title=f"{price_name(checkpoints)}, beside the published limits", ylabel="Active neurons (% of d_ff)")
     for axes in (left, right, half, beside):
         axes.legend(fontsize=7)
-    return captioned(figure, f"One point per run, {seeds_name(checkpoints)} a size; slopes with 90% intervals.")
+    fitted = "lines through the means of the sizes, slopes with 90% intervals"
+    return captioned(figure, f"One point per run, {seeds_name(checkpoints)} a size; {fitted}.")
 
 
 @styled
@@ -170,7 +171,8 @@ def second_line(checkpoints: pd.DataFrame, second: pd.DataFrame) -> Figure:
         axes.set_ylim(0, 1.5 * axes.dataLim.ymax)  # room for the legend
         axes.legend(fontsize=7)
     seeds = seeds_name(pd.concat([checkpoints, second]))
-    return captioned(figure, f"One point per run, {seeds} a size; slopes with 90% intervals.")
+    fitted = "lines through the means of the sizes, slopes with 90% intervals"
+    return captioned(figure, f"One point per run, {seeds} a size; {fitted}.")
 
 
 def _values(lines: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:

@@ -199,3 +199,9 @@ def test_a_profile_s_table_is_written(tmp_path, monkeypatch):
     written = pd.read_csv(power.write_power(profile, tmp_path))
     assert list(written.columns) == power.COLUMNS
     assert set(written["question"]) == {"relu_vs_silu", "scale_insensitivity", "width_depth_ratio"}
+
+
+def test_without_the_first_study_s_line_its_effects_are_left_out_not_zero():
+    table = power.simulated(DIMENSIONS, inputs(ratios=(16,), **dict.fromkeys(MADE, (1e-4, 1e-4))), draws=5)
+    assert table["effect"].tolist() == ["zero", "margin of depth, width 0"]
+    assert set(table["claim"]) == {one_dimension.DEPTH_DRIVES.claim} and table["not_supported"][0] == 1
