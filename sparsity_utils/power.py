@@ -104,6 +104,19 @@ def write_power(profile: Profile, folder: Path) -> Path:
     return target
 
 
+def shown_power(question: str) -> pd.DataFrame:
+    """The recorded power.csv of a question, as notebooks show it: one row per claim and effect, verdicts in percent."""
+    table = pd.read_csv(paths.RESULTS / "power.csv").query("question == @question")
+    effects = [f"{row.effect}: {row.value:.3g} {row.unit}" for row in table.itertuples()]
+    verdicts_in_percent = (100 * table[["supported", "not_supported", "inconclusive"]]).round().astype(int)
+    shown = (
+        table[["claim", "rank"]]
+        .assign(effect=effects)
+        .join(verdicts_in_percent.rename(columns=lambda name: f"{name.replace('_', ' ')} %"))
+    )
+    return shown.sort_values("claim", kind="stable", ignore_index=True)
+
+
 def power_table(profile: Profile) -> pd.DataFrame:
     """Probability of each verdict of every primary claim, and of some others, for the runs that a profile plans.
 
