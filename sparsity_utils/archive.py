@@ -10,7 +10,6 @@ are new and by nothing else.
 
 import json
 import re
-import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from sparsity_utils import paths
 from sparsity_utils.curves import VERSION
 from sparsity_utils.errors import InputError
 from sparsity_utils.plan import QUESTIONS, largest
-from sparsity_utils.runs import BROUGHT_WEIGHTS, RECIPE, Run, digest
+from sparsity_utils.runs import BROUGHT_WEIGHTS, RECIPE, Run, commit, digest
 from sparsity_utils.study import Study
 
 HEADER = "study.json"
@@ -62,7 +61,7 @@ def archived(study: Study, folder: Path) -> Iterator[Callable[[], None]]:
 def _header(study: Study) -> dict:
     corpus = study.corpus
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "recipe": RECIPE,
         "measurements": VERSION,
         "corpus": corpus.hash,
@@ -70,15 +69,6 @@ def _header(study: Study) -> dict:
         "packages": corpus.manifest["source"].get("packages", {}),  # whose source is the text
         "versions": corpus.manifest["versions"],
     }
-
-
-def _commit() -> str:
-    """The commit that runs, with a mark where files were changed since; `unknown` outside a git checkout."""
-    command = ["git", "-C", str(paths.ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _check_header(folder: Path, header: dict) -> None:

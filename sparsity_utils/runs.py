@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -225,6 +226,7 @@ def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], Non
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        "commit": commit(),
         "diverged": diverged,
         "checkpoints": rows,
         "files": {str(file.relative_to(working)): _sha256(file) for file in stored},
@@ -235,6 +237,15 @@ def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], Non
     os.replace(working, folder)
     (folder / "state.safetensors").unlink(missing_ok=True)  # last: a run killed before this line is not lost
     return Run(folder, manifest)
+
+
+def commit() -> str:
+    """The commit that runs, with a mark where files were changed since; `unknown` outside a git checkout."""
+    command = ["git", "-C", str(paths.ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _sha256(file: Path) -> str:

@@ -160,4 +160,5 @@ def test_a_measurement_is_computed_once_per_setting(corpus):
 def test_the_manifest_says_on_what_the_run_was_made(corpus):
     manifest = json.loads((train_run(config(corpus), corpus).folder / "manifest.json").read_text())
     assert manifest["versions"]["torch"] == torch.__version__ and manifest["device"]
+    assert len(manifest["commit"].removesuffix("-dirty")) == 40 or manifest["commit"] == "unknown"
     assert manifest["config"]["corpus"] == corpus.hash and manifest["config"]["train"]["seed"] == 0
