@@ -45,8 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     about = "write the text to FILE, compressed, for `study --text` on a machine without its source"
     corpus.add_argument("--pack", help=about, type=Path, metavar="FILE")
     _study_options(command("study", _study, "train and measure every run of a profile, without notebooks"))
-    about = "simulate how likely each verdict on a profile's runs is, and write results/power.csv"
-    command("power", _power, about).set_defaults(interrupted="Nothing was written.")
+    power = command("power", _power, "simulate how likely each verdict on the runs of a profile is: power.csv")
+    power.set_defaults(interrupted="Nothing was written.")
+    power.add_argument("--out", help="where it goes (default: build/<profile>)", type=Path, metavar="FOLDER")
     command("reproduce", _reproduce, "execute all notebooks on a profile's own runs and print the verdicts")
     command("record", _record, "copy a finished study of a profile into results/")
     command("notebooks", _notebooks, "refresh the stored outputs of the notebooks", profile=False)
@@ -155,15 +156,15 @@ def _corpus(options: argparse.Namespace) -> None:
 
 def _study(options: argparse.Namespace) -> int:
     from sparsity_utils.plan import QUESTIONS
-    from sparsity_utils.sittings import costs, sit
+    from sparsity_utils.sittings import sit, tell_costs
     from sparsity_utils.study import Study
 
     study = Study.from_profile(options.profile, options.text)
     unknown = sorted(set(options.questions or ()) - set(QUESTIONS))
     if unknown:
         raise InputError(f"There is no question {unknown[0]!r}; choose from {', '.join(QUESTIONS)}.")
-    print(costs(study).to_string(index=False), flush=True)
     if options.cost:
+        print(tell_costs(study, options.tables))
         return 0
     left = sit(study, options.minutes, options.tables, options.questions or QUESTIONS)
     if left:
@@ -178,7 +179,8 @@ def _power(options: argparse.Namespace) -> None:
     from sparsity_utils.power import write_power
     from sparsity_utils.profiles import read_profile
 
-    print(write_power(read_profile(options.profile), paths.RESULTS))
+    profile = read_profile(options.profile)
+    print(write_power(profile, options.out or paths.profile_output(profile.name)))
 
 
 def _reproduce(options: argparse.Namespace) -> int:

@@ -57,7 +57,7 @@ class Job:
 
     def cost(self) -> float:
         """Expected seconds on one CPU core of what is left, as far as the run's folder shows it."""
-        trained = (paths.runs() / self.config.key).exists()
+        trained = (paths.runs() / self.config.key / "checkpoints").exists()
         return self.measuring() + (0.0 if trained else self.config.cost())
 
     def done(self) -> bool:
@@ -123,7 +123,7 @@ def _watch(futures: list[Future], shares, costs: list[float], deadline: float, o
             done, pending = wait(pending, timeout=1.0)
             if done and not any(future.exception() for future in done):
                 on_done()
-            share = sum(cost * share for cost, share in zip(costs, shares, strict=True)) / sum(costs)
+            share = sum(cost * share for cost, share in zip(costs, shares, strict=True)) / (sum(costs) or 1.0)
             bar.update(100 * share - bar.n)
             if pending and time.monotonic() > deadline:
                 raise OutOfTime(f"{len(futures) - len(pending)} of {len(futures)} runs done")

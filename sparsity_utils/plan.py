@@ -3,7 +3,7 @@
 from itertools import product
 from typing import NamedTuple
 
-from sparsity_utils.model import non_embedding_parameters, solve_shape
+from sparsity_utils.model import solve_shape
 from sparsity_utils.profiles import ModelConfig, Profile, Size, TrainConfig
 
 SCHEMA = 1  # of the tables; raise it when a column changes its meaning
@@ -39,11 +39,11 @@ QUESTIONS = {
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
 }
-LINES = (  # questions that together need every run of a profile
+COVERING = (  # questions that together need every run of a profile
     *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
     "tuning",
 )
-PRIMARY = ("tuning", "relu_vs_silu", "second_line", "width_depth_ratio")  # what primary claims rest on
+PRIMARY = ("relu_vs_silu", "second_line", "width_depth_ratio")  # what primary claims rest on
 # What `python -m sparsity_utils refit` makes of the published curves: recorded once, read by every study.
 PUBLISHED = ("published_refit", "published_forms", "published_forecasts", "published_stability")
 
@@ -69,17 +69,6 @@ def planned(profile: Profile, question: str) -> list[Settings]:
     lines = {"second_line": study.second_sizes, "data_limited": study.data_limited}
     activations = ("relu",) if question == "dead_neurons" else study.activations
     return _line(profile, lines.get(question, study.sizes), activations)
-
-
-def largest(profile: Profile) -> list[Settings]:
-    """The runs whose models stand for the study: the largest size of the main line, its first seed, each activation."""
-    runs = planned(profile, "relu_vs_silu")
-    size = max(non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio) for model, _ in runs)
-    chosen: dict[str, Settings] = {}
-    for model, train in runs:
-        if non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio) == size:
-            chosen.setdefault(model.activation, (model, train))
-    return list(chosen.values())
 
 
 def ratio_shapes(profile: Profile) -> list[tuple[int, int]]:

@@ -69,6 +69,11 @@ class RunConfig:
         return f"{self.model.d_model}x{self.model.n_layers} {self.model.activation} seed {self.train.seed}"
 
     @property
+    def parameters(self) -> int:
+        """Non-embedding parameters."""
+        return non_embedding_parameters(self.model.d_model, self.model.n_layers, self.model.ffn_ratio)
+
+    @property
     def tokens(self) -> float:
         """Training tokens, those of the decay included."""
         return self.train.tokens * (1 + self.train.decay_share)

@@ -1,19 +1,19 @@
 """A study in several sittings: what is left and what it costs, in which order it is done, and when it stops."""
 
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pandas as pd
 
 from sparsity_utils.archive import archived
 from sparsity_utils.jobs import Job, OutOfTime, do_jobs
-from sparsity_utils.plan import LINES, PRIMARY, QUESTIONS
+from sparsity_utils.plan import COVERING, PRIMARY, QUESTIONS
 from sparsity_utils.study import Study
 
 SHORT = 600  # seconds of a core that a run may be expected to take to be done before all longer ones
-OVERRUN = 1.4  # the first recorded study took so many times the core hours that the cost model gave
+OVERRUN = 1.4  # training of the first recorded study took so many times the core hours of the cost model
 
 
 def sit(study: Study, minutes: float, tables: Path | None = None, questions: Iterable[str] = QUESTIONS) -> str:
@@ -22,22 +22,39 @@ def sit(study: Study, minutes: float, tables: Path | None = None, questions: Ite
     tables: a folder of finished runs (see `archive`), read first and written after every finished run.
     Raises InputError for a folder that another process writes, or that holds other runs than this study's.
     """
-    deadline = time.monotonic() + 60 * minutes
-    with archived(study, tables) if tables is not None else nullcontext(lambda: None) as keep:
+    deadline, left = time.monotonic() + 60 * minutes, ""
+    with _tables(study, tables, questions) as keep:
+        print(costs(study).to_string(index=False), flush=True)
         try:
             do_jobs(in_order(study, questions), study.profile, deadline, keep)
-        except OutOfTime as left:
-            return str(left)
-    return ""
+        except OutOfTime as time_over:
+            left = str(time_over)
+        finally:
+            keep()  # a run that finished beside one that failed
+    return left
+
+
+def tell_costs(study: Study, tables: Path | None = None) -> str:
+    """`costs` as text, once the runs of the folder `tables` have been brought."""
+    with _tables(study, tables, QUESTIONS):
+        return costs(study).to_string(index=False)
+
+
+def _tables(study: Study, folder: Path | None, questions: Iterable[str]) -> AbstractContextManager[Callable[[], None]]:
+    return nullcontext(lambda: None) if folder is None else archived(study, folder, questions)
 
 
 def in_order(study: Study, questions: Iterable[str]) -> list[Job]:
-    """The runs of some questions, short ones of all lines first, then those of primary claims, cheap before dear."""
+    """The runs of some questions: those that choose the settings, short ones of all lines, those of primary claims.
+
+    Within each, cheap before dear.
+    """
+    tuning = {config.key for config in study.configs("tuning")}
     primary = {config.key for question in PRIMARY for config in study.configs(question)}
 
-    def place(job: Job) -> tuple[bool, bool, float]:
-        cost = job.config.cost()
-        return cost > SHORT, cost > SHORT and job.config.key not in primary, cost
+    def place(job: Job) -> tuple[bool, bool, bool, float]:
+        key, cost = job.config.key, job.config.cost()
+        return key not in tuning, cost > SHORT, cost > SHORT and key not in primary, cost
 
     return sorted(study.jobs(*questions), key=place)
 
@@ -49,7 +66,7 @@ def costs(study: Study) -> pd.DataFrame:
     the cost model), likely_core_hours (OVERRUN times that), likely_hours_left (of `profile.workers` side by side).
     """
     rows, seen, jobs = [], set(), {job.config.key: job for job in study.jobs(*QUESTIONS)}
-    for question in LINES:
+    for question in COVERING:
         keys = [config.key for config in study.configs(question) if config.key not in seen]
         seen |= set(keys)
         if not keys:

@@ -116,15 +116,18 @@ class Study:
         return None
 
     def largest_config(self, activation: str) -> RunConfig:
-        """The configuration that stands for an activation function: the largest size and, of its seeds, the first.
+        """The run that stands for an activation function: the largest size and, of its seeds, the first.
+
+        A diverged run does not stand for anything: the next one does.
 
         Raises InputError when the study has no run of that activation.
         """
-        runs = self.table("relu_vs_silu").query("activation == @activation").sort_values(["parameters", "seed"])
-        if runs.empty:
+        configs = [config for config in self.configs("relu_vs_silu") if config.model.activation == activation]
+        if not configs:
             raise InputError(f"Profile {self.name} has no {activation} run; name one of its study.activations.")
-        key = runs.loc[runs["parameters"] == runs["parameters"].max(), "run"].iloc[0]
-        return next(config for config in self.configs("relu_vs_silu") if config.key == key)
+        configs.sort(key=lambda config: config.parameters, reverse=True)  # stable: seeds in their order
+        runs = {config: find_run(config) for config in configs}
+        return next((config for config, run in runs.items() if run is None or not run.diverged), configs[0])
 
     def trained_model(self, activation: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The study's own model of an activation function, of `largest_config` after the decay, and its tokenizer.

@@ -75,13 +75,68 @@ def test_a_run_is_archived_with_the_same_bytes_wherever_it_is_done(kept, elsewhe
     assert {file.name: file.read_bytes() for file in folder.glob("*.zip")} == before
 
 
-def test_weights_that_were_altered_on_the_way_are_found(elsewhere):
+def test_a_brought_run_that_was_altered_is_found_and_brought_again(elsewhere):
     study, folder = elsewhere
     bring(study, folder)
-    run = find_run(study.configs("relu_vs_silu")[0])
-    run.last_weights.write_bytes(run.last_weights.read_bytes()[:-1] + b"x")
+    config = study.configs("relu_vs_silu")[0]
+    run = find_run(config)
+    before = run.last_weights.read_bytes()
+    run.last_weights.write_bytes(before[:-1] + b"x")
     with pytest.warns(UserWarning, match=r"model\.safetensors is not what was written"):
-        assert find_run(study.configs("relu_vs_silu")[0]) is None
+        assert find_run(config) is None
+    (run.folder / "manifest.json").write_text("")
+    bring(study, folder)
+    assert find_run(config).last_weights.read_bytes() == before
+
+
+def test_an_unfinished_or_damaged_run_is_not_archived(elsewhere, tmp_path):
+    study, folder = elsewhere
+    bring(study, folder)
+    first, second = study.configs("relu_vs_silu")
+    next((paths.runs() / first.key).glob("dead-*.csv")).unlink()
+    (paths.runs() / second.key / "manifest.json").write_text("")
+    with pytest.warns(UserWarning, match=r"manifest\.json is not what was written"):
+        bring(study, tmp_path / "empty")
+    assert [file.name for file in (tmp_path / "empty").iterdir()] == [HEADER]
+
+
+def test_what_is_measured_later_joins_and_nothing_that_was_archived_is_lost(elsewhere, tmp_path):
+    study, folder = elsewhere
+    bring(study, folder)
+    config = study.configs("relu_vs_silu")[0]
+    measured = {file.name: file.read_bytes() for file in (paths.runs() / config.key).glob("*.csv")}
+    curve = next(name for name in measured if name.startswith("curve"))
+    for name in set(measured) - {curve}:
+        (paths.runs() / config.key / name).unlink()
+    with archived(study, tmp_path / "grows", ["relu_vs_silu"]) as keep:
+        archive = tmp_path / "grows" / f"{config.key}.zip"
+        assert tables(archive) == {curve}
+        for name, content in measured.items():  # the others are measured, the curve is gone from the store
+            (paths.runs() / config.key / name).write_bytes(content)
+        keep()
+    assert tables(archive) == set(measured)
+    (paths.runs() / config.key / curve).unlink()
+    with archived(study, tmp_path / "grows"):
+        assert (paths.runs() / config.key / curve).read_bytes() == measured[curve]
+
+
+def tables(file):
+    return {name for name in zipfile.ZipFile(file).namelist() if name.endswith(".csv")}
+
+
+def test_a_damaged_archive_is_named_wherever_the_damage_is(elsewhere):
+    _, folder = elsewhere
+    file = min(folder.glob("*.zip"), key=lambda file: file.stat().st_size)
+    content, refused = file.read_bytes(), 0
+    header = json.loads((folder / HEADER).read_text())
+    for place in range(0, len(content), max(1, len(content) // 200)):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 0x41]) + content[place + 1 :])
+        try:
+            archive.unpack_run(file, header)
+        except InputError as error:
+            assert file.name in str(error)
+            refused += 1
+    assert refused > 150  # the rest are dates and attributes, which nobody reads
 
 
 @pytest.mark.parametrize("key", archive.SAME)

@@ -8,7 +8,7 @@ from small import one_size, profile_content, write_profile
 from sparsity_utils import paths
 from sparsity_utils.errors import InputError
 from sparsity_utils.model import d_ff, head_count, non_embedding_parameters
-from sparsity_utils.plan import LINES, QUESTIONS, largest, planned, ratio_shapes
+from sparsity_utils.plan import COVERING, QUESTIONS, planned, ratio_shapes
 from sparsity_utils.profiles import ModelConfig, profile_names, read_profile
 
 
@@ -34,7 +34,6 @@ def test_the_deep_profiles_train_and_span_what_they_say(name):
         model = profile.size_config(size, "relu")
         assert 1 <= size.tokens / (190 * parameters(model)) < 1.002 and model.n_layers >= 2
         assert model.d_model // head_count(model) == 16
-        assert size in study.one_dimension or len(set(size.seeds)) == len(size.seeds) >= 1
     ratios = [width / depth for width, depth in ratio_shapes(profile)]
     assert len(set(ratios)) >= 8 and max(ratios) > 114 and len(study.ratio_seeds) == 3
     assert set(study.other_activations) == {"gelu", "relu2"}
@@ -82,15 +81,11 @@ def test_every_size_has_its_own_seeds():
     assert planned(read_profile("laptop"), "second_line") == [] == planned(profile, "sparse_ffn")
 
 
-def test_lines_need_every_run_and_the_largest_stand_for_the_study():
-    profile = read_profile("long")
+@pytest.mark.parametrize("name", profile_names())
+def test_costs_cover_every_run(name):
+    profile = read_profile(name)
     runs = {settings for question in QUESTIONS for settings in planned(profile, question)}
-    assert runs == {settings for question in LINES for settings in planned(profile, question)}
-    models = largest(profile)
-    assert [(model.d_model, model.activation, train.seed) for model, train in models] == [
-        (64, "relu", 10),
-        (64, "silu", 10),
-    ]
+    assert runs == {settings for question in COVERING for settings in planned(profile, question)}
 
 
 def test_the_laptop_profile_asks_what_its_notebooks_need():

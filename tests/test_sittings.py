@@ -49,7 +49,7 @@ def test_a_sitting_ends_in_time_and_the_next_one_goes_on(tmp_path, text, capsys)
     assert sit(study, FOREVER, folder) == "" and sit(study, 0, folder) == ""
 
 
-def test_short_runs_come_first_then_those_of_primary_claims(tmp_path, text, monkeypatch):
+def test_settings_are_chosen_first_then_short_runs_then_those_of_primary_claims(tmp_path, text, monkeypatch):
     lines = {
         "sizes": [one_size("8x1"), one_size("8x2", 80_000)],
         "second_sizes": [one_size("16x1", 6000)],
@@ -63,18 +63,27 @@ def test_short_runs_come_first_then_those_of_primary_claims(tmp_path, text, monk
     assert in_order(study, QUESTIONS) == [*jobs[:3], jobs[4], jobs[3]]  # 8x2 of the main line before the wide one
     (only,) = in_order(study, ["second_line"])
     assert only.config.model.d_model == 16
+    tried = {"tuning_sizes": [one_size("16x2", 50_000)], "tuning_rates": [0.01], "tuning_batches": [256]}
+    assert (
+        in_order(Study.from_profile(one_run(tmp_path, text, **lines, **tried)), QUESTIONS)[0].config.model.d_model == 16
+    )
 
 
 def test_costs_are_told_by_line_before_anything_is_trained(tmp_path, text, capsys):
     lines = {"second_sizes": [one_size("16x1", 6000), one_size("8x1")]}
     profile = one_run(tmp_path, text, **lines)
     assert main(["study", "--profile", profile, "--cost"]) == 0
-    assert "second_line" in capsys.readouterr().out and not paths.runs().exists()
+    assert "second_line" in capsys.readouterr().out and not list(paths.runs().glob("*"))
     study = Study.from_profile(profile)
     sit(study, FOREVER, questions=[question for question in QUESTIONS if question != "second_line"])
     table = costs(study).set_index("question")
+    capsys.readouterr()
     assert list(table.index) == ["relu_vs_silu", "second_line", "all"]  # a run of both lines counts in the first
     assert table["runs"].tolist() == [1, 1, 2] and table["finished"].tolist() == [1, 0, 1]
+    sit(study, 0, tmp_path / "runs", questions=["relu_vs_silu"])
+    shutil.rmtree(paths.runs())
+    assert main(["study", "--profile", profile, "--cost", "--tables", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[1:3] == ["2", "1"]  # runs that were brought are finished
     assert main(["study", "--profile", profile, "--questions", "speed"]) == 2
     assert "There is no question 'speed'; choose from metrics" in capsys.readouterr().err
 
