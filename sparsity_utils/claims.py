@@ -3,8 +3,10 @@
 Thirteen claims are primary: the study's sizes and seeds are planned for them. At each of two width-depth ratios they
 are that ReLU reaches the loss of SiLU, that the ReLU activation ratio falls with data, that the SiLU activation ratio
 rises, that ReLU ends sparser, and that the limits of either do not depend on scale; at one size, that the limit rises
-with the width-depth ratio. Each is judged at its own 90% interval, without correction for their number. All other
-claims are secondary.
+with the width-depth ratio. Each is judged at its own 90% interval, without correction for their number, by a test whose
+unit is a size. All other claims are secondary; most of their tests are means over runs or regressions with seeds as
+blocks. Where the seeds of a size share what the size has of its own, such an interval is too narrow: a secondary
+verdict says where to look, not what holds.
 """
 
 from dataclasses import replace

@@ -200,10 +200,10 @@ def tail_shrinks(estimates: list[Estimate]) -> tuple[str, Estimate]:
     unknown = [estimate for estimate in estimates if estimate.reason]
     if len(estimates) < 2 or unknown:
         return INCONCLUSIVE, (unknown or estimates)[0]
-    nearest = max(estimates, key=lambda estimate: estimate.high)
     risen = [estimate for estimate in estimates if estimate.low > 0]
+    nearest = max(risen or estimates, key=lambda estimate: estimate.high)
     if risen:
-        return NOT_SUPPORTED, risen[0]
+        return NOT_SUPPORTED, nearest
     return SUPPORTED if nearest.high < 0 else INCONCLUSIVE, nearest
 
 

@@ -8,7 +8,8 @@ little about that spread, so it is taken to be equal on every line and estimated
     means:   value of a size = level of its line + residual                     degrees of freedom: sizes - lines
     slopes:  value of a size = level of its line + slope of its line * x + residual                 sizes - 2 lines
 
-The residuals of all lines share one variance; ordinary least squares then gives exact t intervals.
+The residuals of all lines share one variance; ordinary least squares then gives t intervals. They are exact where every
+size has as many seeds, and nearly so elsewhere: the mean of fewer seeds scatters a little more (tests/test_pooled.py).
 """
 
 from collections.abc import Hashable, Sequence

@@ -2,7 +2,8 @@
 
 Value of a run = effect + effect of its size, N(0, sd_fit) + effect of its seed, N(0, sd_seed). The effect is a mean, or
 a slope times x. What is averaged, fitted and judged are the very functions that the verdicts call. Claims of
-equivalence are also simulated at their margin, where "supported" must come up in at most 5% of the draws.
+equivalence are also simulated at their margin, where "supported" must come up in at most 5% of the draws. Values of
+sizes are measured means, as the verdicts take them unless every fitted limit is sound.
 """
 
 from collections.abc import Callable
@@ -176,7 +177,7 @@ def _of_means(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]
         zip(claims.PAIRED, (0.0, _published_change("relu"), _published_change("silu"), 0.321), strict=True)
     )
     simulations = []
-    for claim, outcome in verdicts.OUTCOMES.items():
+    for claim, outcome in verdicts.PAIRED_OUTCOMES.items():
         own = spread[outcome.__name__]
         effects = {ZERO: 0.0, PUBLISHED: published[claim], FIRST: _per_line(runs, own)}
         effects |= {MARGIN: claims.LOSS_MARGIN} if claim == claims.LOSS_EQUAL else {}
@@ -258,10 +259,12 @@ def _of_depth(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]
         ZERO: (0.0, 0.0, 0.0),
         f"{FIRST}: depth alone": (0.0, depth, depth),
         f"{MARGIN} of depth, width 0": (0.0, depth_margin, depth_margin),
-        f"{MARGIN} of width, depth as in the first study": (width_margin, depth, width_margin + 0 * depth),
+        f"{MARGIN} of width, depth as in the first study": (width_margin, depth, width_margin),
     }
     truths = [
-        Truth(name, {claim: shown}, width * wider + deep * deeper) for name, (width, deep, shown) in slopes.items()
+        Truth(name, {claim: shown}, width * wider + deep * deeper)
+        for name, (width, deep, shown) in slopes.items()
+        if np.isfinite(deep)  # the first study may have had no such line
     ]
     return [Simulation(runs, own, truths, judge)]
 
@@ -270,6 +273,8 @@ def _of_doublings(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulat
     """Whether deeper and wider FFNs are sparser by non-zeros, one dimension at a time."""
     sizes, own = _sizes(runs), spread["nonzero_share"]
     middle, level = one_dimension.centre(sizes), own.at_ratio(DEPTH_LINE, "level")
+    if not np.isfinite(level):
+        return []
     deeper, more = (np.log2(runs[name] / middle[name]).to_numpy() for name in ("n_layers", "d_ff"))
     claimed = (one_dimension.DEEPER_SPARSER, one_dimension.MORE_NEURONS_SPARSER, one_dimension.COUNT_RISES)
 
@@ -279,10 +284,8 @@ def _of_doublings(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulat
 
     def truth(name: str, deep: float, wide: float) -> Truth:
         share = level + deep * deeper + wide * more
-        found = one_dimension.doubling_verdicts(
-            _sizes(runs.assign(value=share))
-        )  # without noise: the true slope of the count
-        count = found[one_dimension.COUNT_RISES][0].value
+        without_noise = one_dimension.doubling_verdicts(_sizes(runs.assign(value=share)))
+        count = without_noise[one_dimension.COUNT_RISES][0].value
         return Truth(name, dict(zip(claimed, (deep, wide, count), strict=True)), share)
 
     fall, per_doubling = one_dimension.FALL, _slope_of_depth(own) * np.log10(2)
@@ -291,7 +294,7 @@ def _of_doublings(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulat
         truth(f"{MARGIN}: -2 points", fall, fall),
         truth(f"{FIRST}: depth alone; d_ff -4 points", per_doubling, 2 * fall),
     ]
-    return [Simulation(runs, own, truths, judge)] if np.isfinite(level) else []
+    return [Simulation(runs, own, truths, judge)]
 
 
 def _slope_of_depth(spread: Spread) -> float:

@@ -2,8 +2,9 @@
 
 A value of a run is taken to be the level or the line of its line of sizes, plus an effect of its size, N(0, sd_fit),
 that all its seeds share, plus an effect of its seed, N(0, sd_seed). Both are variance components by the method of
-moments, from runs of two layers or more at both width-depth ratios. results/power_inputs.csv holds them for the first
-recorded study, whose tables are in the history of this repository; a later study does not replace it.
+moments: for lines of sizes from runs of two layers or more at both width-depth ratios; for the shapes of one size from
+all of them, the single layer among them, since the second study trains the same shapes. results/power_inputs.csv holds
+them for the first recorded study; a later study does not replace it.
 """
 
 from collections.abc import Callable

@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 # What each claim of claims.PAIRED is a mean of, one value per run or per pair of runs.
-OUTCOMES = dict(zip(claims.PAIRED, (loss_difference, relu_falls, silu_rises, relu_sparser), strict=True))
+PAIRED_OUTCOMES = dict(zip(claims.PAIRED, (loss_difference, relu_falls, silu_rises, relu_sparser), strict=True))
 NO_RUNS = no_sizes("no size has the runs that this needs")
 RIVAL_METRICS = ("top-k", "fat")
 RATIO_GRID = 9  # activation ratios at which two metrics are compared, over the range both cover
@@ -118,7 +118,7 @@ def relu_vs_silu(checkpoints: pd.DataFrame, second_line: pd.DataFrame | None = N
     """
     lines = _lines(checkpoints, second_line)
     paired = {where: [] for where in lines}
-    for claim, outcome in OUTCOMES.items():
+    for claim, outcome in PAIRED_OUTCOMES.items():
         found = means_on_lines(on_lines(lines, outcome))
         for where, rows in paired.items():
             rows.append(_paired_verdict(claim, found.get(where, NO_RUNS), where))

@@ -3,6 +3,7 @@
 import json
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sparsity_utils import (
     paths,
     pattern_verdicts,
     plots,
+    power,
     published_verdicts,
     record,
     refit,
@@ -25,8 +27,11 @@ from sparsity_utils.errors import InputError
 from sparsity_utils.holdout import held_out
 from sparsity_utils.measure import window_length
 from sparsity_utils.model import load_model
-from sparsity_utils.plan import PUBLISHED, QUESTIONS, SCHEMA
+from sparsity_utils.plan import PUBLISHED, QUESTIONS, SCHEMA, planned
+from sparsity_utils.power_inputs import power_inputs
+from sparsity_utils.profiles import ModelConfig, TrainConfig, read_profile
 from sparsity_utils.published_laws import PUBLISHED_LAWS
+from sparsity_utils.runs import RunConfig
 from sparsity_utils.sources import package_documents
 from sparsity_utils.study import Study
 from sparsity_utils.texts import split_documents, text_batches
@@ -54,7 +59,44 @@ def test_the_manifest_fits_the_tables():
     study = manifest["profile"]["study"]
     assert manifest["schema"] == SCHEMA and manifest["device"]
     assert {f"{row.d_model}x{row.n_layers}" for row in table.itertuples()} == {size["shape"] for size in study["sizes"]}
-    assert set(table["activation"]) == set(study["activations"]) and set(table["seed"]) == set(study["seeds"])
+    seeds = study.get("seeds") or {
+        seed for size in study["sizes"] for seed in size["seeds"]
+    }  # the first study's, or now
+    assert set(table["activation"]) == set(study["activations"]) and set(table["seed"]) == set(seeds)
+
+
+def test_the_runs_of_the_first_study_have_the_keys_that_they_had():
+    """A run is found by its key: what decides its weights must be written as it was when it was trained."""
+    manifest = json.loads((paths.RESULTS / "manifest.json").read_text())
+    profile, text = manifest["profile"], manifest["corpus"]
+    sizes = {size["shape"]: size["tokens"] for size in profile["study"]["sizes"]}
+    runs = Study.recorded().table("relu_vs_silu").drop_duplicates("run")
+    for row in runs.itertuples():
+        model = ModelConfig(
+            row.d_model, row.n_layers, row.activation, profile["corpus"]["vocabulary"], **profile["model"]
+        )
+        train = TrainConfig(sizes[f"{row.d_model}x{row.n_layers}"], seed=row.seed, **profile["train"])
+        config = RunConfig(model, train, text["tokens_sha256"], text["tokenizer_sha256"], profile["threads"])
+        assert config.key == row.run, config.title
+    assert len(runs) == 18
+
+
+def test_the_power_of_the_second_study_is_that_of_its_design():
+    """The effects, runs and sizes that the recorded table names; its shares come from many more draws."""
+    profile, stored = read_profile("long"), pd.read_csv(paths.RESULTS / "power.csv")
+    designs = {name: planned(profile, name) for name in (*power.LINES, "width_depth_ratio", "one_dimension")}
+    few = power.simulated(designs, pd.read_csv(paths.RESULTS / "power_inputs.csv"), draws=2)
+    about = ["question", "claim", "rank", "effect", "value", "unit", "runs", "sizes"]
+    pd.testing.assert_frame_equal(few[about], stored[about], rtol=1e-4)
+    shares = stored[["supported", "not_supported", "inconclusive"]]
+    np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-6)
+    assert (stored.query("effect == 'zero' or effect == 'margin'")["not_supported"] < 0.11).mean() > 0.9
+
+
+def test_the_inputs_of_the_power_table_are_those_of_the_first_study():
+    study, stored = Study.recorded(), pd.read_csv(paths.RESULTS / "power_inputs.csv")
+    lines = {"": study.table("relu_vs_silu"), "second": study.table("second_line")}
+    pd.testing.assert_frame_equal(power_inputs(lines, study.table("width_depth_ratio")), stored, rtol=1e-5, atol=1e-8)
 
 
 def test_the_recorded_verdicts_follow_from_the_tables():
