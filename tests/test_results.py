@@ -59,9 +59,8 @@ def test_the_manifest_fits_the_tables():
     study = manifest["profile"]["study"]
     assert manifest["schema"] == SCHEMA and manifest["device"]
     assert {f"{row.d_model}x{row.n_layers}" for row in table.itertuples()} == {size["shape"] for size in study["sizes"]}
-    seeds = study.get("seeds") or {
-        seed for size in study["sizes"] for seed in size["seeds"]
-    }  # the first study's, or now
+    one_list = study.get("seeds")  # of the first study; since then every size has its own
+    seeds = one_list or {seed for size in study["sizes"] for seed in size["seeds"]}
     assert set(table["activation"]) == set(study["activations"]) and set(table["seed"]) == set(seeds)
 
 
