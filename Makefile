@@ -2,6 +2,7 @@
 # as it is; otherwise .venv is made from requirements.lock. A second call installs nothing.
 #
 #   PROFILE=laptop       what `make reproduce` trains (default: gpu with a GPU, laptop without)
+#   NOTEBOOKS="02 03"    which notebooks `make reproduce` executes (default: all)
 #   FROM=build/laptop    whose tables `make figures` draws (default: the recorded study in results/)
 #   PYTHON=python3.12    the Python that makes .venv (default: the first suitable one below)
 #   LAB="--no-browser"   further options of JupyterLab
@@ -26,22 +27,25 @@ help:  ## list the targets
 
 env: $(ENV)  ## bring up the environment alone; every other target does so by itself
 
-reproduce: $(ENV)  ## train, measure and answer the questions of every notebook; PROFILE=smoke is the quick proof
-	$(PY) -m sparsity_utils reproduce $(if $(PROFILE),--profile $(PROFILE))
+reproduce: $(ENV)  ## train, measure and answer the questions of every notebook, or NOTEBOOKS="02 03"; PROFILE=smoke is the quick proof
+	$(PY) -m sparsity_utils reproduce $(if $(PROFILE),--profile "$(PROFILE)") $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
 
 figures: $(ENV)  ## redraw figures/ from results/, or FROM=build/laptop from your own run
-	$(PY) -m sparsity_utils figures $(if $(FROM),--from $(FROM))
+	$(PY) -m sparsity_utils figures $(if $(FROM),--from "$(FROM)")
 
 notebooks: $(ENV)  ## execute every notebook at its defaults and store its outputs
 	$(PY) -m sparsity_utils notebooks
+
+# A worker per core; a file stays with one, so that what it trains is trained once.
+SIDE_BY_SIDE := --numprocesses auto --dist loadfile
 
 test: export CI := 1
 test: $(ENV)  ## ruff, a smoke run of all notebooks, pytest, and nbval over their stored outputs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m sparsity_utils reproduce --profile smoke
-	$(PY) -m pytest
-	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=120 notebooks
+	$(PY) -m pytest $(SIDE_BY_SIDE)
+	$(PY) -m pytest $(SIDE_BY_SIDE) --nbval-lax --nbval-current-env --nbval-cell-timeout=120 notebooks
 
 bench: $(ENV)  ## measure training and measurement speed on this machine
 	$(PY) -m sparsity_utils.bench

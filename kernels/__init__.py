@@ -6,9 +6,20 @@ cpu_ffn     numba
 triton_ffn  Triton, on a CUDA GPU
 certified   an 8-bit copy of the gate that proves neurons inactive (CPU)
 reading     which bytes a call needs, counted by its rule
+shapes      of published FFNs
 bench       speeds beside dense FFNs and beside memory, on the FFNs of bench_cases
 """
 
-from kernels.ffn import MAX_TOKENS, SparseFFN, sparse_ffn
+from typing import Any
 
 __all__ = ["MAX_TOKENS", "SparseFFN", "sparse_ffn"]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, at its first use (PEP 562): torch takes seconds to load, which `kernels.shapes` does not need."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from kernels import ffn
+
+    globals()[name] = getattr(ffn, name)
+    return globals()[name]

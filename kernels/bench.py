@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kernels import MAX_TOKENS, SparseFFN, naive
-from kernels.bench_cases import SHAPES, Case, Pattern, Problem, build, random_pattern
+from kernels.bench_cases import Case, Pattern, Problem, build, random_pattern
 from kernels.reading import reading
+from kernels.shapes import SHAPES
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.935, 0.97, 0.99)
 FEWER_SPARSITIES = (0.0, 0.5, 0.9, 0.97)

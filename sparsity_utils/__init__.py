@@ -1,30 +1,44 @@
-"""Measure, train, fit: the helper package of the activation-sparsity notebooks."""
+"""Measure, train, fit: the helper package of the activation-sparsity notebooks.
 
+The public names below load when they are first used: importing torch and transformers takes seconds, which neither
+`import sparsity_utils` nor a help text needs.
+"""
+
+import importlib
 import warnings
+from typing import Any
 
 # Text progress bars are wanted: tqdm would complain, with an absolute path, that ipywidgets is not installed.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-from sparsity_utils.checkpoints import open_checkpoint  # noqa: E402
-from sparsity_utils.decode import sparse_kernels  # noqa: E402
-from sparsity_utils.errors import InputError  # noqa: E402
-from sparsity_utils.hooks import find_ffns, observe_neurons, sparse_neurons  # noqa: E402
-from sparsity_utils.metrics import SparsityReport, apply_thresholds, measure_sparsity  # noqa: E402
-from sparsity_utils.patterns import activation_patterns  # noqa: E402
-from sparsity_utils.study import Study  # noqa: E402
-from sparsity_utils.transfer import transfer_matrix  # noqa: E402
+PUBLIC = {  # name: the module that it lives in
+    "InputError": "errors",
+    "SparsityReport": "metrics",
+    "Study": "study",
+    "Thresholds": "thresholds",
+    "activation_patterns": "patterns",
+    "apply_thresholds": "metrics",
+    "find_ffns": "hooks",
+    "measure_sparsity": "metrics",
+    "observe_neurons": "hooks",
+    "open_checkpoint": "checkpoints",
+    "read_documents": "texts",
+    "sparse_kernels": "decode",
+    "sparse_neurons": "hooks",
+    "split_documents": "texts",
+    "text_batches": "texts",
+    "transfer_matrix": "transfer",
+}
+__all__ = list(PUBLIC)
 
-__all__ = [
-    "InputError",
-    "SparsityReport",
-    "Study",
-    "activation_patterns",
-    "apply_thresholds",
-    "find_ffns",
-    "measure_sparsity",
-    "observe_neurons",
-    "open_checkpoint",
-    "sparse_kernels",
-    "sparse_neurons",
-    "transfer_matrix",
-]
+
+def __getattr__(name: str) -> Any:
+    """A public name, at its first use (PEP 562)."""
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(importlib.import_module(f"{__name__}.{PUBLIC[name]}"), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 from sparsity_utils import paths
+from sparsity_utils.choices import DTYPES, MEASURED_TOKENS, METRICS
 from sparsity_utils.errors import InputError
+from sparsity_utils.profiles import read_profile
 
 TIME_OVER = 75  # EX_TEMPFAIL: try again
 
@@ -15,6 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; a problem with the input is one sentence on standard error and exit status 2."""
     options = _parser().parse_args(arguments)
     try:
+        if "profile" in options:
+            options.profile = options.profile or default_profile()
+            read_profile(options.profile)  # a mistake in it is told before torch is loaded
         return options.run(options) or 0
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -36,9 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         kept = "Finished runs are kept: the same command continues from here."
         sub.set_defaults(run=run, interrupted=kept)
         if profile:
-            sub.add_argument(
-                "--profile", default=default_profile(), help="a shipped profile or a .yaml file (default: %(default)s)"
-            )
+            about = "a shipped profile or a .yaml file (default: gpu with a GPU, else laptop)"
+            sub.add_argument("--profile", help=about)
         return sub
 
     corpus = command("corpus", _corpus, "build the text of a profile: documents, tokenizer, token files")
@@ -48,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     power = command("power", _power, "simulate how likely each verdict on the runs of a profile is: power.csv")
     power.set_defaults(interrupted="Nothing was written.")
     power.add_argument("--out", help="where it goes (default: build/<profile>)", type=Path, metavar="FOLDER")
-    command("reproduce", _reproduce, "execute all notebooks on a profile's own runs and print the verdicts")
+    reproduce = command("reproduce", _reproduce, "execute notebooks on a profile's own runs and print the verdicts")
+    about = "only these notebooks, such as 02 03 (default: all)"
+    reproduce.add_argument("--notebooks", help=about, nargs="+", default=[], metavar="NN")
     command("record", _record, "copy a finished study of a profile into results/")
     command("notebooks", _notebooks, "refresh the stored outputs of the notebooks", profile=False)
     _measure_options(command("measure", _measure, "measure a model of your own on a text of your own", profile=False))
@@ -104,9 +110,6 @@ calibrates and the other is measured, and no error is known.
 
 
 def _measure_options(command: argparse.ArgumentParser) -> None:
-    from sparsity_utils.measure import DTYPES, MAX_TOKENS
-    from sparsity_utils.metrics import METRICS
-
     command.description, command.epilog = MEASURE, MEASURE_EXAMPLES
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.set_defaults(interrupted="Nothing was written.")
@@ -126,7 +129,7 @@ def _measure_options(command: argparse.ArgumentParser) -> None:
     add("--calibration", about, type=Path, metavar="FILE")
     add("--dtype", "of the weights (default: as they are stored)", choices=DTYPES)
     about = "use at most N tokens, evenly spread, a third of them to calibrate (default: %(default)s)"
-    add("--max-tokens", about, type=int, default=MAX_TOKENS, metavar="N")
+    add("--max-tokens", about, type=int, default=MEASURED_TOKENS, metavar="N")
     add("--out", "where results go (default: build/measure/<model name>)", type=Path, metavar="FOLDER")
 
 
@@ -177,7 +180,6 @@ def _study(options: argparse.Namespace) -> int:
 
 def _power(options: argparse.Namespace) -> None:
     from sparsity_utils.power import write_power
-    from sparsity_utils.profiles import read_profile
 
     profile = read_profile(options.profile)
     print(write_power(profile, options.out or paths.profile_output(profile.name)))
@@ -186,7 +188,7 @@ def _power(options: argparse.Namespace) -> None:
 def _reproduce(options: argparse.Namespace) -> int:
     from sparsity_utils.notebooks import reproduce
 
-    return reproduce(options.profile)
+    return reproduce(options.profile, options.notebooks)
 
 
 def _record(options: argparse.Namespace) -> None:

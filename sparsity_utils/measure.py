@@ -16,14 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsity_utils import paths
 from sparsity_utils.checkpoints import open_checkpoint
+from sparsity_utils.choices import DTYPES, MEASURED_TOKENS
 from sparsity_utils.errors import InputError
 from sparsity_utils.metrics import SparsityReport, measure_sparsity
 from sparsity_utils.passes import predicts_next_token
 from sparsity_utils.texts import read_documents, split_documents, text_batches
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WINDOW = 256  # tokens, unless the model's context is shorter
-MAX_TOKENS = 50_000  # of the whole text
 CALIBRATION_SHARE = 1 / 3
 HEATMAP_TOKENS = 48
 FAR = 0.5  # of the promised price: how far the price may be from it without a note
@@ -58,7 +57,7 @@ def measure_checkpoint(
     length: int | None = None,
     calibration: Path | None = None,
     dtype: str | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = MEASURED_TOKENS,
 ) -> Measured:
     """Open `model` (a folder or a model of the hub) and measure it on the documents of `text`, behind progress bars.
 
@@ -68,7 +67,7 @@ def measure_checkpoint(
         length: tokens of a window; by default 256, or the model's context if that is shorter.
         calibration: text to solve thresholds on; by default a third of the documents of `text`, which are then not
             measured. A metric that solves nothing is measured on all of them.
-        dtype: a key of DTYPES; by default the one the weights are stored in.
+        dtype: one of DTYPES; by default the one the weights are stored in.
         max_tokens: of both texts together, a third of them for calibration; windows evenly spread over each text.
 
     Raises `InputError` for whatever cannot be opened, read or measured.
@@ -78,9 +77,11 @@ def measure_checkpoint(
     p = 1.0 if p is None else p
     if calibration and not metric.startswith("cett"):
         raise InputError(f"--calibration was given, and metric {metric!r} solves nothing on it: leave it out.")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"The dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
     documents = read_documents(text)
     others = read_documents(calibration) if calibration else None
-    network, tokenizer = open_checkpoint(model, dtype=DTYPES[dtype] if dtype else None)
+    network, tokenizer = open_checkpoint(model, dtype=getattr(torch, dtype) if dtype else None)
     if tokenizer is None or not predicts_next_token(network):
         raise InputError(
             f"{model} is a {type(network).__name__}, which does not predict the next token of a text; this command "

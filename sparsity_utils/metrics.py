@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparsity_utils.bootstrap import REPLICATES, DocumentBootstrap, interval, standard_error
 from sparsity_utils.calibration import TOLERANCE, Calibration, SolvedCett, check_p, solve_cett
+from sparsity_utils.choices import METRICS
 from sparsity_utils.errors import InputError
 from sparsity_utils.evaluation import Evaluation
 from sparsity_utils.hooks import find_ffns, layer_count
@@ -25,7 +26,6 @@ from sparsity_utils.passes import Losses, checked, ppl_ratio
 from sparsity_utils.progress import progress
 from sparsity_utils.thresholds import Thresholds
 
-METRICS = ("relu", "top-k", "fat", "cett", "cett-ppl")
 OTHER_DOCUMENTS = 1  # seed of the bootstrap of calibration documents that are not those of the evaluation
 TIMES = (0.1, 10.0)  # bounds of a replicate's rise over the rise: few documents may even gain from the mask
 CETT_STEPS = 9  # between these, at which the activation ratio is looked up

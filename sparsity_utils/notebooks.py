@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +89,34 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> float:
     return (time.perf_counter() - start) / 60
 
 
-def reproduce(profile: str) -> int:
-    """Run every notebook with `source="run"` under `profile`; return the exit status, 1 if a notebook failed.
+def chosen(numbers: Iterable[str]) -> list[Path]:
+    """The notebooks with these numbers, such as 02, in reading order; all of them if none is given.
 
-    `profile` is the name of a shipped profile or the path of a YAML file. A failed notebook does not stop the
-    others. The last thing printed is one table (question, published, here, interval, verdict, minutes of its
-    notebook) and the paths of the figures; the table is also stored as `build/<profile>/verdicts.csv`.
+    Raises `InputError` for a number that no notebook has.
+    """
+    notebooks = {notebook.name.partition("_")[0]: notebook for notebook in collection()}
+    if not notebooks:
+        raise InputError(f"There is no notebook in {paths.NOTEBOOKS}; restore the folder from git.")
+    wanted = {number.zfill(2) for number in numbers} or set(notebooks)
+    if unknown := sorted(wanted - set(notebooks)):
+        raise InputError(f"There is no notebook {unknown[0]}; choose from {', '.join(notebooks)}.")
+    return [notebook for number, notebook in notebooks.items() if number in wanted]
+
+
+def reproduce(profile: str, numbers: Iterable[str] = ()) -> int:
+    """Run notebooks with `source="run"` under `profile`; return the exit status, 1 if a notebook failed.
+
+    `profile` is the name of a shipped profile or the path of a YAML file; `numbers` choose notebooks, as in `chosen`.
+    A failed notebook does not stop the others. The last thing printed is one table (question, published, here,
+    interval, verdict, minutes of its notebook) and the paths of the figures; the table is also stored as
+    `build/<profile>/verdicts.csv`.
     """
     name = read_profile(profile).name
     folder = paths.profile_output(name)
     if profile.endswith((".yaml", ".yml")):
         profile = str(Path(profile).resolve())  # the notebooks run in their own folder
     parameters = {"source": "run", "profile": profile}
-    notebooks = collection()
-    if not notebooks:
-        raise InputError(f"There is no notebook in {paths.NOTEBOOKS}; restore the folder from git.")
+    notebooks = chosen(numbers)
     for notebook in notebooks:  # all of them before the first minute is spent
         check_parameters(notebook, parameters)
     tables, failures = [], []

@@ -1,13 +1,14 @@
 """Where things live. Nothing else in the project builds a path of its own."""
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from sparsity_utils.errors import InputError
 
@@ -59,12 +60,15 @@ def locked(target: Path, wait: bool = True) -> Iterator[None]:
     Where another process holds it: wait for it or, if not `wait`, raise InputError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise InputError(f"Another process writes {target}; wait until it ends, or name another folder.") from error
+    lock = FileLock(target.parent / f".{target.name}.lock")
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout as error:
+        raise InputError(f"Another process writes {target}; wait until it ends, or name another folder.") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager

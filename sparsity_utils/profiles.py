@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from kernels.bench_cases import SHAPES
+from kernels.shapes import SHAPES
 from sparsity_utils import paths
 from sparsity_utils.errors import InputError
 
@@ -150,7 +150,7 @@ class MeasureConfig:
 class SpeedConfig:
     """How fast FFNs and decoding are measured: notebook 06."""
 
-    shapes: tuple[str, ...] = tuple(SHAPES)  # of single FFNs, as kernels.bench_cases.SHAPES names them
+    shapes: tuple[str, ...] = tuple(SHAPES)  # of single FFNs, as kernels.shapes names them
     rounds: int = 15  # of each way of computing an FFN; medians are quoted
     megabytes: int | None = None  # of weights that calls alternate between; None: several times the largest cache
     compiled: bool = True  # also time torch.compile

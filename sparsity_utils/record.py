@@ -12,6 +12,7 @@ import pandas as pd
 
 from sparsity_utils import paths
 from sparsity_utils.errors import InputError
+from sparsity_utils.notebooks import collection
 from sparsity_utils.plan import QUESTIONS, SCHEMA
 from sparsity_utils.runs import RECIPE, find_run, run_with_model
 from sparsity_utils.study import Study
@@ -29,8 +30,12 @@ def record(profile: str) -> Iterator[Path]:
         raise InputError(
             f"There is no {verdicts.name} of profile {study.name}; run make reproduce PROFILE={profile} first."
         )
-    if pd.read_csv(verdicts)["verdict"].isin(["failed", "none"]).any():
+    judged = pd.read_csv(verdicts)
+    if judged["verdict"].isin(["failed", "none"]).any():
         raise InputError(f"{verdicts.name} of profile {study.name} has failed notebooks; reproduce it again.")
+    left_out = [notebook.stem for notebook in collection() if not _judged(notebook, verdicts.parent, judged)]
+    if left_out:
+        raise InputError(f"{verdicts.name} of profile {study.name} lacks {left_out[0]}; reproduce all notebooks.")
     questions = {QUESTIONS[question].file: question for question in filter(study.answers, QUESTIONS)}
     for file, question in sorted(questions.items()):
         study.table(question)
@@ -39,6 +44,12 @@ def record(profile: str) -> Iterator[Path]:
     yield _write(paths.RESULTS / "manifest.json", json.dumps(_manifest(study), indent=1) + "\n")
     for activation in study.profile.study.activations:
         yield from _models(study, activation)
+
+
+def _judged(notebook: Path, folder: Path, judged: pd.DataFrame) -> bool:
+    """Whether the verdicts that a notebook stored are in the table of all."""
+    own = folder / "verdicts" / f"{notebook.stem}.csv"
+    return own.exists() and set(pd.read_csv(own)["question"]) <= set(judged["question"])
 
 
 def _manifest(study: Study) -> dict:

@@ -49,14 +49,6 @@ def overlap(x: ArrayLike, y: ArrayLike, share: float = MOST_ACTIVE) -> float:
     return float((chosen_x & chosen_y).sum() / (chosen_x | chosen_y).sum())
 
 
-def ks_distance(x: ArrayLike, y: ArrayLike) -> float:
-    """Kolmogorov-Smirnov distance: the largest gap between the two empirical distribution functions."""
-    x, y = np.sort(x), np.sort(y)
-    steps = np.concatenate([x, y])
-    heights = (np.searchsorted(values, steps, side="right") / values.size for values in (x, y))
-    return float(np.abs(np.subtract(*heights)).max())
-
-
 def relative(frequencies: ArrayLike) -> Array:
     """Frequencies over their mean, so that models of different activation ratio can be compared in shape.
 
@@ -100,7 +92,8 @@ def frequency_distances(neurons: pd.DataFrame, against: str) -> pd.DataFrame:
     for about, models in neurons.groupby(shared, sort=True):
         found = {key: relative(rows["frequency"]) for key, rows in models.groupby(differs, sort=True)}
         for one, other in combinations(found, 2):
-            rows.append((*about, one, other, ks_distance(found[one], found[other])))
+            distance = stats.ks_2samp(found[one], found[other], method="asymp").statistic  # the p-value is not asked
+            rows.append((*about, one, other, float(distance)))
     return pd.DataFrame(rows, columns=[*shared, "one", "other", "distance"])
 
 

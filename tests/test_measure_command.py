@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from sparsity_utils import measure, paths
 from sparsity_utils.__main__ import _parser, main
+from sparsity_utils.choices import MEASURED_TOKENS
 from sparsity_utils.errors import InputError
 from sparsity_utils.sources import package_documents
 
@@ -176,7 +177,7 @@ def test_help_teaches_with_examples_that_parse(capsys):
     shown = capsys.readouterr().out
     examples = [line.split() for line in shown.splitlines() if line.startswith("  python -m sparsity_utils measure")]
     assert [Path(_parser().parse_args(words[3:]).model).name for words in examples] == ["relu", "gpt2"]
-    assert "the share of neurons that are active" in shown and f"(default: {measure.MAX_TOKENS})" in shown
+    assert "the share of neurons that are active" in shown and f"(default: {MEASURED_TOKENS})" in shown
 
 
 # Parts

@@ -211,6 +211,15 @@ def test_an_interrupted_notebook_stops_them_all(shelf, capfd):
     assert "02_b" not in out and "Interrupted. Finished runs are kept" in err
 
 
+def test_reproduce_takes_the_notebooks_that_are_named(shelf, capfd):
+    shelf("01_a.ipynb", "raise ValueError('not asked for')")
+    shelf("02_b.ipynb", WRITE)
+    assert main(["reproduce", "--profile", "smoke", "--notebooks", "2"]) == 0
+    assert "[1/1] 02_b.ipynb, profile smoke" in capfd.readouterr().out
+    assert main(["reproduce", "--profile", "smoke", "--notebooks", "02", "3"]) == 2
+    assert "There is no notebook 03; choose from 01, 02." in capfd.readouterr().err
+
+
 def test_reproduce_succeeds_when_every_notebook_does(shelf):
     shelf("01_a.ipynb", STORES)
     assert notebooks.reproduce("smoke") == 0

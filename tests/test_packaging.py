@@ -2,7 +2,9 @@
 
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -172,9 +174,11 @@ def test_an_unusable_python_is_passed_over(copy):
     ("arguments", "expected"),
     [
         (["reproduce"], "reproduce"),
-        (["reproduce", "PROFILE=smoke"], "reproduce --profile smoke"),
+        (["reproduce", "PROFILE=smoke"], 'reproduce --profile "smoke"'),
+        (["reproduce", "PROFILE=my own.yaml"], 'reproduce --profile "my own.yaml"'),
+        (["reproduce", "NOTEBOOKS=02 03"], "reproduce  --notebooks 02 03"),
         (["figures"], "figures"),
-        (["figures", "FROM=build/laptop"], "figures --from build/laptop"),
+        (["figures", "FROM=build/laptop"], 'figures --from "build/laptop"'),
         (["notebooks"], "notebooks"),
         (["test"], "reproduce --profile smoke"),
     ],
@@ -183,7 +187,7 @@ def test_an_unusable_python_is_passed_over(copy):
 def test_targets_call_commands_that_exist(arguments, expected):
     (command,) = re.findall(r"-m sparsity_utils (\S.*)$", dry(*arguments, "ENV="), re.MULTILINE)
     assert command.strip() == expected
-    _parser().parse_args(command.split())
+    _parser().parse_args(shlex.split(command))
 
 
 def test_test_runs_all_four_proofs():
@@ -196,3 +200,22 @@ def test_ci_calls_make_test():
     script = paths.ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert script.read_text().splitlines()[-1] == "exec make test"
+
+
+def test_help_and_a_wrong_argument_answer_without_loading_torch():
+    """Loading torch and transformers takes seconds."""
+    commands = [["--help"], ["measure", "--help"], ["study", "--profile", "labtop"], ["study", "--wrong"]]
+    code = f"""
+import contextlib, io, sys
+import sparsity_utils
+from sparsity_utils.__main__ import main
+for command in {commands}:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main(command)
+heavy = {{"torch", "transformers", "pandas", "numba"}} & set(sys.modules)
+assert not heavy, heavy
+for name in sparsity_utils.__all__:
+    assert getattr(sparsity_utils, name) is not None and name in dir(sparsity_utils)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=paths.ROOT)
+    assert done.returncode == 0, done.stderr

@@ -192,12 +192,19 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
     for name in ("RESULTS", "RECORDED_MODELS"):
         monkeypatch.setattr(paths, name, tmp_path / "results" / ("" if name == "RESULTS" else "models"))
+    shelf = tmp_path / "notebooks"
+    shelf.mkdir()
+    monkeypatch.setattr(paths, "NOTEBOOKS", shelf)
     profile = write_profile(tmp_path, profile_content(write_text(tmp_path / "text")))
     with pytest.raises(InputError, match=r"no verdicts\.csv of profile tiny; run make reproduce"):
         list(record.record(profile))
     study = Study.from_profile(profile)
     (study.folder.parent).mkdir(parents=True)
     (study.folder.parent / "verdicts.csv").write_text("question,published,here,interval,verdict,minutes\n")
+    (shelf / "02_left_out.ipynb").touch()
+    with pytest.raises(InputError, match=r"verdicts\.csv of profile tiny lacks 02_left_out; reproduce all notebooks"):
+        list(record.record(profile))
+    (shelf / "02_left_out.ipynb").unlink()
     written = {str(file.relative_to(tmp_path / "results")) for file in record.record(profile)}
     models = {
         f"models/{a}/{f}" for a in ("relu", "silu") for f in ("config.json", "model.safetensors", "tokenizer.json")
