@@ -45,7 +45,7 @@ test: $(ENV)  ## ruff, a smoke run of all notebooks, pytest, and nbval over thei
 	$(PY) -m ruff format --check .
 	$(PY) -m sparsity_utils reproduce --profile smoke
 	$(PY) -m pytest $(SIDE_BY_SIDE)
-	$(PY) -m pytest $(SIDE_BY_SIDE) --nbval-lax --nbval-current-env --nbval-cell-timeout=120 notebooks
+	$(PY) -m pytest $(SIDE_BY_SIDE) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 bench: $(ENV)  ## measure training and measurement speed on this machine
 	$(PY) -m sparsity_utils.bench
