@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from metric_cases import model_for
 from small import profile_content, write_profile, write_text
-from test_metrics import model_for
 
 from sparsity_utils.commands import bench_packing, bench_search
 from sparsity_utils.study.study import Study

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from families import FAMILIES, build, inputs, left_behind, output
-from test_moe import build as build_mixture
+from mixtures import build as build_mixture
 from torch import nn
 
 from kernels import SparseFFN

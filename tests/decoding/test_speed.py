@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from families import build
-from test_moe import build as build_mixture
+from mixtures import build as build_mixture
 
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding import speed

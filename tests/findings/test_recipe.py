@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from test_design import LINE, study
+from planted_design import LINE, study
 
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import recipe

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from checkpoint_files import IDS, tokenizer_file
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 from transformers import (
     BertConfig,
     BertForPreTraining,
@@ -28,14 +29,6 @@ from sparsity_utils.console import InputError
 from sparsity_utils.models import pretrained as checkpoints
 from sparsity_utils.models.decoder import load_model
 from sparsity_utils.models.pretrained import open_checkpoint
-
-IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7]])
-
-
-def tokenizer_file(folder: Path, entries: int = 29) -> None:
-    """A tokenizer.json of single-letter words a, b, ..."""
-    vocabulary = {chr(ord("a") + number): number for number in range(entries)}
-    Tokenizer(models.WordLevel(vocabulary, unk_token="a")).save(str(folder / "tokenizer.json"))
 
 
 def edit(folder: Path, **changes) -> None:

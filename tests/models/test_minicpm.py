@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import IDS, tokenizer_file
 from safetensors.torch import save_file
-from test_checkpoints import IDS, tokenizer_file
 
 from sparsity_utils.console import InputError
 from sparsity_utils.models.pretrained import open_checkpoint

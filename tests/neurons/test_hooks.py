@@ -3,27 +3,14 @@
 import pytest
 import torch
 from literal_metrics import ffn_inputs, neurons
+from tiny_granite import granite, hooks_of
 from torch import nn
 from torch.nn import functional
-from transformers import GraniteConfig, GraniteForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM
 
 from sparsity_utils.console import InputError
 from sparsity_utils.neurons.hooks import find_ffns, observe_neurons, sparse_neurons
 from sparsity_utils.neurons.thresholds import Thresholds
-
-
-def granite(act="relu", *, d=12, d_ff=30, layers=3, vocabulary=29, bias=False, seed=0, dtype=torch.float64):
-    torch.manual_seed(seed)
-    config = GraniteConfig(
-        vocab_size=vocabulary, hidden_size=d, intermediate_size=d_ff, num_hidden_layers=layers, num_attention_heads=2,
-        hidden_act=act, mlp_bias=bias, initializer_range=0.4, pad_token_id=None, attention_multiplier=0.4,
-    )  # fmt: skip
-    model = GraniteForCausalLM(config).to(dtype).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.5)
-    return model
-
 
 IDS = torch.arange(3 * 7).view(3, 7) % 29
 
@@ -36,10 +23,6 @@ class PlainFFN(nn.Module):
 
     def forward(self, x):
         return self.dropout(self.fc_out(self.act(self.fc_in(x))))
-
-
-def hooks_of(model):
-    return [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
 
 
 def logits(model):

@@ -7,7 +7,7 @@ import literal_metrics as literal
 import numpy as np
 import pytest
 import torch
-from test_metrics import EXACT, model_for, padded_batches
+from metric_cases import EXACT, model_for, padded_batches
 from transformers import (
     BertConfig,
     BertForMaskedLM,

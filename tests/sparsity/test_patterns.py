@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_hooks import granite, hooks_of
-from test_metrics import padded_batches
-from test_moe import IDS, build
+from metric_cases import padded_batches
+from mixtures import IDS, build
+from tiny_granite import granite, hooks_of
 
 from sparsity_utils.console import InputError
 from sparsity_utils.neurons.hooks import find_ffns

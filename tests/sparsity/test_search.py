@@ -6,7 +6,7 @@ import families
 import literal_metrics as literal
 import pytest
 import torch
-from test_metrics import model_for, padded_batches, with_own_labels
+from metric_cases import model_for, padded_batches, with_own_labels
 from torch import nn
 
 from sparsity_utils.neurons.hooks import find_ffns

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from test_metrics import model_for, padded_batches, with_own_labels
+from metric_cases import model_for, padded_batches, with_own_labels
 
 from sparsity_utils.console import InputError
 from sparsity_utils.sparsity.metrics import apply_thresholds, measure_sparsity

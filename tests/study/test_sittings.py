@@ -135,8 +135,8 @@ if __name__ == "__main__":
     from pathlib import Path
     from sparsity_utils import measure_sparsity
     from sparsity_utils.__main__ import main
-    from sparsity_utils.sittings import sit
-    from sparsity_utils.study import Study
+    from sparsity_utils.study.sittings import sit
+    from sparsity_utils.study.study import Study
     assert sit(Study.from_profile({profile!r}, Path({str(packed)!r})), 10.0, Path({str(archive)!r})) == ""
 """)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(paths.ROOT)])}

@@ -5,7 +5,6 @@ import errno
 import hashlib
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,46 +12,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from corpus_text import config, own_build_folder, text, texts_of, words, write_rows  # noqa: F401  (a fixture)
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.text import corpus as corpora
 from sparsity_utils.text import sources
-from sparsity_utils.text.config import CorpusConfig
-from sparsity_utils.text.corpus import Corpus, Part, build_corpus, open_corpus, split_documents
+from sparsity_utils.text.corpus import Part, build_corpus, open_corpus, split_documents
 from sparsity_utils.text.duplicates import Duplicates, shingles
 from sparsity_utils.text.sources import Document
 
-WORDS = [f"{a}{b}{c}" for a in ("lo", "mi", "ra", "tesh") for b in ("", "n", "kar") for c in ("o", "ium", "edly", "")]
 
-
-@pytest.fixture(autouse=True)
-def own_build_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
-
-
-def words(seed: int, count: int = 300) -> list[str]:
-    return random.Random(seed).choices(WORDS, k=count)
-
-
-def text(seed: int, count: int = 300) -> str:
-    return " ".join(words(seed, count))
-
-
-def write_rows(file: Path, texts: list[str], field: str = "text") -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({field: line}) + "\n" for line in texts))
-    return file
-
-
-def config(path: Path, **changes) -> CorpusConfig:
-    return CorpusConfig(**{"source": "path", "path": str(path), "vocabulary": 300, "validation_share": 0.2} | changes)
-
-
-def texts_of(corpus: Corpus, split: str) -> list[str]:
-    tokens, tokenizer = corpus.tokens(split), corpus.tokenizer()
-    rows = corpus.documents(split).itertuples()
-    return [tokenizer.decode(tokens[row.start : row.stop - 1].tolist(), skip_special_tokens=False) for row in rows]
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    odd = ["one\r\ntwo\rthree\n", "in the text: <|endoftext|> goes on", "é → 🙂 \t \x00 \u2028 end", "  indented\n\n\n"]
+    return write_rows(tmp_path / "rows.jsonl", [text(seed) for seed in range(20)] + odd)
 
 
 # Duplicates
@@ -173,12 +147,6 @@ def test_a_single_long_file_is_enough(tmp_path: Path) -> None:
 # Tokens, tables and manifest
 
 
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    odd = ["one\r\ntwo\rthree\n", "in the text: <|endoftext|> goes on", "é → 🙂 \t \x00 \u2028 end", "  indented\n\n\n"]
-    return write_rows(tmp_path / "rows.jsonl", [text(seed) for seed in range(20)] + odd)
-
-
 def test_tokens_decode_to_the_documents_and_each_ends_with_end_of_text(rows: Path) -> None:
     corpus = build_corpus(config(rows))
     wanted = [json.loads(line)["text"].replace("\r\n", "\n").replace("\r", "\n") for line in rows.open()]
@@ -255,7 +223,7 @@ def test_opening_needs_none_of_the_building_libraries(rows: Path) -> None:
     built = build_corpus(config(rows))
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['datasketch', 'datasets', 'tokenizers']));"
-        "from pathlib import Path; from sparsity_utils.corpus import open_corpus;"
+        "from pathlib import Path; from sparsity_utils.text.corpus import open_corpus;"
         "corpus = open_corpus(Path(sys.argv[1])); print(len(corpus.tokens('train')), len(corpus.documents('train')))"
     )
     stub = "import sys, types; stub = types.ModuleType('sparsity_utils'); stub.__path__ = [sys.argv[2]];"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_corpus import config, own_build_folder, text, texts_of, write_rows  # noqa: F401  (a fixture)
+from corpus_text import config, own_build_folder, text, texts_of, write_rows  # noqa: F401  (a fixture)
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
