@@ -22,7 +22,7 @@ def forecast_errors(
 ) -> pd.DataFrame:
     """Fit each form to the points up to half of the last tokens and predict those beyond.
 
-    tokens, activation_ratio, groups: as for `laws.fit_data_law`. The reference "last value" comes first: the last
+    tokens, activation_ratio, groups: as for `data_law.fit_data_law`. The reference "last value" comes first: the last
     fitted value of each group, their mean. Columns: form, fitted and predicted (number of points), rmse and bias
     (predicted less measured) in activation ratio, reason (why there is no forecast; the errors are then NaN).
     Checkpoints spaced evenly in log tokens leave few points beyond the half: read `predicted` beside the errors.
