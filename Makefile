@@ -48,7 +48,7 @@ test: $(ENV)  ## ruff, a smoke run of all notebooks, pytest, and nbval over thei
 	$(PY) -m pytest $(SIDE_BY_SIDE) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 bench: $(ENV)  ## measure training and measurement speed on this machine
-	$(PY) -m sparsity_utils.bench
+	$(PY) -m sparsity_utils.commands.bench
 
 lab: $(ENV)  ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks $(LAB)

@@ -12,22 +12,22 @@ from typing import Any
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 PUBLIC = {  # name: the module that it lives in
-    "InputError": "errors",
-    "SparsityReport": "metrics",
-    "Study": "study",
-    "Thresholds": "thresholds",
-    "activation_patterns": "patterns",
-    "apply_thresholds": "metrics",
-    "find_ffns": "hooks",
-    "measure_sparsity": "metrics",
-    "observe_neurons": "hooks",
-    "open_checkpoint": "checkpoints",
-    "read_documents": "texts",
-    "sparse_kernels": "decode",
-    "sparse_neurons": "hooks",
-    "split_documents": "texts",
-    "text_batches": "texts",
-    "transfer_matrix": "transfer",
+    "InputError": "console",
+    "SparsityReport": "sparsity.metrics",
+    "Study": "study.study",
+    "Thresholds": "neurons.thresholds",
+    "activation_patterns": "sparsity.patterns",
+    "apply_thresholds": "sparsity.metrics",
+    "find_ffns": "neurons.hooks",
+    "measure_sparsity": "sparsity.metrics",
+    "observe_neurons": "neurons.hooks",
+    "open_checkpoint": "models.pretrained",
+    "read_documents": "text.texts",
+    "sparse_kernels": "decoding.decode",
+    "sparse_neurons": "neurons.hooks",
+    "split_documents": "text.texts",
+    "text_batches": "text.texts",
+    "transfer_matrix": "sparsity.transfer",
 }
 __all__ = list(PUBLIC)
 

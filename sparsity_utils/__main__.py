@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sparsity_utils import paths
 from sparsity_utils.choices import DTYPES, MEASURED_TOKENS, METRICS
-from sparsity_utils.errors import InputError
-from sparsity_utils.profiles import read_profile
+from sparsity_utils.console import InputError
+from sparsity_utils.study.profiles import read_profile
 
 TIME_OVER = 75  # EX_TEMPFAIL: try again
 
@@ -141,8 +141,8 @@ def default_profile() -> str:
 
 
 def _corpus(options: argparse.Namespace) -> None:
-    from sparsity_utils.packed_text import pack_text
-    from sparsity_utils.study import Study
+    from sparsity_utils.study.study import Study
+    from sparsity_utils.text.packed_text import pack_text
 
     study = Study.from_profile(options.profile)
     if options.pack:
@@ -158,9 +158,9 @@ def _corpus(options: argparse.Namespace) -> None:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from sparsity_utils.plan import QUESTIONS
-    from sparsity_utils.sittings import sit, tell_costs
-    from sparsity_utils.study import Study
+    from sparsity_utils.study.plan import QUESTIONS
+    from sparsity_utils.study.sittings import sit, tell_costs
+    from sparsity_utils.study.study import Study
 
     study = Study.from_profile(options.profile, options.text)
     unknown = sorted(set(options.questions or ()) - set(QUESTIONS))
@@ -179,27 +179,27 @@ def _study(options: argparse.Namespace) -> int:
 
 
 def _power(options: argparse.Namespace) -> None:
-    from sparsity_utils.power import write_power
+    from sparsity_utils.findings.power import write_power
 
     profile = read_profile(options.profile)
     print(write_power(profile, options.out or paths.profile_output(profile.name)))
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from sparsity_utils.notebooks import reproduce
+    from sparsity_utils.commands.notebooks import reproduce
 
     return reproduce(options.profile, options.notebooks)
 
 
 def _record(options: argparse.Namespace) -> None:
-    from sparsity_utils.record import record
+    from sparsity_utils.commands.record import record
 
     for file in record(options.profile):
         print(file.relative_to(paths.ROOT))
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from sparsity_utils.measure import check_folder, measure_checkpoint, summary, write_results
+    from sparsity_utils.commands.measure import check_folder, measure_checkpoint, summary, write_results
 
     folder = options.out or paths.measurement(options.model)
     check_folder(folder)
@@ -210,7 +210,7 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _notebooks(options: argparse.Namespace) -> None:
-    from sparsity_utils.notebooks import NotebookFailed, refresh
+    from sparsity_utils.commands.notebooks import NotebookFailed, refresh
 
     try:
         refresh()
@@ -219,16 +219,16 @@ def _notebooks(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from sparsity_utils.plots import draw_all
-    from sparsity_utils.study import Study
+    from sparsity_utils.findings.plots import draw_all
+    from sparsity_utils.study.study import Study
 
     for file in draw_all(Study.recorded(options.folder / "results"), options.folder / "figures"):
         print(file)
 
 
 def _refit(options: argparse.Namespace) -> None:
-    from sparsity_utils.published_curves import download_curves, read_curves
-    from sparsity_utils.refit import write_tables
+    from sparsity_utils.laws.published_curves import download_curves, read_curves
+    from sparsity_utils.laws.refit import write_tables
 
     curves = read_curves(options.curves or download_curves())
     for file in write_tables(curves, paths.PUBLISHED):

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import websocket
 
-from sparsity_utils import notebooks, paths
+from sparsity_utils import paths
+from sparsity_utils.commands import notebooks
 
 START = 30  # seconds that the server, or a cell, may take at most; together they take about three
 

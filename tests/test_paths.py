@@ -7,7 +7,7 @@ import pytest
 from safetensors import SafetensorError
 
 from sparsity_utils import paths
-from sparsity_utils.errors import InputError
+from sparsity_utils.console import InputError
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -9,32 +9,32 @@ import pytest
 import torch
 from small import profile_content, write_profile, write_text
 
-from sparsity_utils import (
+from sparsity_utils import measure_sparsity, paths
+from sparsity_utils.commands import record
+from sparsity_utils.commands.measure import window_length
+from sparsity_utils.console import InputError
+from sparsity_utils.findings import (
     design_verdicts,
-    measure_sparsity,
-    paths,
     pattern_verdicts,
     plots,
     power,
     published_verdicts,
-    record,
-    refit,
     speed_verdicts,
     verdicts,
 )
-from sparsity_utils.design import CURVES, MORE_CURVES, joined
-from sparsity_utils.errors import InputError
-from sparsity_utils.holdout import held_out
-from sparsity_utils.measure import window_length
-from sparsity_utils.model import load_model
-from sparsity_utils.plan import PUBLISHED, QUESTIONS, SCHEMA, planned
-from sparsity_utils.power_inputs import power_inputs
-from sparsity_utils.profiles import ModelConfig, TrainConfig, read_profile
-from sparsity_utils.published_laws import PUBLISHED_LAWS
-from sparsity_utils.runs import RunConfig
-from sparsity_utils.sources import package_documents
-from sparsity_utils.study import Study
-from sparsity_utils.texts import split_documents, text_batches
+from sparsity_utils.laws import refit
+from sparsity_utils.laws.design import CURVES, MORE_CURVES, joined
+from sparsity_utils.laws.holdout import held_out
+from sparsity_utils.laws.power_inputs import power_inputs
+from sparsity_utils.laws.published_laws import PUBLISHED_LAWS
+from sparsity_utils.models.config import ModelConfig, TrainConfig
+from sparsity_utils.models.decoder import load_model
+from sparsity_utils.study.plan import PUBLISHED, QUESTIONS, SCHEMA, planned
+from sparsity_utils.study.profiles import read_profile
+from sparsity_utils.study.runs import RunConfig
+from sparsity_utils.study.study import Study
+from sparsity_utils.text.sources import package_documents
+from sparsity_utils.text.texts import split_documents, text_batches
 
 COLUMNS = pd.read_csv(paths.RESULTS / "columns.csv")
 TABLES = sorted(file for file in paths.RESULTS.glob("*.csv") if file.name != "columns.csv")

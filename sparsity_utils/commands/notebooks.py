@@ -1,0 +1,252 @@
+"""The notebooks as programs: execute them with parameters, collect their verdicts, refresh their stored outputs."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import papermill
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellControlSignal, DeadKernelError
+
+from sparsity_utils import paths
+from sparsity_utils.console import InputError, progress
+from sparsity_utils.study.profiles import read_profile
+
+START_TIMEOUT = 120  # seconds that a kernel may take to come up
+CELL_TIMEOUT = 6 * 3600  # seconds of one cell: longer than any profile for one machine trains
+VERDICT_COLUMNS = ["question", "published", "here", "interval", "verdict"]
+NOISE = ("execution", "papermill", "ExecuteTime")  # cell metadata that changes from one execution to the next
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook stopped at an error: its name, the cell and the last line of the exception."""
+
+
+class OwnKernel(AsyncKernelManager):
+    """Kernels of the Python that runs this, whatever the machine has registered under the name python3."""
+
+    transport_encryption = "auto"
+
+    def _kernel_spec_manager_default(self) -> KernelSpecManager:
+        return KernelSpecManager(kernel_dirs=[])
+
+
+def collection() -> list[Path]:
+    """The notebooks of the collection, `notebooks/NN_name.ipynb`, in reading order."""
+    return sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
+    """Raise an `InputError` for a parameter that no cell of `notebook` declares (papermill only warns)."""
+    declared = papermill.inspect_notebook(notebook)
+    for name in parameters:
+        if name not in declared:
+            known = ", ".join(declared) or "none at all"
+            raise InputError(
+                f"{notebook.name} has no parameter {name!r}: its cell tagged 'parameters' declares {known}; "
+                f"declare it there with a default, or do not pass it."
+            )
+
+
+def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> float:
+    """Execute `notebook` with `parameters`, store it as `output` cell by cell, and return the minutes it took.
+
+    The progress bars of the notebook show on the terminal, except in CI. A killed execution leaves the cells that
+    it finished. Raises `InputError` for an undeclared parameter and `NotebookFailed` when a cell fails.
+    """
+    check_parameters(notebook, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    try:
+        papermill.execute_notebook(
+            notebook.resolve(),
+            output.resolve(),
+            parameters,
+            kernel_name="python3",
+            kernel_manager_class=OwnKernel,
+            progress_bar=False,
+            stderr_file=None if os.environ.get("CI") else sys.stderr,
+            start_timeout=START_TIMEOUT,
+            execution_timeout=CELL_TIMEOUT,
+            cwd=notebook.resolve().parent,
+        )
+    except papermill.PapermillExecutionError as error:
+        if error.ename == "KeyboardInterrupt":  # Ctrl-C reached the kernel first
+            raise KeyboardInterrupt from error
+        reason = _last_line(f"{error.ename}: {error.evalue}")
+        raise NotebookFailed(f"{notebook.name} failed in cell [{error.exec_count}]: {reason}") from error
+    except (CellControlSignal, DeadKernelError) as error:  # a cell over its time, or a kernel that died
+        raise NotebookFailed(f"{notebook.name} stopped: {_last_line(str(error))}") from error
+    return (time.perf_counter() - start) / 60
+
+
+def chosen(numbers: Iterable[str]) -> list[Path]:
+    """The notebooks with these numbers, such as 02, in reading order; all of them if none is given.
+
+    Raises `InputError` for a number that no notebook has.
+    """
+    notebooks = {notebook.name.partition("_")[0]: notebook for notebook in collection()}
+    if not notebooks:
+        raise InputError(f"There is no notebook in {paths.NOTEBOOKS}; restore the folder from git.")
+    wanted = {number.zfill(2) for number in numbers} or set(notebooks)
+    if unknown := sorted(wanted - set(notebooks)):
+        raise InputError(f"There is no notebook {unknown[0]}; choose from {', '.join(notebooks)}.")
+    return [notebook for number, notebook in notebooks.items() if number in wanted]
+
+
+def reproduce(profile: str, numbers: Iterable[str] = ()) -> int:
+    """Run notebooks with `source="run"` under `profile`; return the exit status, 1 if a notebook failed.
+
+    `profile` is the name of a shipped profile or the path of a YAML file; `numbers` choose notebooks, as in `chosen`.
+    A failed notebook does not stop the others. The last thing printed is one table (question, published, here,
+    interval, verdict, minutes of its notebook) and the paths of the figures; the table is also stored as
+    `build/<profile>/verdicts.csv`.
+    """
+    name = read_profile(profile).name
+    folder = paths.profile_output(name)
+    if profile.endswith((".yaml", ".yml")):
+        profile = str(Path(profile).resolve())  # the notebooks run in their own folder
+    parameters = {"source": "run", "profile": profile}
+    notebooks = chosen(numbers)
+    for notebook in notebooks:  # all of them before the first minute is spent
+        check_parameters(notebook, parameters)
+    tables, failures = [], []
+    for number, notebook in enumerate(notebooks, start=1):
+        print(f"[{number}/{len(notebooks)}] {notebook.name}, profile {name}", flush=True)
+        try:
+            tables.append(_verdicts(notebook, folder, parameters))
+        except NotebookFailed as failure:
+            print(failure, file=sys.stderr, flush=True)
+            failures.append(failure)
+            tables.append(_one_row(notebook, "failed", minutes=""))
+    _report(folder, pd.concat(tables, ignore_index=True))
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def refresh() -> None:
+    """Execute every notebook in place at its stored defaults, so that its outputs are those of today's code.
+
+    Raises `NotebookFailed` for a failing cell and `InputError` for outputs that do not belong in git; that
+    notebook then stays as it was.
+    """
+    for notebook in progress(collection(), "notebooks"):
+        refresh_one(notebook)
+
+
+def refresh_one(notebook: Path) -> None:
+    """`refresh` for a single notebook. Two calls in a row write the same bytes."""
+    content = nbformat.read(notebook, as_version=4)
+    client = NotebookClient(
+        content,
+        kernel_name="python3",
+        kernel_manager_class=OwnKernel,
+        startup_timeout=START_TIMEOUT,
+        timeout=CELL_TIMEOUT,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(notebook.resolve().parent)}},
+    )
+    try:
+        client.execute(env=os.environ | {"CI": "1"})  # no progress bars in stored outputs
+    except (CellControlSignal, DeadKernelError) as error:
+        raise NotebookFailed(f"{notebook.name} was left as it was: {_last_line(str(error))}") from error
+    strip(content)
+    problems = list(output_problems(content))
+    if problems:
+        raise InputError(f"{notebook.name} was left as it was: {'; '.join(problems)}; change the cell and run again.")
+    with paths.written_aside(notebook) as aside:
+        nbformat.write(content, aside)
+
+
+def strip(content: nbformat.NotebookNode) -> None:
+    """Reduce metadata in place to what every machine would write: no timings, versions or random cell ids."""
+    content.nbformat_minor = 5
+    content.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+        }
+    )
+    for number, cell in enumerate(content.cells, start=1):
+        cell.id = f"cell-{number:02d}"
+        for key in NOISE:
+            cell.metadata.pop(key, None)
+
+
+def output_problems(content: nbformat.NotebookNode) -> Iterator[str]:
+    """One phrase for each stored output that does not belong in git.
+
+    Errors, widgets (they break static viewers), addresses in memory and absolute paths (they differ between machines).
+    """
+    if "widgets" in content.metadata:
+        yield "the notebook holds the state of widgets"
+    for cell in content.cells:
+        for output in cell.get("outputs", []):
+            where = f"cell [{cell.execution_count}] stores"
+            if output.output_type == "error":
+                yield f"{where} an error ({output.ename})"
+            if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+                yield f"{where} a widget"
+            text = _text(output)
+            if address := re.search(r"\bat 0x[0-9a-f]{6,}", text):
+                yield f"{where} an address in memory ({address[0]})"
+            if path := _machine_path().search(text):
+                yield f"{where} an absolute path ({path[0]})"
+
+
+def _text(output: nbformat.NotebookNode) -> str:
+    """What a reader sees of an output as text, images left out."""
+    data = output.get("data", {})
+    return "\n".join([output.get("text", "")] + [str(value) for kind, value in data.items() if kind != "image/png"])
+
+
+def _machine_path() -> re.Pattern[str]:
+    """Paths that exist on one machine only: under the repository, the home folder or this Python, or any home."""
+    folders = {str(folder) for folder in (paths.ROOT, Path.home(), Path(sys.prefix)) if len(folder.parts) > 1}
+    known = "|".join(re.escape(folder) for folder in sorted(folders))
+    return re.compile(rf"(?<![\w.])(?:(?:{known})(?!\w)|/(?:home|Users)/\w)[^\s'\"<>]*")
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"
+
+
+def _verdicts(notebook: Path, folder: Path, parameters: dict[str, Any]) -> pd.DataFrame:
+    """Execute `notebook` and read the table of verdicts that it wrote, with the minutes that it took."""
+    written = folder / "verdicts" / f"{notebook.stem}.csv"
+    written.unlink(missing_ok=True)  # an earlier verdict must not stand for a failed notebook
+    minutes = f"{execute(notebook, folder / 'notebooks' / notebook.name, parameters):.1f}"
+    if not written.exists():
+        raise NotebookFailed(f"{notebook.name} stored no table of verdicts; call study.keep_verdicts in its last cells")
+    return pd.read_csv(written, dtype=str, keep_default_na=False)[VERDICT_COLUMNS].assign(minutes=minutes)
+
+
+def _one_row(notebook: Path, verdict: str, minutes: str) -> pd.DataFrame:
+    """The row of a notebook that gave no table of verdicts."""
+    row = dict.fromkeys(VERDICT_COLUMNS, "") | {"question": notebook.stem, "verdict": verdict, "minutes": minutes}
+    return pd.DataFrame([row])
+
+
+def _report(folder: Path, table: pd.DataFrame) -> None:
+    """Print the table of verdicts and the paths of the figures; store the table."""
+    with paths.written_aside(folder / "verdicts.csv") as aside:
+        table.to_csv(aside, index=False)
+    rows = [list(table.columns), *table.astype(str).to_numpy().tolist()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    print()
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
+    for figure in sorted((folder / "figures").glob("*.png")):
+        print(figure)

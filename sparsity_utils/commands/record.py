@@ -1,0 +1,104 @@
+"""Copy a finished study into results/: its tables, a manifest of how they came about, and two trained models."""
+
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+from sparsity_utils import paths
+from sparsity_utils.commands.notebooks import collection
+from sparsity_utils.console import InputError
+from sparsity_utils.study.plan import QUESTIONS, SCHEMA
+from sparsity_utils.study.runs import RECIPE, find_run, run_with_model
+from sparsity_utils.study.study import Study
+
+
+def record(profile: str) -> Iterator[Path]:
+    """Record the study of `profile` into results/, training whatever is still missing; yield the files written.
+
+    The models are the largest size, first seed, after the decay, one per activation function. Raises InputError when
+    `make reproduce` has not left a table of verdicts to record.
+    """
+    study = Study.from_profile(profile)
+    verdicts = study.folder.parent / "verdicts.csv"
+    if not verdicts.exists():
+        raise InputError(
+            f"There is no {verdicts.name} of profile {study.name}; run make reproduce PROFILE={profile} first."
+        )
+    judged = pd.read_csv(verdicts)
+    if judged["verdict"].isin(["failed", "none"]).any():
+        raise InputError(f"{verdicts.name} of profile {study.name} has failed notebooks; reproduce it again.")
+    left_out = [notebook.stem for notebook in collection() if not _judged(notebook, verdicts.parent, judged)]
+    if left_out:
+        raise InputError(f"{verdicts.name} of profile {study.name} lacks {left_out[0]}; reproduce all notebooks.")
+    questions = {QUESTIONS[question].file: question for question in filter(study.answers, QUESTIONS)}
+    for file, question in sorted(questions.items()):
+        study.table(question)
+        yield _copy(study.folder / file, paths.RESULTS / file)
+    yield _copy(verdicts, paths.RESULTS / "verdicts.csv")
+    yield _write(paths.RESULTS / "manifest.json", json.dumps(_manifest(study), indent=1) + "\n")
+    for activation in study.profile.study.activations:
+        yield from _models(study, activation)
+
+
+def _judged(notebook: Path, folder: Path, judged: pd.DataFrame) -> bool:
+    """Whether the verdicts that a notebook stored are in the table of all."""
+    own = folder / "verdicts" / f"{notebook.stem}.csv"
+    return own.exists() and set(pd.read_csv(own)["question"]) <= set(judged["question"])
+
+
+def _manifest(study: Study) -> dict:
+    """What the numbers rest on: profile, text, machine, versions."""
+    run = find_run(study.configs("relu_vs_silu")[0])
+    corpus = study.corpus.manifest
+    return {
+        "schema": SCHEMA,
+        "recipe": RECIPE,
+        "device": run.manifest["device"],
+        "cores": os.cpu_count(),
+        "versions": run.manifest["versions"],
+        "training": _training(study),
+        "profile": asdict(study.profile),
+        "corpus": {"tokens_sha256": study.corpus.hash, "tokenizer_sha256": study.corpus.tokenizer_hash}
+        | {key: corpus[key] for key in ("source", "splits", "duplicates_removed", "skipped")},
+    }
+
+
+def _training(study: Study) -> dict:
+    """What training took, over all runs of the study, each counted once."""
+    configs = {config.key: config for question in QUESTIONS for config in study.configs(question)}
+    ends = [run.checkpoints.iloc[-1] for run in map(find_run, configs.values()) if not run.diverged]
+    hours = sum(end["tokens"] / end["tokens_per_second"] for end in ends) / 3600
+    return {
+        "runs": len(configs),
+        "diverged": len(configs) - len(ends),
+        "parameters": [int(pick(end["parameters"] for end in ends)) for pick in (min, max)],
+        "tokens": int(sum(end["tokens"] for end in ends)),
+        "run_hours": round(hours, 2),  # of training steps, each run on its own threads
+        "median_flops_utilisation": round(statistics.median(end["flops_utilisation"] for end in ends), 3),
+    }
+
+
+def _models(study: Study, activation: str) -> Iterator[Path]:
+    """The last checkpoint of the run that stands for an activation, in the form that transformers loads."""
+    run, folder = run_with_model(study.largest_config(activation), study.corpus), paths.RECORDED_MODELS / activation
+    yield _copy(run.folder / "config.json", folder / "config.json")
+    yield _copy(run.last_weights, folder / "model.safetensors")
+    yield _copy(study.corpus.folder / "tokenizer.json", folder / "tokenizer.json")
+
+
+def _copy(source: Path, target: Path) -> Path:
+    with paths.written_aside(target) as aside:
+        shutil.copyfile(source, aside)
+    return target
+
+
+def _write(target: Path, text: str) -> Path:
+    with paths.written_aside(target) as aside:
+        aside.write_text(text, encoding="utf-8")
+    return target

@@ -1,0 +1,33 @@
+"""What a person sees: one kind of error, one progress bar, numbers with their unit."""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+Item = TypeVar("Item")
+
+
+class InputError(ValueError):
+    """Something the reader gave cannot be used: one sentence that says what, where, and what to do."""
+
+
+def check(condition: bool, sentence: str) -> None:
+    """Raise InputError with `sentence` unless the condition holds."""
+    if not condition:
+        raise InputError(sentence)
+
+
+def progress(items: Iterable[Item], about: str, total: int | None = None, shown: bool = True) -> Iterator[Item]:
+    """Iterate over `items` behind a bar named `about`, with an estimate of what is left, unless not `shown`."""
+    hidden = not shown or bool(os.environ.get("CI"))
+    return iter(tqdm(items, desc=about, total=total, disable=hidden, mininterval=0.5, leave=False))
+
+
+def short_number(count: float) -> str:
+    """Three digits and a unit: `112`, `45k`, `1.2M`, `2.4B`."""
+    count = float(f"{count:.3g}")  # first, so that 999,900 is 1M and not 1e+03k
+    units = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+    size, letter = next(((size, letter) for size, letter in units if count >= size), (1, ""))
+    return f"{count / size:.3g}{letter}"

@@ -1,0 +1,1 @@
+"""Run a model on sparse kernels, and how fast."""

@@ -1,0 +1,224 @@
+"""Put a sparse kernel in the place of a model's FFNs inside a `with` block, so that decoding skips idle neurons.
+
+The modules that compute W_gate x, W_up x and W_down h are bypassed: the first computes all of the FFN with
+`kernels.SparseFFN`, the last returns it, and what lies between runs on zeros. No module is replaced, so that this works
+for every model whose FFNs `find_ffns` finds as modules of their own.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kernels import MAX_TOKENS, SparseFFN
+from sparsity_utils.console import InputError
+from sparsity_utils.neurons.activations import activation_name
+from sparsity_utils.neurons.find import FFN, Projection, bypassed, check_not_bypassed, find_ffns, widened
+from sparsity_utils.neurons.hooks import check_layers
+from sparsity_utils.neurons.modes import evaluating, forward_replaced
+from sparsity_utils.neurons.thresholds import Thresholds
+from sparsity_utils.neurons.trace import Inputs, tiny_inputs
+
+ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative RMS, of one FFN's output
+THROUGH_LAYERS = 10  # the same of the model's output, times this
+
+
+@contextmanager
+def sparse_kernels(
+    model: nn.Module, thresholds: Thresholds | None, *, certified: bool = False, inputs: Inputs | None = None
+) -> Iterator[list[SparseFFN]]:
+    """Inside the block, the FFNs of `model` read only the weights that `thresholds` calls for.
+
+    `model.generate` then gives what it gives under `sparse_neurons` with the same thresholds, up to the rounding of
+    sums in another order and, in half precision, of the numbers that are compared with a threshold. Calls of more than
+    16 tokens, such as prompts, run densely under the same mask. The weights of the down projections are copied for the
+    block; change no weights inside it.
+
+    Before the block begins, kernels that skip nothing are held against the model's own FFNs on a tiny input.
+
+    Args:
+        thresholds: of the rules "relu", "fat" or "cett"; None: nothing is skipped.
+        certified: also keep an 8-bit copy of each gate that proves neurons inactive (`kernels.certified`; CPU).
+        inputs: as `find_ffns` takes them, for models that need it.
+
+    Yields the kernels, one per FFN, first layer first. When the block ends, also by an exception, the model is as it
+    was.
+
+    Raises `InputError` when a FFN has routed experts, is computed without modules of its own, has another activation
+    function than `kernels.naive.ACTIVATIONS`, or when more is made of its parts than its kernel computes; when
+    `thresholds` are for another number of layers or of rule "top-k"; when `certified` is asked for where it cannot
+    work; and inside the block when the model is in training mode or should give gradients.
+    """
+    check_not_bypassed(model)
+    ffns = replaceable_ffns(model, inputs)
+    if thresholds is not None:
+        check_layers(thresholds, ffns)
+    kernels = [_named_errors(ffn, lambda ffn=ffn: kernel_of(ffn, thresholds, certified)) for ffn in ffns]
+    _check_outputs(model, ffns, inputs)
+    with _bypass(model, ffns, kernels):
+        yield kernels
+
+
+def replaceable_ffns(model: nn.Module, inputs: Inputs | None = None) -> list[FFN]:
+    """The FFNs of `model`; raises `InputError` when no kernel can take the place of one."""
+    ffns = find_ffns(model, inputs)
+    taken: set[nn.Module] = set()
+    for ffn in ffns:
+        _check_parts(ffn, taken)
+    return ffns
+
+
+def kernel_of(ffn: FFN, thresholds: Thresholds | None, certified: bool = False) -> SparseFFN:
+    """The kernel that computes `ffn` under `thresholds`."""
+    rule, threshold = kernel_rule(ffn, thresholds)
+    kernel = SparseFFN(
+        w_gate=ffn.gate.weight,
+        w_up=None if ffn.up is None else ffn.up.weight,
+        w_down_t=ffn.down_weight.t(),
+        threshold=threshold,
+        act=activation_name(ffn.activation),
+        rule=rule,
+        b_gate=ffn.gate.bias,
+        b_up=None if ffn.up is None else ffn.up.bias,
+        b_down=ffn.down_bias,
+    )
+    return kernel.certified() if certified else kernel
+
+
+def kernel_rule(ffn: FFN, thresholds: Thresholds | None) -> tuple[str, Tensor | float]:
+    """The kernels' rule and threshold with which the same neurons of `ffn` are active; None: all of them.
+
+    "fat" keeps |s| >= value, the kernels' "gate" |s| > t: the next smaller float32.
+    """
+    if thresholds is None:
+        return "gate", -1.0
+    value = thresholds.values[ffn.layer]
+    if thresholds.rule == "relu":
+        return "gate", 0.0
+    if thresholds.rule == "fat":
+        return "gate", torch.nextafter(torch.tensor(value), torch.tensor(0.0)).item()
+    if thresholds.rule == "cett":
+        return "neuron", thresholds.per_neuron(ffn)
+    raise InputError(f"The kernels have no rule {thresholds.rule!r}; use thresholds of the rules relu, fat or cett.")
+
+
+def _named_errors(ffn: FFN, make: Callable[[], SparseFFN]) -> SparseFFN:
+    try:
+        return make()
+    except ValueError as error:
+        raise InputError(f"{ffn.name} cannot run on a sparse kernel: {error}") from error
+
+
+def _check_parts(ffn: FFN, taken: set[nn.Module]) -> None:
+    """Raises `InputError` unless modules that no other FFN has `taken` compute the FFN and can be bypassed."""
+    if ffn.experts > 1 or ffn.gate is None or ffn.activation is None or ffn.down is None:
+        what = "has routed experts" if ffn.experts > 1 else "is not computed by modules of its own"
+        raise InputError(f"{ffn.name} {what}, and no kernel can take its place; sparse_neurons can still mask it.")
+    if activation_name(ffn.activation) is None:
+        raise InputError(
+            f"{ffn.name} has the activation function {type(ffn.activation).__name__}, which the kernels do not know."
+        )
+    parts = [part for part in (ffn.gate, ffn.up) if part is not None]
+    for part in parts:
+        used = sum(other.matrix.size[0] for other in parts if other.module is part.module)
+        if used != _outputs(part):
+            raise InputError(f"{ffn.name} shares its first linear map with another part of the model.")
+    own = {ffn.down, *(part.module for part in parts)}
+    if own & taken:
+        raise InputError(f"{ffn.name} shares a linear map with another FFN, and no kernel can take its place.")
+    taken |= own
+
+
+def _outputs(part: Projection) -> int:
+    """How many numbers per token the module of `part` returns."""
+    parameter = getattr(part.holder, part.parameter_name)
+    return parameter.numel() // part.matrix.size[1]
+
+
+def _check_outputs(model: nn.Module, ffns: list[FFN], inputs: Inputs | None) -> None:
+    """Raises `InputError` where kernels that skip nothing compute something else than the model's own FFNs.
+
+    Each FFN's output is compared on the x that the model gives it, and then that of the whole model, which shows
+    whether anything else is made of what the bypassed modules compute.
+    """
+    inputs = tiny_inputs(model) if inputs is None else inputs
+    given: dict[FFN, tuple[Tensor, Tensor]] = {}
+    with ExitStack() as stack:
+        for ffn in ffns:
+            _watch(stack, ffn, given)
+        expected = _output(model, inputs)
+    kernels = [_named_errors(ffn, lambda ffn=ffn: kernel_of(ffn, None)) for ffn in ffns]
+    for ffn, kernel in zip(ffns, kernels, strict=True):
+        if ffn in given:
+            x, y = given[ffn]
+            _check_close(kernel(x), y, 1, f"{ffn.name} computes more than W_down (act(W_gate x) * W_up x)")
+    with _bypass(model, ffns, kernels):
+        y = _output(model, inputs)
+    _check_close(
+        y, expected, THROUGH_LAYERS, f"{type(model).__name__} makes more of the parts of its FFNs than kernels do"
+    )
+
+
+def _check_close(y: Tensor, expected: Tensor, factor: float, problem: str) -> None:
+    size, error = (widened(part).square().mean().sqrt() for part in (expected, y - expected))
+    if not error <= factor * ROUNDING[y.dtype] * size:
+        raise InputError(f"{problem}, and no kernel can take their place; sparse_neurons can still mask neurons.")
+
+
+def _output(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The first tensor that the model returns, in evaluation mode."""
+    with evaluating(model):
+        out = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _watch(stack: ExitStack, ffn: FFN, given: dict[FFN, tuple[Tensor, Tensor]]) -> None:
+    """Keep the first x and y of an FFN, (tokens, d)."""
+    pending: list[Tensor] = []
+
+    def keep_x(module: nn.Module, args: tuple) -> None:
+        pending.append(args[0].flatten(0, -2)[:MAX_TOKENS].clone())
+
+    def keep_y(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if pending:
+            given.setdefault(ffn, (pending.pop(), output.flatten(0, -2)[:MAX_TOKENS].clone()))
+
+    stack.callback(ffn.gate.module.register_forward_pre_hook(keep_x).remove)
+    stack.callback(ffn.down.register_forward_hook(keep_y).remove)
+
+
+@contextmanager
+def _bypass(model: nn.Module, ffns: list[FFN], kernels: list[SparseFFN]) -> Iterator[None]:
+    """Inside the block, the first module of each FFN computes all of it and the last returns it."""
+    with ExitStack() as stack:
+        bypassed.add(model)
+        stack.callback(bypassed.discard, model)
+        for ffn, kernel in zip(ffns, kernels, strict=True):
+            _bypass_one(stack, ffn, kernel)
+        yield
+
+
+def _bypass_one(stack: ExitStack, ffn: FFN, kernel: SparseFFN) -> None:
+    outputs, own_last = threading.local(), ffn.down.forward  # one output per thread that runs the model
+
+    def first(x: Tensor) -> Tensor:
+        if ffn.gate.module.training or (torch.is_grad_enabled() and x.requires_grad):
+            raise InputError(
+                f"{ffn.name} runs on a sparse kernel, which does not train: use model.eval() and torch.no_grad()."
+            )
+        outputs.y = kernel(x)
+        return zeros(x, ffn.gate)
+
+    def zeros(x: Tensor, part: Projection) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], _outputs(part))
+
+    def last(h: Tensor) -> Tensor:
+        y, outputs.y = getattr(outputs, "y", None), None
+        return own_last(h) if y is None else y  # None where the module also serves something that is no FFN
+
+    stack.enter_context(forward_replaced(ffn.gate.module, first))
+    if ffn.up is not None and ffn.up.module is not ffn.gate.module:
+        stack.enter_context(forward_replaced(ffn.up.module, lambda x: zeros(x, ffn.up)))
+    stack.enter_context(forward_replaced(ffn.down, last))

@@ -1,0 +1,234 @@
+"""How fast a model decodes: dense, and with sparse kernels, with the same weights in one process.
+
+A speed is reported only where the kernels give the tokens that the masked dense model gives.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kernels import SparseFFN
+from kernels.bench import machine, speedups
+from kernels.bench_cases import Pattern
+from kernels.reading import Reading, reading
+from sparsity_utils.console import InputError
+from sparsity_utils.decoding.decode import kernel_rule, replaceable_ffns, sparse_kernels
+from sparsity_utils.neurons.activations import activation_name
+from sparsity_utils.neurons.find import FFN, find_ffns
+from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
+from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.neurons.thresholds import Thresholds
+
+PARTS = ("ffn", "attention", "head")
+DENSE = ("dense", "all rows")  # ways that read all weights: transformers, and the kernels with nothing skipped
+ROUNDS = 5
+
+
+def decode_speeds(
+    model: PreTrainedModel, prompts: Tensor, thresholds: Thresholds, *, new_tokens: int = 64, rounds: int = ROUNDS
+) -> pd.DataFrame:
+    """Greedy decoding, dense and with sparse kernels: one row per way, columns as in results/columns.csv.
+
+    Ways alternate, `rounds` times each; the prompt is not timed. "all rows" runs the kernels with nothing skipped, so
+    that what sparsity gives can be told from what the kernels give. Where a way's tokens are not those of the dense
+    model, masked by `sparse_neurons` for the sparse ways, `same_tokens` is False and no speed is given.
+
+    Args:
+        prompts: token ids, (sequences, length), decoded side by side.
+
+    Raises `InputError` as `sparse_kernels` does, and for a model that generates no text.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise InputError(f"{type(model).__name__} does not decode text token by token; give a decoder.")
+
+    def decoded(block: Callable) -> tuple[Tensor, float]:
+        with block():
+            return greedy(model, prompts, new_tokens)
+
+    ways = {
+        "dense": nullcontext,
+        "all rows": lambda: sparse_kernels(model, None),
+        "sparse": lambda: sparse_kernels(model, thresholds),
+        "certified": lambda: sparse_kernels(model, thresholds, certified=True),
+    }
+    with evaluating(model):
+        if not _can_certify(model, thresholds):
+            del ways["certified"]
+        dense, masked = (decoded(block)[0] for block in (nullcontext, lambda: sparse_neurons(model, thresholds)))
+        right = {
+            name: torch.equal(decoded(block)[0], dense if name in DENSE else masked) for name, block in ways.items()
+        }
+        speeds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, block in ways.items():
+                seconds = decoded(block)[1]
+                speeds[name].append(prompts.shape[0] * (new_tokens - 1) / seconds if right[name] else np.nan)
+        rows = []
+        for name, block in ways.items():
+            with block() as kernels:
+                row = _row(name, {way: np.array(values) for way, values in speeds.items()}, right[name])
+                rows.append(row | _anatomy(model, prompts, new_tokens, kernels))
+    about = {"sequences": len(prompts), "new_tokens": new_tokens, "rounds": rounds}
+    return pd.DataFrame(rows).assign(**about, **machine(prompts.device.type))
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> tuple[Tensor, float]:
+    """The likeliest tokens after `prompts`, (sequences, new_tokens), and the seconds of all but the first."""
+    out = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
+    tokens = [out.logits[:, -1:].argmax(dim=-1)]
+    _wait(prompts)
+    started = time.perf_counter()
+    for _ in range(new_tokens - 1):
+        out = model(input_ids=tokens[-1], past_key_values=out.past_key_values, use_cache=True)
+        tokens.append(out.logits[:, -1:].argmax(dim=-1))
+    _wait(prompts)
+    return torch.cat(tokens, dim=1), time.perf_counter() - started
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def _can_certify(model: nn.Module, thresholds: Thresholds) -> bool:
+    """Whether a certified gate can prove anything for this model, on its device."""
+    replaceable_ffns(model)  # what is wrong with the model itself is an error
+    try:
+        with sparse_kernels(model, thresholds, certified=True):
+            return True
+    except InputError:
+        return False
+
+
+def _row(way: str, speeds: Mapping[str, np.ndarray], right: bool) -> dict:
+    low, median, high = np.quantile(speeds[way], (0.05, 0.5, 0.95))
+    fastest = max((name for name in DENSE if not np.isnan(speeds[name]).any()), key=lambda n: np.median(speeds[n]))
+    return {
+        "way": way,
+        "same_tokens": right,
+        "tokens_per_second": median,
+        "low_tokens_per_second": low,
+        "high_tokens_per_second": high,
+        **speedups(speeds[way] / speeds["dense"], speeds[way] / speeds[fastest]),
+    }
+
+
+def _anatomy(model: PreTrainedModel, prompts: Tensor, new_tokens: int, kernels: list[SparseFFN] | None) -> dict:
+    """Where the time goes, and what is read per decoding step, in a pass of its own."""
+    ffns, parts = find_ffns(model), Parts()
+    readings: list[Reading] = []
+    with parts.timed(model, ffns):
+        _, seconds = greedy(model, prompts, new_tokens)
+    if kernels is not None:
+        with _read(ffns, kernels, readings):
+            greedy(model, prompts, min(new_tokens, 16))
+    dense_ffn = sum(w.nbytes for ffn in ffns for w in _weights(ffn))
+    ffn_bytes = sum(r.nbytes for r in readings) / (len(readings) / len(ffns)) if readings else dense_ffn
+    everything = sum(parameter.nbytes for parameter in model.parameters())
+    embeddings = model.get_input_embeddings().weight
+    if embeddings is not model.get_output_embeddings().weight:
+        everything -= embeddings.nbytes  # one row per token is read
+    rows = {
+        "sparsity": [r.sparsity for r in readings] or [0.0],
+        "gate_share": [r.gate for r in readings] or [1.0],
+        "up_share": [r.up for r in readings] or [1.0],
+        "active_share": [r.active for r in readings] or [1.0],
+    }
+    return {f"{name}_time": parts.seconds[name] / seconds for name in PARTS} | {
+        **{name: np.mean(values) for name, values in rows.items()},
+        "ffn_megabytes": ffn_bytes / 1e6,
+        "megabytes": (everything - dense_ffn + ffn_bytes) / 1e6,
+    }
+
+
+def _weights(ffn: FFN) -> list[Tensor]:
+    return [ffn.gate.weight, ffn.down_weight] + ([] if ffn.up is None else [ffn.up.weight])
+
+
+@dataclass
+class Parts:
+    """Seconds spent in the FFNs, attention and head of a model while it decodes single tokens."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    started: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, model: PreTrainedModel, ffns: list[FFN]) -> Iterator[None]:
+        """Count inside the block; on a GPU each part is waited for, which takes time of its own."""
+        spans = [("ffn", ffn.gate.module, ffn.down) for ffn in ffns]
+        spans += [("attention", module, module) for module in _attentions(model)]
+        spans += [("head", model.get_output_embeddings(), model.get_output_embeddings())]
+        with ExitStack() as stack:
+            for name, first, last in spans:
+                stack.callback(first.register_forward_pre_hook(self._start(name), with_kwargs=True).remove)
+                stack.callback(last.register_forward_hook(self._stop(name)).remove)
+            yield
+
+    def _start(self, name: str) -> Callable:
+        def start(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            _wait(x)
+            if x.shape[-2] == 1:  # not the prompt
+                self.started[name] = time.perf_counter()
+
+        return start
+
+    def _stop(self, name: str) -> Callable:
+        def stop(module: nn.Module, args: tuple, output: object) -> None:
+            if name in self.started:
+                _wait(next(module.parameters()))
+                self.seconds[name] += time.perf_counter() - self.started.pop(name)
+
+        return stop
+
+
+def _attentions(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules that transformers calls attention."""
+    named = [(name, module) for name, module in model.named_modules() if "Attention" in type(module).__name__]
+    names = {name for name, _ in named}
+    return [module for name, module in named if not any(name.startswith(f"{other}.") for other in names)]
+
+
+@contextmanager
+def _read(ffns: list[FFN], kernels: list[SparseFFN], readings: list[Reading]) -> Iterator[None]:
+    """Append what each kernel reads for each single token that its FFN is given."""
+
+    def keep(kernel: SparseFFN) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            if args[0].shape[-2] == 1:
+                readings.append(reading(kernel, args[0].flatten(0, -2)))
+
+        return hook
+
+    with ExitStack() as stack:
+        for ffn, kernel in zip(ffns, kernels, strict=True):
+            stack.callback(ffn.gate.module.register_forward_pre_hook(keep(kernel)).remove)
+        yield
+
+
+def decode_pattern(name: str, model: nn.Module, thresholds: Thresholds, windows: Tensor) -> Pattern:
+    """Which neurons of all layers are non-zero and active on the last token of each window, (windows, length) ids.
+
+    The tokens belong to different texts, as those that are decoded side by side do.
+    """
+    nonzero, active = [], []
+
+    def keep(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor) -> None:
+        last = slice(windows.shape[1] - 1, None, windows.shape[1])
+        limit = 0.0 if thresholds.rule == "cett" else kernel_rule(ffn, thresholds)[1]
+        nonzero.append((s[last].abs() > limit).cpu().numpy())
+        active.append(thresholds.active(ffn, s[last], h[last]).cpu().numpy())
+
+    with evaluating(model), observe_neurons(model, keep) as ffns:
+        model(input_ids=windows, use_cache=False)
+    rule = "neuron" if thresholds.rule == "cett" else "gate"
+    act = activation_name(ffns[0].activation)
+    return Pattern(name, act, rule, np.concatenate(nonzero, axis=1), np.concatenate(active, axis=1))

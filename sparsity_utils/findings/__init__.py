@@ -1,0 +1,1 @@
+"""What the notebooks claim, judge and draw."""

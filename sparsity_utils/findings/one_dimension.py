@@ -1,0 +1,243 @@
+"""Claims on one dimension at a time, and their verdicts: which of width, depth and d_ff moves sparsity, and how much.
+
+ReLU shapes that differ from a centre in one dimension each, and the two lines of sizes. All runs have equally many
+training tokens per parameter. The claims are frozen before the runs: later results change neither tests nor margins.
+"""
+
+import numpy as np
+import pandas as pd
+
+from sparsity_utils.console import InputError
+from sparsity_utils.findings.judgement import Claim, Verdict
+from sparsity_utils.laws.data_law import LEVEL
+from sparsity_utils.laws.limits import COLUMNS, SHAPE, require
+from sparsity_utils.laws.outcomes import (
+    Lines,
+    check_lines,
+    nonzero_share,
+    on_lines,
+    slopes_on_lines,
+    unequal_data,
+    weak_tail,
+)
+from sparsity_utils.laws.pooled import coefficients, size_means
+from sparsity_utils.laws.trends import (
+    INCONCLUSIVE,
+    NOT_SUPPORTED,
+    SMALLEST_DOF,
+    SUPPORTED,
+    Estimate,
+    no_estimate,
+    supports_positive,
+)
+
+DIMENSIONS = ("d_model", "n_layers", "d_ff")
+NAMES = {"d_model": "width", "n_layers": "depth", "d_ff": "d_ff"}
+WIDTH_MARGIN, DEPTH_MARGIN = -0.03, -0.05  # share of non-zeros per decade of parameters
+FALL = -0.02  # share of non-zeros per doubling
+QUESTION = "one_dimension"
+REGRESSION = (
+    "one regression of the means over the seeds of each shape: an intercept at the centre and a slope for each "
+)
+REGRESSION += "of width, depth and d_ff (degrees of freedom: shapes less 4); "
+DEPTH_DRIVES = Claim(
+    QUESTION,
+    "Depth drives the trend of non-zero ReLU neurons with size",
+    "none",
+    "points per decade of parameters",
+    f"{REGRESSION}of the share of non-zeros on log parameters, widened at fixed depth and deepened at fixed width; the "
+    "slope that decides is shown",
+    "90% interval of the width slope above -3 and of the depth slope below -5; not supported if the first is wholly "
+    "below -3 or the second wholly above -5",
+)
+TAIL_SHRINKS = Claim(
+    QUESTION,
+    "The weak tail shrinks with size",
+    "none",
+    "points per decade of parameters",
+    "slope, on log parameters, of the weak tail: the share of ReLU neurons that are non-zero but dropped by CETT-PPL; "
+    "means over the seeds of each size of two layers or more, own level and slope for each line of sizes, residual "
+    "variance pooled over the lines (degrees of freedom: sizes less twice the lines); the line nearest to a rise is "
+    "shown",
+    "90% interval below 0 on both lines; not supported if wholly above 0 on either",
+)
+
+
+def _doubling_claim(what: str, unit: str, of: str, threshold: str, scale: float) -> Claim:
+    return Claim(QUESTION, what, "sparser (2210.06313, Fig. 4)", unit, f"{REGRESSION}{of}", threshold, scale)
+
+
+SHARE_FALLS = "90% interval below -2 points; not supported if wholly above 0"
+DEEPER_SPARSER = _doubling_claim(
+    "Deeper is sparser, counted by non-zero ReLU neurons",
+    "points per doubling of depth",
+    "of the share of non-zeros on log2 of each dimension",
+    SHARE_FALLS,
+    100.0,
+)
+MORE_NEURONS_SPARSER = _doubling_claim(
+    "More neurons per layer are sparser, counted by non-zero ReLU neurons",
+    "points per doubling of d_ff",
+    "of the share of non-zeros on log2 of each dimension",
+    SHARE_FALLS,
+    100.0,
+)
+COUNT_RISES = _doubling_claim(
+    "The number of non-zero ReLU neurons still rises with the neurons per layer",
+    "doublings per doubling of d_ff",
+    "of log2 of the number of non-zeros, share times d_ff, on log2 of each dimension",
+    "90% interval above 0",
+    1.0,
+)
+ONE_DIMENSION = (DEPTH_DRIVES, TAIL_SHRINKS, DEEPER_SPARSER, MORE_NEURONS_SPARSER, COUNT_RISES)
+
+
+def one_dimension(
+    shapes: pd.DataFrame | None, main: pd.DataFrame, second_line: pd.DataFrame | None = None
+) -> list[Verdict]:
+    """Depth drives the trend of non-zeros, the weak tail shrinks, and larger is sparser by non-zeros.
+
+    shapes: a table of checkpoints with the column d_ff, of ReLU shapes that differ from one of them in one dimension;
+    without it its claims are inconclusive. main, second_line: the tables of the two lines of sizes.
+    Raises InputError for missing columns, duplicates, NaN, and shapes without a centre.
+    """
+    lines = {"": main} if second_line is None else {"": main, "second": second_line}
+    check_lines(lines)
+    tail = _tail_verdict(lines)
+    if shapes is None:
+        nothing, reason = no_estimate(0, LEVEL, ""), "this study has no shapes that differ in one dimension"
+        depth, *doublings = (
+            claim.judged(nothing, INCONCLUSIVE, reason) for claim in ONE_DIMENSION if claim != TAIL_SHRINKS
+        )
+        return [depth, tail, *doublings]
+    means = shape_means(shapes)
+    confounded = unequal_data(shapes)
+    about = f"{len(means)} shapes, {means['runs'].sum()} runs"
+    slopes = parameter_slopes(means)
+    word, shown = depth_drives(slopes)
+    both = ", ".join(f"{NAMES[name]} {_interval(slopes[name])}" for name in ("d_model", "n_layers"))
+    rows = [
+        DEPTH_DRIVES.judged(shown, INCONCLUSIVE if confounded else word, shown.reason or about, both, confounded),
+        tail,
+    ]
+    for claim, (estimate, word) in doubling_verdicts(means).items():
+        rows.append(claim.judged(estimate, INCONCLUSIVE if confounded else word, estimate.reason or about, confounded))
+    return rows
+
+
+def shape_means(shapes: pd.DataFrame) -> pd.DataFrame:
+    """One row per shape: d_model, n_layers, d_ff, parameters, `value` (share of non-zeros, mean over seeds), runs."""
+    require(
+        shapes, [*COLUMNS, "d_ff", "nonzero_share"], ["run", "step"], ["parameters", "d_ff", "nonzero_share"], QUESTION
+    )
+    runs = shapes[["run", *SHAPE, "d_ff", "seed"]].drop_duplicates()
+    require(runs, [], [*SHAPE, "d_ff", "seed"], [], f"{QUESTION} (one row per run)")
+    values = nonzero_share(shapes)
+    if values.empty:
+        raise InputError(f"The {QUESTION} table has no relu runs; its claims are about ReLU models.")
+    if (values["value"] <= 0).any():
+        raise InputError(f"The {QUESTION} table has a run without a share of non-zeros above 0; measure it again.")
+    return size_means(values.assign(d_ff=values["run"].map(runs.set_index("run")["d_ff"])), DIMENSIONS)
+
+
+def centre(means: pd.DataFrame) -> pd.Series:
+    """The shape from which every other differs in exactly one dimension; InputError where there is none.
+
+    If only one dimension varies every shape is one; the slope is the same from each of them.
+    """
+    shapes = means[list(DIMENSIONS)].to_numpy()
+    differing = (shapes[:, None] != shapes[None]).sum(axis=2)  # (shapes, shapes)
+    alone = np.flatnonzero((differing == 1).sum(axis=1) == len(shapes) - 1)
+    if not alone.size:
+        named = ", ".join("x".join(f"{size:g}" for size in shape) for shape in shapes)
+        raise InputError(f"No shape differs from all others in one dimension of d_model x n_layers x d_ff: {named}.")
+    return means.iloc[alone[0]]
+
+
+def parameter_slopes(means: pd.DataFrame) -> dict[str, Estimate]:
+    """{dimension: slope of `value` per decade of parameters along it}."""
+    middle = centre(means)
+    return _slopes(means, middle, {name: np.log10(means["parameters"] / middle["parameters"]) for name in DIMENSIONS})
+
+
+def doubling_slopes(means: pd.DataFrame) -> dict[str, Estimate]:
+    """{dimension: slope of `value` per doubling of it}."""
+    middle = centre(means)
+    return _slopes(means, middle, {name: np.log2(means[name] / middle[name]) for name in DIMENSIONS})
+
+
+def _slopes(means: pd.DataFrame, middle: pd.Series, along: dict[str, pd.Series]) -> dict[str, Estimate]:
+    """Slope along each dimension: value = intercept + sum over dimensions of slope * `along`, on its shapes alone."""
+    columns = {name: np.where(means[name] != middle[name], x, 0.0) for name, x in along.items()}
+    varied = [name for name in DIMENSIONS if np.any(columns[name])]
+    nothing = {name: no_estimate(0, LEVEL, f"no shape differs in {name} alone") for name in DIMENSIONS}
+    dof = len(means) - 1 - len(varied)
+    if dof < SMALLEST_DOF:
+        reason = f"too few shapes: {len(means)} leave {max(dof, 0)} degrees of freedom"
+        return nothing | {name: no_estimate(len(means), LEVEL, reason) for name in varied}
+    design = np.column_stack([np.ones(len(means)), *(columns[name] for name in varied)])
+    found, ends = coefficients(design, means["value"].to_numpy(dtype=float))
+    return nothing | {
+        name: Estimate(float(found[at]), float(ends[at, 0]), float(ends[at, 1]), LEVEL, len(means))
+        for at, name in enumerate(varied, start=1)
+    }
+
+
+def depth_drives(slopes: dict[str, Estimate]) -> tuple[str, Estimate]:
+    """Verdict of DEPTH_DRIVES from the slopes per decade of parameters, and the slope that decides it."""
+    width, depth = slopes["d_model"], slopes["n_layers"]
+    if width.high < WIDTH_MARGIN:
+        return NOT_SUPPORTED, width
+    if depth.low > DEPTH_MARGIN:
+        return NOT_SUPPORTED, depth
+    if depth.high < DEPTH_MARGIN:
+        return (SUPPORTED, depth) if width.low > WIDTH_MARGIN else (INCONCLUSIVE, width)
+    return INCONCLUSIVE, depth
+
+
+def tail_shrinks(estimates: list[Estimate]) -> tuple[str, Estimate]:
+    """Verdict of TAIL_SHRINKS from the slopes on the lines, and the one nearest to a rise."""
+    unknown = [estimate for estimate in estimates if estimate.reason]
+    if len(estimates) < 2 or unknown:
+        return INCONCLUSIVE, (unknown or estimates)[0]
+    risen = [estimate for estimate in estimates if estimate.low > 0]
+    nearest = max(risen or estimates, key=lambda estimate: estimate.high)
+    if risen:
+        return NOT_SUPPORTED, nearest
+    return SUPPORTED if nearest.high < 0 else INCONCLUSIVE, nearest
+
+
+def share_falls(estimate: Estimate) -> str:
+    """Verdict of a share that falls by at least two points per doubling."""
+    if estimate.high < FALL:
+        return SUPPORTED
+    return NOT_SUPPORTED if estimate.low > 0 else INCONCLUSIVE
+
+
+def doubling_verdicts(means: pd.DataFrame) -> dict[Claim, tuple[Estimate, str]]:
+    """Estimate and verdict of each claim per doubling; means: one row per shape, `value` its share of non-zeros."""
+    shares = doubling_slopes(means)
+    count = doubling_slopes(means.assign(value=np.log2(means["value"] * means["d_ff"])))["d_ff"]
+    return {
+        DEEPER_SPARSER: (shares["n_layers"], share_falls(shares["n_layers"])),
+        MORE_NEURONS_SPARSER: (shares["d_ff"], share_falls(shares["d_ff"])),
+        COUNT_RISES: (count, supports_positive(count)),
+    }
+
+
+def _tail_verdict(lines: Lines) -> Verdict:
+    found = slopes_on_lines(on_lines(lines, weak_tail))
+    if len(found) < 2:
+        nothing = no_estimate(0, LEVEL, "")
+        return TAIL_SHRINKS.judged(nothing, INCONCLUSIVE, "this study has no ReLU sizes of two layers on two lines")
+    word, shown = tail_shrinks([line.estimate for line in found.values()])
+    confounded = next(filter(None, map(unequal_data, lines.values())), "")
+    both = [f"{name or 'main'} line {_interval(line.estimate)}" for name, line in found.items()]
+    reason = shown.reason or f"{sum(len(line.sizes) for line in found.values())} sizes on 2 lines"
+    return TAIL_SHRINKS.judged(shown, INCONCLUSIVE if confounded else word, reason, ", ".join(both), confounded)
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.reason:
+        return "none"
+    return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"

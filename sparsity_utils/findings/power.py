@@ -1,0 +1,343 @@
+"""How likely each verdict is before any run: the tests of the verdicts on simulated values of a planned design.
+
+Value of a run = effect + effect of its size, N(0, sd_fit) + effect of its seed, N(0, sd_seed). The effect is a mean, or
+a slope times x. What is averaged, fitted and judged are the very functions that the verdicts call. Claims of
+equivalence are also simulated at their margin, where "supported" must come up in at most 5% of the draws. Values of
+sizes are measured means, as the verdicts take them unless every fitted limit is sound.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from sparsity_utils import paths
+from sparsity_utils.console import InputError, progress
+from sparsity_utils.findings import claims, one_dimension, verdicts
+from sparsity_utils.findings.judgement import Claim
+from sparsity_utils.laws.pooled import pooled_means, pooled_slopes, size_means
+from sparsity_utils.laws.power_inputs import OUTCOMES, RATIO_OUTCOME
+from sparsity_utils.laws.published_laws import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
+from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, supports_positive, supports_within
+from sparsity_utils.models.decoder import d_ff, non_embedding_parameters
+from sparsity_utils.study.plan import Settings, planned
+from sparsity_utils.study.profiles import Profile
+
+DRAWS, SEED = 2000, 0
+LINES = {"relu_vs_silu": "", "second_line": claims.SECOND_LINE}
+SIZE = ("line", "d_model", "n_layers", "d_ff")
+SAME_RATIO = 0.05  # relative: up to here a line of the first study has the width-depth ratio of a planned one
+# Parameters grow as n_layers^3 at one width-depth ratio. If depth alone moves an outcome, then its slope per decade of
+# depth is three times its slope per decade of parameters along such a line.
+DEPTH_PER_LINE = 3
+DEPTH_LINE = 8.0  # the width-depth ratio of that line
+ZERO, PUBLISHED, FIRST, MARGIN = "zero", "published", "first study", "margin"
+COLUMNS = [
+    *("question", "claim", "rank", "effect", "value", "unit"),
+    *("supported", "not_supported", "inconclusive", "runs", "sizes"),
+]
+
+Array = NDArray[np.float64]
+Judge = Callable[[Array, Array], dict[Claim, str]]  # values of sizes, values of runs: verdicts
+
+
+class Truth(NamedTuple):
+    """A planted effect: its name, what each claim's estimate then is (NaN: not known), and what it adds to each run."""
+
+    name: str
+    values: dict[Claim, float]
+    planted: Array  # (runs,)
+
+
+class Spread(NamedTuple):
+    """What the first study says of an outcome: its rows of power_inputs."""
+
+    rows: pd.DataFrame
+
+    def deviations(self) -> tuple[float, float]:
+        """sd_fit and sd_seed."""
+        return float(self.rows["sd_fit"].iloc[0]), float(self.rows["sd_seed"].iloc[0])
+
+    def at_ratio(self, ratio: float, column: str = "first_effect") -> float:
+        """A column of the line at this width-depth ratio; NaN where the first study had none."""
+        near = self.rows[(self.rows["ratio"] / ratio - 1).abs() < SAME_RATIO]
+        return float(near[column].iloc[0]) if len(near) else float("nan")
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Claims that are judged from the same simulated runs."""
+
+    runs: pd.DataFrame  # line, d_model, n_layers, d_ff, parameters, ratio, seed
+    spread: Spread
+    truths: list[Truth]
+    judge: Judge
+
+    def rows(self, draws: int) -> list[tuple]:
+        """One row of the table for each truth and claim; every truth sees the same random numbers."""
+        rng, (fit, seed) = np.random.default_rng(SEED), self.spread.deviations()
+        sizes = self.runs.groupby(list(SIZE)).ngroup().to_numpy()
+        noise = fit * rng.normal(size=(draws, sizes.max() + 1))[:, sizes] + seed * rng.normal(size=(draws, sizes.size))
+        rows = []
+        for truth in self.truths:
+            asked = [claim for claim, value in truth.values.items() if np.isfinite(value)]
+            values = noise + np.nan_to_num(truth.planted)  # (draws, runs)
+            means = size_means(self.runs.join(pd.DataFrame(values.T)), SIZE)[list(range(draws))].to_numpy().T
+            found = [self.judge(*pair) for pair in zip(means, values, strict=True)] if asked else []
+            rows += [self._row(claim, truth, [words[claim] for words in found]) for claim in asked]
+        return rows
+
+    def _row(self, claim: Claim, truth: Truth, words: list[str]) -> tuple:
+        shares = [words.count(word) / len(words) for word in (SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE)]
+        about = (claim.question, claim.claim, claim.rank, truth.name, claim.scale * truth.values[claim], claim.unit)
+        return (*about, *shares, len(self.runs), self.runs.groupby(list(SIZE)).ngroups)
+
+
+def write_power(profile: Profile, folder: Path) -> Path:
+    """Write power.csv of a profile's design into `folder`; returns the file. The same design gives the same table."""
+    target = folder / "power.csv"
+    with paths.written_aside(target) as aside:
+        power_table(profile).to_csv(aside, index=False, float_format="%.6g")
+    return target
+
+
+def shown_power(question: str) -> pd.DataFrame:
+    """The recorded power.csv of a question, as notebooks show it: one row per claim and effect, verdicts in percent."""
+    table = pd.read_csv(paths.RESULTS / "power.csv").query("question == @question")
+    effects = [f"{row.effect}: {row.value:.3g} {row.unit}" for row in table.itertuples()]
+    verdicts_in_percent = (100 * table[["supported", "not_supported", "inconclusive"]]).round().astype(int)
+    shown = (
+        table[["claim", "rank"]]
+        .assign(effect=effects)
+        .join(verdicts_in_percent.rename(columns=lambda name: f"{name.replace('_', ' ')} %"))
+    )
+    return shown.sort_values("claim", kind="stable", ignore_index=True)
+
+
+def power_table(profile: Profile) -> pd.DataFrame:
+    """Probability of each verdict of every primary claim, and of some others, for the runs that a profile plans.
+
+    Columns: question, claim, rank, effect (zero, published, first study, margin and what else is simulated), value (of
+    the effect, in unit), unit, supported, not_supported, inconclusive (shares of DRAWS simulated studies), runs and
+    sizes (that the test uses).
+    """
+    questions = (*LINES, "width_depth_ratio", "one_dimension")
+    designs = {question: planned(profile, question) for question in questions}
+    return simulated(designs, pd.read_csv(paths.RESULTS / "power_inputs.csv"), DRAWS)
+
+
+def simulated(designs: dict[str, list[Settings]], inputs: pd.DataFrame, draws: int) -> pd.DataFrame:
+    """`power_table` of designs {question: what its runs are trained with} and of `power_inputs.power_inputs`."""
+    spread = {name: Spread(rows) for name, rows in inputs.groupby("outcome")}
+    unknown = [name for name in (*OUTCOMES, RATIO_OUTCOME) if name not in spread]
+    if unknown:
+        raise InputError(
+            f"The power inputs have no row for {', '.join(unknown)}; make them from a recorded study again."
+        )
+    lines = _runs({where: designs.get(question, []) for question, where in LINES.items()})
+    ratios, dimensions = (_runs({"": designs.get(name, [])}) for name in ("width_depth_ratio", "one_dimension"))
+    made = (
+        (_of_means, lines),
+        (_of_slopes, lines),
+        (_of_tail, lines),
+        (_of_ratio, ratios),
+        (_of_depth, dimensions),
+        (_of_doublings, dimensions),
+    )
+    simulations = [simulation for make, runs in made if len(runs) for simulation in make(runs, spread)]
+    rows = [row for simulation in progress(simulations, "simulated tests") for row in simulation.rows(draws)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _runs(lines: dict[str, list[Settings]]) -> pd.DataFrame:
+    """One row per ReLU run of every line."""
+    rows = []
+    for where, settings in lines.items():
+        for model, train in settings:
+            if model.activation == "relu":
+                size = (model.d_model, model.n_layers, d_ff(model.d_model, model.ffn_ratio))
+                parameters = non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio)
+                rows.append((where, *size, parameters, model.d_model / model.n_layers, train.seed))
+    return pd.DataFrame(rows, columns=[*SIZE, "parameters", "ratio", "seed"])
+
+
+def _per_line(runs: pd.DataFrame, spread: Spread) -> dict[str, float]:
+    """The first study's effect at the width-depth ratio of each line."""
+    return {line: spread.at_ratio(rows["ratio"].median()) for line, rows in runs.groupby("line")}
+
+
+def _of_means(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
+    """The claims on ReLU beside SiLU at the sizes of each line."""
+    lines = _sizes(runs)["line"]
+    published = dict(
+        zip(claims.PAIRED, (0.0, _published_change("relu"), _published_change("silu"), 0.321), strict=True)
+    )
+    simulations = []
+    for claim, outcome in verdicts.PAIRED_OUTCOMES.items():
+        own = spread[outcome.__name__]
+        effects = {ZERO: 0.0, PUBLISHED: published[claim], FIRST: _per_line(runs, own)}
+        effects |= {MARGIN: claims.LOSS_MARGIN} if claim == claims.LOSS_EQUAL else {}
+        stated = {where: claims.at_second_line(claim) if where else claim for where in lines.unique()}
+
+        def judge(means: Array, _: Array, claim: Claim = claim, stated: dict[str, Claim] = stated) -> dict[Claim, str]:
+            found = pooled_means(means, lines)
+            return {stated[where]: verdicts.judge(claim, estimate) for where, estimate in found.items()}
+
+        truths = [_truth(name, effect, stated, runs) for name, effect in effects.items()]
+        simulations.append(Simulation(runs, own, truths, judge))
+    return simulations
+
+
+def _of_slopes(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
+    """The claims that a quantity does not depend on scale, at the sizes of each line."""
+    sizes = _sizes(runs)
+    decades, lines = np.log10(sizes["parameters"]), sizes["line"]
+    published, simulations = {"relu_ratio": 0.016, "silu_ratio": -0.026}, []
+    for number, outcome in enumerate(("relu_ratio", "silu_ratio", "nonzero_share", "metric_gap")):
+        own = spread[outcome]
+        stated = {where: claims.line_claims(where)[number] for where in lines.unique()}
+        effects = {ZERO: 0.0, PUBLISHED: published.get(outcome, np.nan)}
+        effects |= {FIRST: _per_line(runs, own), MARGIN: claims.SLOPE_MARGIN}
+
+        def judge(means: Array, _: Array, stated: dict[str, Claim] = stated) -> dict[Claim, str]:
+            found = pooled_slopes(decades, means, lines)
+            return {stated[where]: supports_within(found[where], claims.SLOPE_MARGIN) for where in stated}
+
+        truths = [_truth(name, effect, stated, runs, _decades(runs)) for name, effect in effects.items()]
+        simulations.append(Simulation(runs, own, truths, judge))
+    return simulations
+
+
+def _of_tail(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
+    """The weak tail at sizes of two layers or more on both lines: the gap of the two metrics with its sign reversed."""
+    runs = runs[runs["n_layers"] >= 2].reset_index(drop=True)
+    if runs["line"].nunique() < 2:
+        return []
+    sizes, own, claim = _sizes(runs), spread["metric_gap"], one_dimension.TAIL_SHRINKS
+    first = {line: -effect for line, effect in _per_line(runs, own).items()}
+    nearest = float(np.max(list(first.values())))  # as the verdict shows it; NaN unless both lines are known
+
+    def judge(means: Array, _: Array) -> dict[Claim, str]:
+        found = pooled_slopes(np.log10(sizes["parameters"]), means, sizes["line"])
+        return {claim: one_dimension.tail_shrinks(list(found.values()))[0]}
+
+    planted = runs["line"].map(first).to_numpy(dtype=float) * _decades(runs)
+    truths = [Truth(ZERO, {claim: 0.0}, np.zeros(len(runs))), Truth(FIRST, {claim: nearest}, planted)]
+    return [Simulation(runs, own, truths, judge)]
+
+
+def _of_ratio(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
+    """The rise with the width-depth ratio at one size."""
+    own, claim = spread[RATIO_OUTCOME], claims.RATIO_RISES
+    first = float(own.rows["first_effect"].iloc[0])
+
+    def judge(_: Array, values: Array) -> dict[Claim, str]:
+        return {claim: supports_positive(verdicts.ratio_slope(runs.assign(value=values))[0])}
+
+    truths = [
+        Truth(name, {claim: slope}, slope * runs["ratio"].to_numpy()) for name, slope in ((ZERO, 0.0), (FIRST, first))
+    ]
+    return [Simulation(runs, own, truths, judge)]
+
+
+def _of_depth(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
+    """Whether depth drives the trend of non-zeros, one dimension at a time."""
+    sizes, own, claim = _sizes(runs), spread["nonzero_share"], one_dimension.DEPTH_DRIVES
+    middle, depth = one_dimension.centre(sizes), _slope_of_depth(own)
+    decades = np.log10(runs["parameters"] / middle["parameters"])
+    wider, deeper = (np.where(runs[name] != middle[name], decades, 0) for name in ("d_model", "n_layers"))
+
+    def judge(means: Array, _: Array) -> dict[Claim, str]:
+        return {claim: one_dimension.depth_drives(one_dimension.parameter_slopes(sizes.assign(value=means)))[0]}
+
+    width_margin, depth_margin = one_dimension.WIDTH_MARGIN, one_dimension.DEPTH_MARGIN
+    slopes = {  # of width and of depth; the slope shown
+        ZERO: (0.0, 0.0, 0.0),
+        f"{FIRST}: depth alone": (0.0, depth, depth),
+        f"{MARGIN} of depth, width 0": (0.0, depth_margin, depth_margin),
+        f"{MARGIN} of width, depth as in the first study": (width_margin, depth, width_margin),
+    }
+    truths = [
+        Truth(name, {claim: shown}, width * wider + deep * deeper)
+        for name, (width, deep, shown) in slopes.items()
+        if np.isfinite(deep)  # the first study may have had no such line
+    ]
+    return [Simulation(runs, own, truths, judge)]
+
+
+def _of_doublings(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
+    """Whether deeper and wider FFNs are sparser by non-zeros, one dimension at a time."""
+    sizes, own = _sizes(runs), spread["nonzero_share"]
+    middle, level = one_dimension.centre(sizes), own.at_ratio(DEPTH_LINE, "level")
+    if not np.isfinite(level):
+        return []
+    deeper, more = (np.log2(runs[name] / middle[name]).to_numpy() for name in ("n_layers", "d_ff"))
+    claimed = (one_dimension.DEEPER_SPARSER, one_dimension.MORE_NEURONS_SPARSER, one_dimension.COUNT_RISES)
+
+    def judge(means: Array, _: Array) -> dict[Claim, str]:
+        found = one_dimension.doubling_verdicts(sizes.assign(value=means))
+        return {claim: word for claim, (_, word) in found.items()}
+
+    def truth(name: str, deep: float, wide: float) -> Truth:
+        share = level + deep * deeper + wide * more
+        without_noise = one_dimension.doubling_verdicts(_sizes(runs.assign(value=share)))
+        count = without_noise[one_dimension.COUNT_RISES][0].value
+        return Truth(name, dict(zip(claimed, (deep, wide, count), strict=True)), share)
+
+    fall, per_doubling = one_dimension.FALL, _slope_of_depth(own) * np.log10(2)
+    truths = [
+        truth(ZERO, 0.0, 0.0),
+        truth(f"{MARGIN}: -2 points", fall, fall),
+        truth(f"{FIRST}: depth alone; d_ff -4 points", per_doubling, 2 * fall),
+    ]
+    return [Simulation(runs, own, truths, judge)]
+
+
+def _slope_of_depth(spread: Spread) -> float:
+    """Slope per decade of depth if depth alone explains the first study's line; at fixed width a decade of parameters.
+
+    NaN where the first study had no such line.
+    """
+    return DEPTH_PER_LINE * spread.at_ratio(DEPTH_LINE)
+
+
+def _sizes(runs: pd.DataFrame) -> pd.DataFrame:
+    """The sizes of the runs in the order of their means."""
+    return size_means(runs, SIZE)
+
+
+def _decades(runs: pd.DataFrame) -> Array:
+    """log10 parameters less its mean on the line of each run."""
+    decades = np.log10(runs["parameters"])
+    return (decades - decades.groupby(runs["line"]).transform("mean")).to_numpy()
+
+
+def _truth(
+    name: str,
+    effect: float | dict[str, float],
+    stated: dict[str, Claim],
+    runs: pd.DataFrame,
+    along: Array | None = None,
+) -> Truth:
+    """An effect, one for all lines or {line: effect}, on a mean or on the slope along x."""
+    by_line = effect if isinstance(effect, dict) else dict.fromkeys(stated, effect)
+    per_run = runs["line"].map(by_line).to_numpy(dtype=float)
+    values = {claim: by_line[where] for where, claim in stated.items()}
+    return Truth(name, values, per_run if along is None else per_run * along)
+
+
+def _published_change(activation: str) -> float:
+    """Change of the activation ratio, in the published direction, over the last decade of tokens of the printed laws.
+
+    Mean over the published models: from 19 to 190 tokens per parameter; a fall for ReLU, a rise for SiLU.
+    """
+    sign, changes = {"relu": -1, "silu": 1}[activation], []
+    for law in PUBLISHED_LAWS:
+        if law.activation == activation:
+            end = TOKENS_PER_PARAMETER * non_embedding_parameters(law.d_model, law.n_layers)
+            changes.append(sign * float(law.predict(end) - law.predict(end / 10)))
+    return float(np.mean(changes))

@@ -1,0 +1,1 @@
+"""Tables to laws and intervals. Nothing here knows a model."""

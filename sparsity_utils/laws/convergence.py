@@ -1,0 +1,58 @@
+"""How soon along a run its activation ratio has done half of its change, so that sizes can be compared (Fig. 8).
+
+What is measured is a span: the change between two points of the curve fitted to a run's checkpoints, nothing
+extrapolated to A0. For sizes to be comparable the two points are the same for all runs in tokens per parameter: the
+window that every run has fitted checkpoints over. Runs of one study nearly have it by themselves: their checkpoints are
+log-spaced from a fixed share of their tokens on, at as many tokens per parameter. On such a window the half-way point
+is a property of the curve's shape: a ratio that is linear in log tokens has it at the geometric mean of the window at
+every size, one that flattens inside the window has it earlier. Two things it cannot tell: what happened before the
+window (in the first tenth of a run), and how large the change was.
+"""
+
+import numpy as np
+import pandas as pd
+
+from sparsity_utils.laws.data_law import Fit, fit_data_law
+from sparsity_utils.laws.limits import SHAPE, check_checkpoints, fit_points, published_form
+
+SHARES = {"halfway": 0.5, "ninety": 0.9}  # of the change within the window
+GRID = 1001  # log-spaced points between which the fitted curve is interpolated
+
+
+def convergence_table(checkpoints: pd.DataFrame) -> pd.DataFrame:
+    """One row per run: where in the common window it has done half, and 90%, of its change.
+
+    Columns: run, activation, d_model, n_layers, parameters, ratio, seed, first and last (ends of the window, tokens per
+    parameter), halfway and ninety (training tokens), halfway_per_parameter and ninety_per_parameter, reason (empty, or
+    why the numbers are NaN: no trend to speak of, or no window that all runs share).
+    Raises InputError for missing columns, duplicates and NaN.
+    """
+    check_checkpoints(checkpoints)
+    about = ["run", *SHAPE, "parameters", "ratio", "seed"]
+    points = fit_points(checkpoints)
+    seen = (points["tokens"] / points["parameters"]).groupby(points["run"]).agg(["min", "max"])
+    first, last = seen["min"].max(), seen["max"].min()  # tokens per parameter; NaN without any fitted point
+    rows = []
+    for run in checkpoints[about].drop_duplicates().sort_values(about[1:]).to_dict("records"):
+        own = points[points["run"] == run["run"]]
+        fit = fit_data_law(own["tokens"], own["activation_ratio"], published_form(run["activation"]))
+        reason = _no_change(fit) if first < last else "no window of tokens per parameter that all runs share"
+        ends = np.array([first, last]) * run["parameters"]
+        tokens = dict.fromkeys(SHARES, float("nan")) if reason else _tokens_at(fit, *ends)
+        per_parameter = {f"{name}_per_parameter": value / run["parameters"] for name, value in tokens.items()}
+        rows.append({**run, "first": first, "last": last, **tokens, **per_parameter, "reason": reason})
+    return pd.DataFrame(rows)
+
+
+def _no_change(fit: Fit) -> str:
+    """Why a curve has no half-way point: too few points, or a constant does as well. A weak limit is no reason."""
+    constant = fit_data_law(fit.tokens, fit.activation_ratio, "constant")
+    return "" if fit.aicc < constant.aicc else fit.reason
+
+
+def _tokens_at(fit: Fit, first: float, last: float) -> dict[str, float]:
+    """Tokens at which the fitted curve, monotone in every published form, has done SHARES of its change."""
+    grid = np.geomspace(first, last, GRID)
+    curve = fit.predict(grid)
+    done = (curve - curve[0]) / (curve[-1] - curve[0])  # 0 to 1, rising
+    return {name: float(np.exp(np.interp(share, done, np.log(grid)))) for name, share in SHARES.items()}

@@ -1,0 +1,124 @@
+"""One limit per shape and activation, from a table of checkpoints: extrapolated (A0), and measured beside it."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from sparsity_utils.console import InputError
+from sparsity_utils.laws.data_law import RESAMPLES, Fit, bootstrap_limit, fit_data_law
+from sparsity_utils.models.config import LAST_CHECKPOINTS
+
+# The published form of each activation (arXiv 2411.02335, section 4.1); GELU, smooth, and ReLU^2, with exact zeros,
+# are not in the paper and take the form of their neighbour.
+PUBLISHED_FORM = {"relu": "logspace", "relu2": "logspace", "silu": "power", "gelu": "power"}
+WIDEST_INTERVAL = 0.06  # of a sound limit: the whole +-3 points of the scale test; a wider one cannot decide it
+
+SHAPE = ["activation", "d_model", "n_layers"]
+COLUMNS = [
+    *("run", "role", *SHAPE, "parameters", "ratio", "seed", "step", "tokens"),
+    *("validation_loss", "activation_ratio", "fit"),
+]
+LIMITS = [
+    *(*SHAPE, "parameters", "ratio", "seed"),
+    *("limit", "low", "high", "spread", "last_five_mean", "last_five_spread", "sound", "reason"),
+]
+
+
+def require(table: pd.DataFrame, columns: Iterable[str], key: list[str], numbers: Iterable[str], what: str) -> None:
+    """Raise InputError unless `table` has rows and `columns`, no `key` twice, and no gap in the columns `numbers`."""
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise InputError(f"The {what} table lacks the columns {', '.join(missing)}; measure the study again.")
+    if table.empty:
+        raise InputError(f"The {what} table has no rows; run the study first.")
+    doubled = table[table.duplicated(key)]
+    if len(doubled):
+        where = ", ".join(f"{name} {doubled.iloc[0][name]}" for name in key)
+        raise InputError(f"The {what} table has two rows for {where}; keep one of them.")
+    for column in numbers:
+        gaps = table[table[column].isna()]
+        if len(gaps):
+            row = ", ".join(f"{name} {gaps.iloc[0][name]}" for name in key)
+            raise InputError(f"The {what} table has no {column} (NaN) at {row}; measure that row or drop it.")
+
+
+def check_checkpoints(checkpoints: pd.DataFrame) -> None:
+    """Raise InputError for missing columns, a checkpoint or a run given twice, or gaps in the numbers used here."""
+    numbers = ["tokens", "parameters", "ratio", "validation_loss", "activation_ratio"]
+    require(checkpoints, COLUMNS, ["run", "step"], numbers, "checkpoints")
+    runs = checkpoints[["run", *SHAPE, "seed"]].drop_duplicates()
+    require(runs, [], [*SHAPE, "seed"], [], "checkpoints (one row per run)")
+
+
+def last_means(checkpoints: pd.DataFrame, column: str = "activation_ratio") -> pd.DataFrame:
+    """Mean of `column` over each run's last five stable checkpoints: run, its shape, seed and `last_five_mean`."""
+    stable = checkpoints[checkpoints["role"] == "stable"].sort_values("tokens")
+    about = ["run", *SHAPE, "parameters", "ratio", "seed"]
+    means = stable.groupby(about, sort=True)[column].apply(lambda values: values.tail(LAST_CHECKPOINTS).mean())
+    return means.rename("last_five_mean").reset_index()
+
+
+def fit_points(checkpoints: pd.DataFrame) -> pd.DataFrame:
+    """The stable checkpoints that a law is fitted to: warm-up points dropped."""
+    return checkpoints[(checkpoints["role"] == "stable") & checkpoints["fit"].astype(bool)]
+
+
+def limits_table(checkpoints: pd.DataFrame, seed_intervals: bool = False) -> pd.DataFrame:
+    """Limit activation ratio of every shape and activation, one row per seed and one, "all", for the common curve.
+
+    Columns: activation, d_model, n_layers, parameters, ratio, seed ("all" or the seed as text), limit (A0 of the
+    published form; NaN if there is none), low, high (90% block bootstrap within runs), spread (largest minus smallest
+    sound limit of the seeds; "all" only), last_five_mean (measured, nothing extrapolated), last_five_spread (the same
+    over the seeds; "all" only), sound, reason. A limit is sound when its fit is and, for "all", its interval is at most
+    6 points wide. Bootstrapping every seed takes up to a second each, so only `seed_intervals` asks for it; without it
+    low and high are NaN but for "all".
+    Raises InputError for missing columns, duplicates and NaN.
+    """
+    check_checkpoints(checkpoints)
+    means, points, rows = last_means(checkpoints), fit_points(checkpoints), []
+    for shape, runs in means.groupby([*SHAPE, "parameters", "ratio"], sort=True):
+        about = dict(zip([*SHAPE, "parameters", "ratio"], shape, strict=True))
+        form, curve = published_form(about["activation"]), points[points["run"].isin(runs["run"])]
+        seeds = []
+        for run in runs.sort_values("seed").itertuples():
+            own = curve[curve["run"] == run.run]
+            fit = fit_data_law(own["tokens"], own["activation_ratio"], form)
+            entry = _with_interval(fit) if seed_intervals else _entry(fit)
+            seeds.append({**about, "seed": str(run.seed), **entry, "last_five_mean": run.last_five_mean})
+        common = _common(fit_data_law(curve["tokens"], curve["activation_ratio"], form, curve["seed"]))
+        common |= {"spread": _spread(row["limit"] for row in seeds if row["sound"])}
+        measured = runs["last_five_mean"]
+        common |= {"last_five_mean": measured.mean(), "last_five_spread": _spread(measured)}
+        rows += [{**about, "seed": "all", **common}, *seeds]
+    return pd.DataFrame(rows).reindex(columns=LIMITS)
+
+
+def _spread(values: Iterable[float]) -> float:
+    """Largest minus smallest value of the seeds; NaN with fewer than two (too few for a deviation)."""
+    values = list(values)
+    return max(values) - min(values) if len(values) > 1 else float("nan")
+
+
+def published_form(activation: str) -> str:
+    """The form of the data law that belongs to an activation function; InputError for one without."""
+    if activation not in PUBLISHED_FORM:
+        raise InputError(f"No form of the data law is known for {activation!r}; add it to limits.PUBLISHED_FORM.")
+    return PUBLISHED_FORM[activation]
+
+
+def _entry(fit: Fit) -> dict[str, object]:
+    return {"limit": float("nan") if fit.limit is None else fit.limit, "sound": fit.sound, "reason": fit.reason}
+
+
+def _with_interval(fit: Fit) -> dict[str, object]:
+    interval = bootstrap_limit(fit, RESAMPLES)
+    return {**_entry(fit), "low": interval.low, "high": interval.high}
+
+
+def _common(fit: Fit) -> dict[str, object]:
+    entry = _with_interval(fit)
+    width = entry["high"] - entry["low"]
+    if fit.sound and width > WIDEST_INTERVAL:
+        reason = f"the interval of the limit spans {100 * width:.1f} points, more than {100 * WIDEST_INTERVAL:.0f}"
+        entry |= {"sound": False, "reason": reason}
+    return entry

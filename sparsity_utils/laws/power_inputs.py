@@ -1,0 +1,98 @@
+"""What the power table is simulated from: how the runs of the first study spread, and the effects that it found.
+
+A value of a run is taken to be the level or the line of its line of sizes, plus an effect of its size, N(0, sd_fit),
+that all its seeds share, plus an effect of its seed, N(0, sd_seed). Both are variance components by the method of
+moments: for lines of sizes from runs of two layers or more at both width-depth ratios; for the shapes of one size from
+all of them, the single layer among them, since the second study trains the same shapes. results/power_inputs.csv holds
+them for the first recorded study; a later study does not replace it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from sparsity_utils.laws import outcomes
+from sparsity_utils.laws.outcomes import Lines, on_lines
+from sparsity_utils.laws.pooled import size_means
+
+COLUMNS = ["outcome", "ratio", "level", "first_effect", "sd_seed", "sd_fit", "degrees_seed", "degrees_fit"]
+
+
+class Outcome(NamedTuple):
+    """One number per run, and whether its test is of a mean or of a slope on `x`."""
+
+    values: Callable[[pd.DataFrame], pd.DataFrame]
+    x: str | None  # None: a mean; "parameters": per decade of parameters; "ratio": per unit of width-depth ratio
+
+
+OUTCOMES = {
+    "loss_difference": Outcome(outcomes.loss_difference, None),
+    "relu_falls": Outcome(outcomes.relu_falls, None),
+    "silu_rises": Outcome(outcomes.silu_rises, None),
+    "relu_sparser": Outcome(outcomes.relu_sparser, None),
+    "relu_ratio": Outcome(outcomes.relu_ratio, "parameters"),
+    "silu_ratio": Outcome(outcomes.silu_ratio, "parameters"),
+    "nonzero_share": Outcome(outcomes.nonzero_share, "parameters"),
+    "metric_gap": Outcome(outcomes.metric_gap, "parameters"),
+}
+RATIO_OUTCOME = "shape_ratio"  # activation ratio of the shapes of one size, on the width-depth ratio
+
+
+def power_inputs(lines: Lines, shapes: pd.DataFrame) -> pd.DataFrame:
+    """The components and effects of a recorded study: one row per outcome and width-depth ratio, columns COLUMNS.
+
+    lines: its tables of checkpoints by line; shapes: that of ReLU shapes at one size. level: mean over sizes;
+    first_effect: the mean, or the slope, over the sizes of the line. All in units of the outcome (shares; slopes per
+    decade of parameters or per unit of ratio).
+    """
+    rows = []
+    for name, outcome in OUTCOMES.items():
+        runs = on_lines(lines, outcome.values)
+        rows += _rows(name, runs[runs["n_layers"] >= 2], outcome.x)
+    runs = outcomes.relu_ratio(shapes).assign(line="")
+    rows += [row | {"ratio": np.nan} for row in _rows(RATIO_OUTCOME, runs, "ratio")]
+    return pd.DataFrame(rows)[COLUMNS]
+
+
+def variance_components(values: np.ndarray, sizes: np.ndarray, design: np.ndarray) -> tuple[float, float, int, int]:
+    """(sd_seed, sd_fit, their degrees of freedom) of values = design b + effect of size + effect of seed.
+
+    values: (runs,); sizes: label of each run's size (runs,); design: equal rows for runs of one size (runs, columns).
+    With Z the indicators of the sizes and M the residual maker of the design, the expected squares are
+    E[within sizes] = (runs - sizes) sd_seed^2 and
+    E[between sizes, around the design] = (sizes - columns) sd_seed^2 + trace(Z' M Z) sd_fit^2;
+    both are solved for the components, a negative one becomes 0.
+    """
+    indicators = (sizes[:, None] == np.unique(sizes)).astype(float)  # (runs, sizes)
+    within = values - indicators @ (indicators.T @ values / indicators.sum(axis=0))
+    maker = np.eye(values.size) - design @ np.linalg.pinv(design)
+    degrees_seed = values.size - indicators.shape[1]
+    degrees_fit = indicators.shape[1] - int(np.linalg.matrix_rank(design))
+    seed = within @ within / degrees_seed if degrees_seed else np.nan
+    between = values @ maker @ values - within @ within
+    fit = (between - degrees_fit * seed) / np.trace(indicators.T @ maker @ indicators) if degrees_fit else np.nan
+    return float(np.sqrt(seed)), float(np.sqrt(max(fit, 0.0))), degrees_seed, degrees_fit
+
+
+def _rows(name: str, runs: pd.DataFrame, x: str | None) -> list[dict[str, object]]:
+    """One row per line of an outcome's runs; the components are those of all lines together."""
+    along = None if x is None else _along(runs, x)
+    own = pd.get_dummies(runs["line"]).to_numpy(dtype=float)  # (runs, lines)
+    design = own if along is None else np.column_stack([own, own * along.to_numpy()[:, None]])
+    sizes = runs.groupby(["line", "d_model", "n_layers"]).ngroup().to_numpy()
+    components = variance_components(runs["value"].to_numpy(), sizes, design)
+    spread = dict(zip(COLUMNS[4:], components, strict=True))
+    rows = []
+    for _, line in size_means(runs).groupby("line", sort=False):
+        level = line["value"].mean()
+        effect = level if x is None else np.polyfit(_along(line, x), line["value"], 1)[0]
+        rows.append(
+            {"outcome": name, "ratio": line["ratio"].median(), "level": level, "first_effect": effect, **spread}
+        )
+    return rows
+
+
+def _along(table: pd.DataFrame, x: str) -> pd.Series:
+    return np.log10(table["parameters"]) if x == "parameters" else table[x]

@@ -1,0 +1,318 @@
+"""Trends across runs: lines, breakpoints, smooth bends, optima, and the tests that turn an interval into a verdict.
+
+The unit of every test here is a run (one shape, one seed): checkpoints along a run are correlated and never counted as
+independent. Tests whose unit is a size are in `pooled`. Runs of one seed share initialisation and data order, so seeds
+enter regressions as fixed effects (blocks). Two or three seeds are too few for a random effect or for cluster-robust
+errors, both of which would come out too small; the fixed effects cost one degree of freedom per seed and the interval
+is an exact t interval.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import statsmodels.api as sm
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from statsmodels.stats.weightstats import DescrStatsW
+
+from sparsity_utils.console import InputError
+from sparsity_utils.laws.data_law import LEVEL, information
+
+SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE = "supported", "not supported", "inconclusive"
+SMALLEST_DOF = 1  # residual degrees of freedom of a t interval: exact at one, if wide (6.3 standard errors at 90%)
+PROFILE_DOF = 3  # of a profile over a breakpoint or an optimum: AICc is defined from here
+GRID = 401  # candidate values of a breakpoint, a scale or an optimum
+SCALES = (0.01, 10.0)  # of a saturating curve, in spans of the sampled x: from a step at the first x to a straight line
+DISTINCT = 2.0  # AICc by which one form must be lower than another to describe the points better
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval at `level` from `n` runs; `reason` says why there is none (values are then NaN)."""
+
+    value: float
+    low: float
+    high: float
+    level: float
+    n: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Two one-sided tests: is `estimate` inside +-margin? `p_value` is the larger of the two."""
+
+    estimate: Estimate
+    margin: float
+    p_value: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """y = intercept + slope x, with the interval of the slope; the intercept is the mean over the groups' effects."""
+
+    slope: Estimate
+    intercept: float
+    rmse: float
+    aicc: float
+
+    def predict(self, x: ArrayLike) -> Array:
+        return self.intercept + self.slope.value * np.asarray(x, dtype=float)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """y = plateau + slope min(x - breakpoint, 0): a slope up to the breakpoint, flat beyond it.
+
+    `breakpoint.reason` says why the breakpoint must not be used: it is then inconclusive, the numbers stay for a plot.
+    """
+
+    breakpoint: Estimate
+    slope: float
+    plateau: float  # mean over the groups' effects
+    rmse: float
+    aicc: float
+
+    def predict(self, x: ArrayLike) -> Array:
+        return self.plateau + self.slope * np.minimum(np.asarray(x, dtype=float) - self.breakpoint.value, 0)
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """y = plateau - rise exp(-(x - start) / scale): no breakpoint anywhere; `start` is the smallest x.
+
+    `scale` is the x over which the distance to the plateau falls to 1/e; it has the profile interval of a breakpoint.
+    """
+
+    scale: Estimate
+    rise: float
+    plateau: float  # mean over the groups' effects
+    start: float
+    rmse: float
+    aicc: float
+
+    def predict(self, x: ArrayLike) -> Array:
+        return self.plateau - self.rise * np.exp((self.start - np.asarray(x, dtype=float)) / self.scale.value)
+
+
+def supports_positive(estimate: Estimate) -> str:
+    """Verdict of the one-sided claim "> 0": the whole interval above 0 supports it, the whole below speaks against."""
+    if estimate.low > 0:
+        return SUPPORTED
+    return NOT_SUPPORTED if estimate.high < 0 else INCONCLUSIVE
+
+
+def supports_within(estimate: Estimate, margin: float) -> str:
+    """Verdict of an equivalence claim: interval inside +-margin, wholly outside, or neither (also when NaN)."""
+    if -margin < estimate.low and estimate.high < margin:
+        return SUPPORTED
+    return NOT_SUPPORTED if estimate.low > margin or estimate.high < -margin else INCONCLUSIVE
+
+
+def mean_over_runs(values: ArrayLike, level: float = LEVEL) -> Estimate:
+    """Mean of one value per run (or per pair of runs) with its t interval; fewer than two runs give a reason."""
+    values = finite(values, "values")
+    if values.size < SMALLEST_DOF + 1:
+        return no_estimate(values.size, level, f"only {values.size} runs; at least {SMALLEST_DOF + 1} are needed")
+    described = DescrStatsW(values)
+    low, high = described.tconfint_mean(1 - level)
+    return Estimate(float(described.mean), float(low), float(high), level, values.size)
+
+
+def equivalence_of_pairs(differences: ArrayLike, margin: float, level: float = LEVEL) -> Equivalence:
+    """Paired equivalence: is the mean difference, one per pair of runs of equal size and seed, inside +-margin?"""
+    estimate = mean_over_runs(differences, level)
+    if estimate.reason:
+        return Equivalence(estimate, margin, float("nan"), INCONCLUSIVE)
+    with np.errstate(divide="ignore", invalid="ignore"):  # equal differences have no spread
+        p_value = float(DescrStatsW(np.asarray(differences, dtype=float)).ttost_mean(-margin, margin)[0])
+    return Equivalence(estimate, margin, p_value, supports_within(estimate, margin))
+
+
+def fit_line(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Line:
+    """Straight line by ordinary least squares (statsmodels); `groups` become fixed effects."""
+    x, y = _xy(x, y)
+    blocks, dof = _blocks(x.size, groups), _dof(x.size, groups)
+    if np.unique(x).size < 2 or dof < SMALLEST_DOF:
+        reason = f"too few runs: {x.size} at {np.unique(x).size} positions leave {max(dof, 0)} degrees of freedom"
+        return Line(no_estimate(x.size, level, reason), np.nan, np.nan, np.nan)
+    design = np.column_stack([x, blocks])  # (n, 1 + groups)
+    result = sm.OLS(y, design).fit()
+    low, high = result.conf_int(1 - level)[0]
+    rss = float(np.sum(np.asarray(result.resid) ** 2))
+    slope = Estimate(float(result.params[0]), float(low), float(high), level, x.size)
+    aicc = information(rss, x.size, design.shape[1])[1]
+    return Line(slope, float(result.params[1:].mean()), float(np.sqrt(rss / x.size)), aicc)
+
+
+def run_slopes(tokens: ArrayLike, values: ArrayLike, runs: ArrayLike) -> dict[object, float]:
+    """Slope of `values` per decade of tokens along each run: {run: slope}; with fewer than three points none.
+
+    Only the slope is used, never its standard error: the errors along a run are correlated.
+    """
+    tokens, values, runs = finite(tokens, "tokens"), finite(values, "values"), np.asarray(runs)
+    lines = {run: fit_line(np.log10(tokens[runs == run]), values[runs == run]) for run in np.unique(runs)}
+    return {run: line.slope.value for run, line in lines.items() if not line.slope.reason}
+
+
+def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Segments:
+    """Continuous two-segment regression as published: a slope, then flat (arXiv 2411.02335, Fig. 5).
+
+    The breakpoint runs over a grid inside the sampled x (its second smallest to its largest value); its interval holds
+    the values that a profile F test at `level` does not reject. It is inconclusive with fewer than five positions,
+    unless AICc is at least DISTINCT below that of a straight line and of a smooth saturating curve, when the interval
+    reaches an end of the grid (the breakpoint may lie outside the sampled positions), or with a single position beyond
+    it.
+    """
+    x, y = _xy(x, y)
+    positions = np.unique(x)
+    reason = _too_few(positions, x.size, groups, extra=1)
+    if reason:
+        return Segments(no_estimate(x.size, level, reason), *[np.nan] * 4)
+    grid = np.linspace(positions[1], positions[-1], GRID)
+    found, coefficients, rss = _profile(lambda at: np.minimum(x - at, 0), y, grid, groups, level)
+    aicc = information(rss, x.size, coefficients.size + 1)[1]
+    rivals = {
+        "a straight line": fit_line(x, y, groups, level).aicc,
+        "a smooth saturating curve": fit_saturation(x, y, groups, level).aicc,
+    }
+    as_good = [name for name, rival in rivals.items() if not aicc <= rival - DISTINCT]
+    if as_good:
+        verb = "describe" if len(as_good) > 1 else "describes"
+        reason = f"{' and '.join(as_good)} {verb} the points as well (AICc)"
+    elif found.low <= grid[0] or found.high >= grid[-1]:
+        reason = f"the interval reaches an end of the sampled range, {positions[0]:.3g} to {positions[-1]:.3g}"
+    elif found.value > positions[-2]:
+        reason = f"only one position lies beyond {found.value:.3g}: that the trend changes there is not seen"
+    estimate = Estimate(found.value, found.low, found.high, level, x.size, reason)
+    plateau, rmse = float(coefficients[1:].mean()), float(np.sqrt(rss / x.size))
+    return Segments(estimate, float(coefficients[0]), plateau, rmse, aicc)
+
+
+def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Saturation:
+    """Smooth rival of `fit_two_segments` with as many parameters: an exponential approach to a plateau.
+
+    The scale runs over a grid of SCALES; its interval is a profile F interval and says why where it reaches an end.
+    """
+    x, y = _xy(x, y)
+    positions = np.unique(x)
+    reason = _too_few(positions, x.size, groups, extra=1)
+    if reason:
+        return Saturation(no_estimate(x.size, level, reason), *[np.nan] * 5)
+    start, span = positions[0], positions[-1] - positions[0]
+    grid = np.geomspace(SCALES[0] * span, SCALES[1] * span, GRID)
+    found, coefficients, rss = _profile(lambda scale: np.exp((start - x) / scale), y, grid, groups, level)
+    if found.low <= grid[0] or found.high >= grid[-1]:
+        reason = "the interval of the scale reaches an end of its range: the points hardly bend, or bend at once"
+    scale = Estimate(found.value, found.low, found.high, level, x.size, reason)
+    aicc = information(rss, x.size, coefficients.size + 1)[1]
+    plateau, rmse = float(coefficients[1:].mean()), float(np.sqrt(rss / x.size))
+    return Saturation(scale, -float(coefficients[0]), plateau, float(start), rmse, aicc)
+
+
+def compare_trends(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> pd.DataFrame:
+    """A straight line, a slope that ends in a plateau and a smooth approach to one on the same points, best first.
+
+    Columns: form, parameters (the groups' effects among them, without the error variance), rmse (units of y), aicc,
+    delta_aicc (to the best). A form with too few points has NaN and comes last.
+    """
+    effects = _blocks(np.size(x), groups).shape[1]
+    forms = {
+        "straight line": (fit_line, effects + 1),
+        "slope, then flat": (fit_two_segments, effects + 2),
+        "smooth saturation": (fit_saturation, effects + 2),
+    }
+    rows = []
+    for form, (fit, parameters) in forms.items():
+        found = fit(x, y, groups)
+        rows.append({"form": form, "parameters": parameters, "rmse": found.rmse, "aicc": found.aicc})
+    table = pd.DataFrame(rows)
+    table["delta_aicc"] = table["aicc"] - table["aicc"].min()
+    return table.sort_values("aicc", kind="stable", ignore_index=True)
+
+
+def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Estimate:
+    """Position of the minimum of y by a parabola in log x, with its profile interval; `groups` are fixed effects.
+
+    Inconclusive with fewer than five positions, without a minimum, or when the interval reaches an end of the range.
+    """
+    x, y = _xy(x, y)
+    positions = np.unique(x)
+    reason = _too_few(positions, x.size, groups, extra=1)
+    if reason:
+        return no_estimate(x.size, level, reason)
+    grid = np.geomspace(positions[0], positions[-1], GRID)
+    found, coefficients, _ = _profile(lambda at: np.log(x / at) ** 2, y, grid, groups, level)
+    if coefficients[0] <= 0:
+        reason = "the parabola has no minimum inside the sampled range"
+    elif found.low <= grid[0] or found.high >= grid[-1]:
+        reason = f"the interval reaches an end of the sampled range, {positions[0]:.3g} to {positions[-1]:.3g}"
+    return Estimate(found.value, found.low, found.high, level, x.size, reason)
+
+
+def _profile(
+    regressor: Callable[[Array], Array], y: Array, grid: Array, groups: ArrayLike | None, level: float
+) -> tuple[Estimate, Array, float]:
+    """Profile least squares over one non-linear value: estimate and F interval, linear coefficients, residual sum.
+
+    regressor: the one column of the fit for each value of the grid, (grid, 1) to (grid, n). Column and y less their
+    means within groups leave a slope and a residual sum per grid value in closed form.
+    """
+    blocks = _blocks(y.size, groups)
+    within = blocks / blocks.sum(axis=0)  # (n, groups): means of groups
+    columns = regressor(grid[:, None])
+    centred, left = columns - columns @ within @ blocks.T, y - blocks @ (within.T @ y)
+    slopes = centred @ left / np.sum(centred**2, axis=1)
+    rss = np.sum((left - slopes[:, None] * centred) ** 2, axis=1)
+    best = int(np.argmin(rss))
+    dof = y.size - blocks.shape[1] - 2
+    accepted = np.flatnonzero(rss <= rss[best] * (1 + stats.f.ppf(level, 1, dof) / dof))
+    ends = max(accepted[0] - 1, 0), min(accepted[-1] + 1, grid.size - 1)  # rounded outwards to the grid
+    found = Estimate(float(grid[best]), *(float(grid[end]) for end in ends), level, y.size)
+    effects = within.T @ (y - slopes[best] * columns[best])
+    return found, np.append(slopes[best], effects), float(rss[best])
+
+
+def _too_few(positions: Array, n: int, groups: ArrayLike | None, extra: int) -> str:
+    if positions.size < 5:
+        return f"only {positions.size} positions; at least 5 are needed"
+    dof = _dof(n, groups) - extra
+    return f"too few runs: {n} leave {max(dof, 0)} degrees of freedom" if dof < PROFILE_DOF else ""
+
+
+def _blocks(n: int, groups: ArrayLike | None) -> Array:
+    """One indicator column per group (a column of ones without groups). (n, groups)"""
+    labels = np.zeros(n) if groups is None else np.asarray(groups)
+    if labels.shape != (n,):
+        raise InputError(f"groups has shape {labels.shape} for {n} points; give one label per point.")
+    return (labels[:, None] == np.unique(labels)).astype(float)
+
+
+def _dof(n: int, groups: ArrayLike | None) -> int:
+    """Residual degrees of freedom of a line with fixed effects."""
+    return n - 1 - _blocks(n, groups).shape[1]
+
+
+def _xy(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
+    x, y = finite(x, "x"), finite(y, "y")
+    if x.size != y.size:
+        raise InputError(f"x has {x.size} numbers and y {y.size}; give as many of one as of the other.")
+    return x, y
+
+
+def finite(values: ArrayLike, name: str) -> Array:
+    """`values` as one row of numbers; InputError that names them where one is missing."""
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise InputError(f"{name} must be one row of finite numbers; drop or measure the missing ones first.")
+    return array
+
+
+def no_estimate(n: int, level: float, reason: str) -> Estimate:
+    """No number, and why."""
+    return Estimate(float("nan"), float("nan"), float("nan"), level, n, reason)

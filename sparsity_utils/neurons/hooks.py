@@ -1,0 +1,152 @@
+"""Observe or skip the neurons of a model's FFNs inside a `with` block that leaves no trace.
+
+Where an FFN's activation function and down projection are modules, two hooks see s and h. Where they are not (routed
+experts, fused expert tensors, functions), the module that computes it runs under a `flow.Flow`, which follows its
+vectors to the same two places.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsity_utils.console import InputError
+from sparsity_utils.neurons.find import FFN, check_not_bypassed, find_ffns, layer_count, owners, widened
+from sparsity_utils.neurons.flow import Down, Flow
+from sparsity_utils.neurons.modes import forward_replaced
+
+__all__ = ["FFN", "Rule", "check_layers", "find_ffns", "layer_count", "observe_neurons", "sparse_neurons", "widened"]
+
+Visit = Callable[[FFN, Tensor, Tensor, Tensor], Tensor | None]
+
+
+class Rule(Protocol):
+    """What `sparse_neurons` needs; `thresholds.Thresholds` is one."""
+
+    values: tuple[float, ...]  # one entry per layer
+
+    def active(self, ffn: FFN, s: Tensor, h: Tensor) -> Tensor:
+        """True where a neuron stays, bool, the shape of `h`."""
+        ...
+
+
+@contextmanager
+def observe_neurons(model: nn.Module, callback: Callable[[FFN, Tensor, Tensor, Tensor], Any]) -> Iterator[list[FFN]]:
+    """Inside the block, every forward pass calls `callback(ffn, s, h, tokens)` once per FFN, first layer first.
+
+    `s` and `h`, (rows, d_ff), are the model's own numbers in its own dtype: read them, never write them. `tokens`,
+    (rows,) int64, tells which token each row belongs to: its position in the batch, flattened (batch * length,). A
+    dense FFN sees every token once and in order; a routed expert only those sent to it, and none sent, no call.
+    What the callback returns is ignored, so that no output bit changes. Inside a `sparse_neurons` block, `h` is seen
+    after the mask. Yields the FFNs. The hooks are gone when the block ends, also by an exception.
+
+    Raises `InputError` when no FFN is found, and when one without modules of its own runs in another way than when it
+    was found (so that nothing is passed over): run the model in evaluation mode.
+    """
+
+    def seen(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor) -> None:
+        callback(ffn, s, h, tokens)
+
+    with _visited(model, find_ffns(model), seen) as ffns:
+        yield ffns
+
+
+@contextmanager
+def sparse_neurons(model: nn.Module, thresholds: Rule) -> Iterator[list[FFN]]:
+    """Inside the block, the model runs with the neurons that `thresholds` calls inactive set to zero.
+
+    Each FFN is judged on the activations of this sparse run, which earlier masked layers have already altered.
+    Yields the FFNs. The hooks are gone when the block ends, also by an exception.
+
+    Raises `InputError` when `thresholds` was made for another number of layers, and when a model with routed experts
+    is run with gradients, which do not flow through its masks.
+    """
+
+    def masked(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor) -> Tensor:
+        return torch.where(thresholds.active(ffn, s, h), h, torch.zeros((), dtype=h.dtype, device=h.device))
+
+    ffns = find_ffns(model)
+    check_layers(thresholds, ffns)
+    with _visited(model, ffns, masked):
+        yield ffns
+
+
+def check_layers(thresholds: Rule, ffns: list[FFN]) -> None:
+    """Raises `InputError` when `thresholds` was made for another number of layers than `ffns` form."""
+    layers = layer_count(ffns)
+    if len(thresholds.values) != layers:
+        raise InputError(
+            f"The thresholds are for {len(thresholds.values)} layers and the model has {layers}: "
+            f"use thresholds solved on a model of this shape."
+        )
+
+
+@contextmanager
+def _visited(model: nn.Module, ffns: list[FFN], visit: Visit) -> Iterator[list[FFN]]:
+    """Call `visit(ffn, s, h, tokens)` just before each down projection; a tensor it returns takes the place of `h`."""
+    check_not_bypassed(model)
+    with ExitStack() as stack:
+        pending: dict[nn.Module, Tensor] = {}  # activation -> s, until its down projection
+        for ffn in ffns:
+            if ffn.activation is not None and ffn.down is not None:
+                _hook(stack, ffn, visit, pending)
+        for owner, owned in owners(ffns).items():
+            _follow(stack, model.get_submodule(owner), owned, visit)
+        yield ffns
+
+
+def _hook(stack: ExitStack, ffn: FFN, visit: Visit, pending: dict[nn.Module, Tensor]) -> None:
+    def keep_s(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        pending[module] = output
+
+    def visit_h(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        s, h = pending.pop(ffn.activation).flatten(0, -2), args[0].flatten(0, -2)
+        with Flow.paused():
+            replacement = visit(ffn, s, h, torch.arange(len(h), device=h.device))
+        return None if replacement is None else (replacement.view_as(args[0]), *args[1:])
+
+    stack.callback(ffn.activation.register_forward_hook(keep_s).remove)
+    stack.callback(ffn.down.register_forward_pre_hook(visit_h).remove)
+
+
+def _follow(stack: ExitStack, owner: nn.Module, ffns: list[FFN], visit: Visit) -> None:
+    """Let `owner` run under a flow that visits `ffns`."""
+    names = {id(parameter): name for name, parameter in [*owner.named_parameters(), *owner.named_buffers()]}
+    by_place = {(names[id(ffn.parameter)], ffn.matrix.offset): ffn for ffn in ffns}
+    forward = owner.forward
+    seen: set[int] = set()  # layers
+
+    def visited(down: Down) -> Tensor | None:
+        new = None
+        for matrix, rows in down.blocks:
+            ffn = by_place.get((matrix.parameter, matrix.offset))
+            if ffn is None:
+                continue
+            seen.add(ffn.layer)
+            if len(h := down.h[rows]) == 0:
+                continue
+            replacement = visit(ffn, down.s[rows], h, down.tokens[rows])
+            if replacement is not None:
+                if torch.is_grad_enabled() and ffn.parameter.requires_grad:
+                    raise InputError(
+                        f"No gradient flows through the masks of {ffn.name}: run sparse_neurons under torch.no_grad()."
+                    )
+                new = down.h.clone() if new is None else new
+                new[rows] = replacement
+        return new
+
+    def followed(*args: Any, **kwargs: Any) -> Any:
+        seen.clear()
+        with Flow(owner, visited):
+            output = forward(*args, **kwargs)
+        unseen = sorted({ffn.name for ffn in ffns if ffn.layer not in seen})
+        if unseen:
+            raise InputError(
+                f"{unseen[0]} ran in another way than when it was found, and its neurons were not seen: "
+                f"run the model in evaluation mode, with unchanged settings."
+            )
+        return output
+
+    stack.enter_context(forward_replaced(owner, followed))

@@ -1,0 +1,1 @@
+"""Model and text to numbers: thresholds, activation ratios, losses, patterns."""

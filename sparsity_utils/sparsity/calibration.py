@@ -1,0 +1,328 @@
+"""Solve the thresholds of CETT and the CETT of CETT-PPL-p% on calibration text (arXiv 2411.02335, section 3, App. E).
+
+The activations of a sample of the calibration windows are kept in memory; on them an error curve costs a matrix
+product a point and a trial of a CETT a short pass. The sample gives the shape of the search: where the solution lies
+and how thresholds move with the CETT. One dense pass over all windows then sets the level of each layer's curve, and
+a few sparse passes find the CETT: two or three where perplexity is smooth, up to seven where it is rough (ReLU 48x4).
+The memory of activations does not depend on how many calibration tokens there are.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sparsity_utils.console import InputError, progress
+from sparsity_utils.neurons.hooks import FFN, find_ffns, layer_count, observe_neurons, sparse_neurons
+from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.neurons.thresholds import Thresholds
+from sparsity_utils.sparsity.error_curve import NARROWEST, WIDTH_SHARE, ErrorCurve, relative_errors
+from sparsity_utils.sparsity.passes import Batch, Losses, checked, joined, mean_losses, ppl_ratio, run_backbone
+from sparsity_utils.sparsity.search import find_root_near
+
+# Perplexity is a rough function of CETT: on 8,192 tokens it wavers by about 1% of a 1% rise. Solving much closer than
+# that chases the roughness; solving to 1e-8 instead moved activation ratios by 0.1 to 0.2 percentage points.
+TOLERANCE = 5e-3  # of log(1 + p/100): at p = 1 the PPL ratio is solved to 5e-5
+SAMPLE_TOLERANCE = 0.05  # the same on the sample, whose solution is only a start
+THRESHOLD_SHARE = 0.1  # of TOLERANCE: how much closer the CETT of each layer is solved, as a share of the CETT
+FALL = 0.05  # of log(1 + p/100): a fall of perplexity with rising CETT worth a note
+NEAR, ALIGNMENTS = 1.3, 2  # levels hold for CETTs within this factor; otherwise they are measured once more
+FIRST_GUESS = 0.2  # CETT at p = 1; the rise of the loss is about quadratic in CETT
+SAMPLE_TOKENS = 2048  # kept with their activations, 8 bytes per token, neuron and layer in float32
+CACHE_BYTES = 2**29  # a large model keeps fewer
+ROUTED = 8  # experts that a token is assumed to reach at most, for that estimate
+
+
+class KeptTokens:
+    """Calibration windows with their activations in memory: exact error curves, short passes."""
+
+    def __init__(self, model: nn.Module, batches: list[Batch], tolerance: float, with_loss: bool, every: int) -> None:
+        """Runs one dense pass, keeping `every`-th token; with the language-model head only if `with_loss`."""
+        self.model, self.batches, self.tolerance = model, batches, tolerance
+        self.solved: dict[tuple[float, ...], Thresholds] = {}
+        self.dense, self.sparse = Losses(), {}  # of the windows; at each CETT tried
+        ffns = {(ffn.layer, ffn.expert): ffn for ffn in find_ffns(model)}
+        kept: dict[tuple[int, int], list[Tensor]] = {place: [] for place in ffns}  # (tokens of a batch, d_ff) each
+        for batch in batches:
+
+            def keep(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor, batch: Batch = batch) -> None:
+                kept[ffn.layer, ffn.expert].append(every_nth(h[batch.real(ffn, tokens)], every))
+
+            with observe_neurons(model, keep):
+                if with_loss:
+                    self.dense.add(model, batch)
+                else:
+                    run_backbone(model, batch)
+        layers: list[list[tuple[FFN, Tensor]]] = [[] for _ in range(layer_count(list(ffns.values())))]
+        for place, h in kept.items():
+            if h:  # an expert may have met no token
+                layers[place[0]].append((ffns[place], torch.cat(h)))
+        self.curves = [ErrorCurve(parts) for parts in layers]
+
+    def thresholds(self, cetts: Sequence[float]) -> Thresholds:
+        """The threshold of each layer at its CETT; asked again, the same ones."""
+        key = tuple(cetts)
+        if key not in self.solved:  # a curve that has gained points could find another crossing
+            tolerance = self.tolerance * THRESHOLD_SHARE
+            values = tuple(curve.threshold(cett, tolerance) for curve, cett in zip(self.curves, cetts, strict=True))
+            self.solved[key] = Thresholds("cett", values)
+        return self.solved[key]
+
+    def ppl_ratio(self, cett: float) -> float:
+        """exp(loss_sparse - loss_dense) of the kept windows: one sparse pass."""
+        with sparse_neurons(self.model, self.thresholds([cett] * len(self.curves))):
+            self.sparse[cett] = mean_losses(self.model, self.batches)
+        return ppl_ratio(self.sparse[cett], self.dense)
+
+
+def every_nth(h: Tensor, n: int) -> Tensor:
+    """Every n-th row of `h`: a copy, for a view would keep all of its memory; all rows are `h` itself."""
+    return h if n == 1 else h[::n].clone()
+
+
+class Calibration:
+    """A model and its calibration windows: a kept sample, and passes over all of them.
+
+    Where the sample is the whole, every threshold is exact. Otherwise the threshold of a layer at a CETT is that of
+    the sample's curve at CETT x level, where `align` has measured the level: the error of the sample over that of all
+    tokens, at the same threshold. Near the CETT it was measured at, the level hardly changes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: list[Batch],
+        tolerance: float,
+        with_loss: bool,
+        show_progress: bool = False,
+    ) -> None:
+        """Runs a dense pass over the sample."""
+        self.model, self.batches, self.tolerance, self.with_loss = model, batches, tolerance, with_loss
+        self.show_progress = show_progress
+        sample, every = _sample(model, batches, with_loss)
+        self.sample = KeptTokens(model, sample, tolerance, with_loss, every)
+        self.whole = sample is batches and every == 1
+        self.levels = [1.0] * len(self.sample.curves)
+        self.dense = self.sample.dense if self.whole else Losses()  # of all windows, once `align` has run
+        self.sparse: dict[float, Losses] = self.sample.sparse if self.whole else {}  # at each CETT tried
+
+    def align(self, cett: float) -> None:
+        """One dense pass: the level of each layer at `cett`, and the dense losses. Nothing to do for a whole sample."""
+        if self.whole:
+            return
+        self.levels, self.dense, self.sparse = [1.0] * len(self.levels), Losses(), {}
+        thresholds = self.thresholds(cett)
+        errors, counts = [0.0] * len(self.levels), [0] * len(self.levels)
+        for batch in self._read("dense pass"):
+
+            def add(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor, batch: Batch = batch) -> None:
+                real = batch.real(ffn, tokens)
+                s, h = s[real], h[real]
+                found, zero = relative_errors(ffn, h, thresholds.active(ffn, s, h))
+                errors[ffn.layer] += float(found.sum(dtype=torch.float64))
+                counts[ffn.layer] += len(h) - int(zero.sum())
+
+            with observe_neurons(self.model, add):
+                if self.with_loss:
+                    self.dense.add(self.model, batch)
+                else:
+                    run_backbone(self.model, batch)
+        for layer, curve in enumerate(self.sample.curves):
+            if errors[layer] > 0 and not curve.empty:
+                self.levels[layer] = curve.error(thresholds.values[layer]) / (errors[layer] / counts[layer])
+
+    def thresholds(self, cett: float) -> Thresholds:
+        """The threshold of each layer at a CETT shared by all; asked again, the same ones."""
+        inside = 0 < cett < 1
+        return self.sample.thresholds([min(cett * level, 1 - 1e-9) if inside else cett for level in self.levels])
+
+    def ppl_ratio(self, cett: float) -> float:
+        """exp(loss_sparse - loss_dense) on all windows: one sparse pass. `align` comes first."""
+        with sparse_neurons(self.model, self.thresholds(cett)):
+            self.sparse[cett] = mean_losses(self.model, self._read(f"sparse pass {len(self.sparse) + 1}"))
+        return ppl_ratio(self.sparse[cett], self.dense)
+
+    def losses(self, cett: float) -> Losses:
+        """The sparse losses of all windows at `cett`."""
+        if cett not in self.sparse:
+            self.ppl_ratio(cett)
+        return self.sparse[cett]
+
+    def activation_ratio(self, cett: float) -> float:
+        """The activation ratio of the sample at `cett`, mean over layers."""
+        values = self.thresholds(cett).values
+        shares = [curve.activation_ratio(eps) for curve, eps in zip(self.sample.curves, values, strict=True)]
+        return math.fsum(shares) / len(shares)
+
+    def _read(self, about: str) -> Iterator[Batch]:
+        return progress(self.batches, about, len(self.batches), self.show_progress)
+
+
+def _sample(model: nn.Module, batches: list[Batch], with_loss: bool) -> tuple[list[Batch], int]:
+    """Evenly spaced windows with about SAMPLE_TOKENS tokens, and of how many of their tokens memory allows to keep one.
+
+    Only windows that have something to measure. The batches themselves where they hold no more tokens than that.
+    """
+    tokens = sum(batch.windows * (batch.length or _patches(model, batch)) for batch in batches)
+    routed = {ffn.layer: ffn.d_ff * min(ffn.experts, ROUTED) for ffn in find_ffns(model)}
+    keepable = max(1, CACHE_BYTES // (8 * sum(routed.values())))
+    if tokens <= SAMPLE_TOKENS:
+        return batches, max(1, math.ceil(tokens / keepable))
+    windows = sum(batch.windows for batch in batches)
+    usable = [batch.usable(with_loss) for batch in batches]  # rows
+    places = sum(map(len, usable))
+    count = min(places, max(1, round(SAMPLE_TOKENS / tokens * windows)))
+    chosen = {(2 * place + 1) * places // (2 * count) for place in range(count)}
+    sample, start = [], 0
+    for batch, rows in zip(batches, usable, strict=True):
+        taken = [row for place, row in enumerate(rows, start) if place in chosen]
+        start += len(rows)
+        if taken:
+            sample.append(batch.rows(torch.tensor(taken)))
+    return joined(sample), max(1, math.ceil(tokens / windows * count / keepable))
+
+
+def _patches(model: nn.Module, batch: Batch) -> int:
+    """Tokens that a layer sees of one image of `batch`, which the image does not show: one short pass."""
+    seen: list[int] = []
+    with observe_neurons(model, lambda ffn, s, h, tokens: seen.append(int(tokens.max()) + 1)):
+        run_backbone(model, batch.rows(torch.tensor([0])))
+    return max(seen)
+
+
+@dataclass(frozen=True)
+class SolvedCett:
+    """The CETT at which the mean PPL ratio of one or several models is 1 + p/100."""
+
+    cett: float
+    ppl_ratios: tuple[float, ...]  # of each model at that CETT, on the calibration tokens
+    evaluations: int  # values of CETT tried on all tokens: each one sparse pass of each model
+    exponent: float  # of the rise of the loss as a power of the CETT, from half to one and a half times the solution
+    note: str  # empty, or what the reader should know about this solution
+
+
+def solve_stabilised_cett(
+    checkpoint_models: Iterable[nn.Module],
+    calibration: Iterable[Mapping[str, Tensor]],
+    p: float = 1.0,
+    *,
+    tolerance: float = TOLERANCE,
+) -> SolvedCett:
+    """The CETT at which the mean of the models' PPL ratios is 1 + p/100.
+
+    The stabilised protocol of arXiv 2411.02335, App. E, solves it on the last five checkpoints of a run. Then
+    `measure_sparsity(model, ..., metric="cett", cett=solved.cett)` applies it to every checkpoint. The models are held
+    in memory together, each with its kept sample.
+
+    Args:
+        checkpoint_models: loaded models of one shape.
+        calibration: batches as `measure_sparsity` takes them.
+        p: accepted rise of perplexity in percent, above 0 and at most 100.
+        tolerance: accepted error of the log of the mean PPL ratio, as a share of log(1 + p/100).
+
+    Raises `InputError` for p outside its range, no models, and unusable batches.
+    """
+    check_p(p)
+    calibration = list(calibration)
+    calibrations = []
+    for model in checkpoint_models:
+        with evaluating(model):
+            batches = list(checked(model, calibration, "calibration"))
+            calibrations.append(Calibration(model, batches, tolerance, with_loss=True))
+    if not calibrations:
+        raise InputError("No checkpoint models were given: a stabilised CETT needs at least one, usually five.")
+    return solve_cett(calibrations, p)
+
+
+def check_p(p: float) -> None:
+    """Raises `InputError` unless `p` is above 0 and at most 100 percent."""
+    if not 0 < p <= 100:
+        raise InputError(f"p is {p}; choose a rise of perplexity above 0 and at most 100 percent.")
+
+
+def solve_cett(calibrations: list[Calibration], p: float) -> SolvedCett:
+    """As `solve_stabilised_cett`, on calibrations already made: first on their samples, from there on all windows.
+
+    The sample is also asked at half and one and a half times its solution: that gives the slope there, and hints at
+    a perplexity that does not rise throughout.
+    """
+    guess, tolerance = FIRST_GUESS * math.sqrt(p), calibrations[0].tolerance
+    sample = Rise([calibration.sample for calibration in calibrations], p)
+    whole = all(calibration.whole for calibration in calibrations)
+    guess = min(guess, 0.9)
+    cett = sample.solve(guess, math.sqrt(sample.target) / guess, tolerance if whole else SAMPLE_TOLERANCE)
+    guess = cett or min(tried for tried in sample.tried if tried > 0)
+    low, high = guess / 2, min(1.5 * guess, 1.0)
+    slope = (sample.height(high) - sample.height(low)) / (high - low)
+    rise = sample
+    for _ in range(0 if whole else ALIGNMENTS):
+        for calibration in calibrations:
+            with evaluating(calibration.model):
+                calibration.align(guess)
+        rise = Rise(calibrations, p)
+        cett = rise.solve(guess, slope, tolerance)
+        if cett in (0, 1) or guess / NEAR <= cett <= guess * NEAR:
+            break
+        guess = cett  # the levels measured there do not hold here
+    for probe in (low, high) if not whole else ():
+        if probe in sample.falls(FALL):  # the roughness of a few tokens, or the truth? All of them know
+            rise.height(probe)
+    note = ""
+    if cett == 0:
+        note = f"every CETT tried raises perplexity by more than {p:g}%; CETT 0 was used"
+    elif cett == 1 and _log_mean(rise.tried[1.0]) < rise.target * (1 - tolerance):
+        note = f"no CETT in [0, 1] raises perplexity by {p:g}%; CETT 1 was used"
+    elif rise.falls(FALL):
+        note = "perplexity did not rise with CETT throughout; the solution found may be one of several"
+    return SolvedCett(cett, rise.tried[cett], len(rise.tried), sample.exponent(low, high), note)
+
+
+class Rise:
+    """The rise of the mean PPL ratio of several models with their CETT, as far as it has been tried.
+
+    The log of the mean PPL ratio is about quadratic in CETT, so its signed square root, almost straight and zero at
+    CETT 0, is what the root finder sees.
+    """
+
+    def __init__(self, measured: Sequence[KeptTokens | Calibration], p: float) -> None:
+        self.measured, self.target = measured, math.log1p(p / 100)
+        self.tried: dict[float, tuple[float, ...]] = {}  # CETT -> PPL ratio of each model
+
+    def height(self, cett: float) -> float:
+        """Signed square root of the rise at `cett`, minus that of the target."""
+        if cett not in self.tried:
+            ratios = []
+            for one in self.measured:
+                with evaluating(one.model):
+                    ratios.append(one.ppl_ratio(cett))
+            self.tried[cett] = tuple(ratios)
+        rise = _log_mean(self.tried[cett])
+        return math.copysign(math.sqrt(abs(rise)), rise) - math.sqrt(self.target)
+
+    def solve(self, guess: float, slope: float, tolerance: float) -> float:
+        """The CETT where the rise meets the target to the share `tolerance`; 1 where it never does.
+
+        `slope` is what is known of d height / d CETT at the `guess`.
+        """
+        enough = tolerance * math.sqrt(self.target) / 2  # d sqrt(y) = dy / (2 sqrt(y))
+        width = max(tolerance * WIDTH_SHARE, NARROWEST)
+        cett = find_root_near(self.height, (0.0, -math.sqrt(self.target)), guess, slope, 1.0, enough, width)
+        self.height(cett)  # CETT 0, where already the first step of perplexity is above the target, was not tried
+        return cett
+
+    def exponent(self, low: float, high: float) -> float:
+        """d log rise / d log CETT between two CETTs tried; 2 where perplexity does not rise."""
+        below, above = (_log_mean(self.tried[cett]) for cett in (low, high))
+        return math.log(above / below) / math.log(high / low) if 0 < below < above else 2.0
+
+    def falls(self, slack: float) -> list[float]:
+        """The CETTs tried at which the log of the mean ratio lies by `slack` of the target below the one before."""
+        rises = [(0.0, 0.0), *((cett, _log_mean(self.tried[cett])) for cett in sorted(self.tried))]
+        return [cett for (_, before), (cett, after) in pairwise(rises) if after < before - slack * self.target]
+
+
+def _log_mean(ratios: tuple[float, ...]) -> float:
+    return math.log(math.fsum(ratios) / len(ratios))

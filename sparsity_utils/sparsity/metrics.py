@@ -1,0 +1,261 @@
+"""Activation sparsity of a model by one of five metrics: straightforward ReLU, Top-k, FAT-eps, CETT, CETT-PPL-p%.
+
+Definitions: arXiv 2411.02335, section 3. Activation ratio and achieved CETT describe the activations of the dense run,
+to which the definitions apply; only the sparse loss comes from a run in which the inactive neurons are skipped.
+
+In a mixture of experts the neurons of a token are those of the experts it is routed to: a routed pair of token and
+expert counts as one FFN application, with the share of that expert's neurons, and its own relative error in CETT.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from torch import Tensor, nn
+
+from sparsity_utils.choices import METRICS
+from sparsity_utils.console import InputError, progress
+from sparsity_utils.neurons.hooks import find_ffns, layer_count
+from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.neurons.thresholds import Thresholds
+from sparsity_utils.sparsity.bootstrap import REPLICATES, DocumentBootstrap, interval, standard_error
+from sparsity_utils.sparsity.calibration import TOLERANCE, Calibration, SolvedCett, check_p, solve_cett
+from sparsity_utils.sparsity.evaluation import Evaluation
+from sparsity_utils.sparsity.passes import Losses, checked, ppl_ratio
+
+OTHER_DOCUMENTS = 1  # seed of the bootstrap of calibration documents that are not those of the evaluation
+TIMES = (0.1, 10.0)  # bounds of a replicate's rise over the rise: few documents may even gain from the mask
+CETT_STEPS = 9  # between these, at which the activation ratio is looked up
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class SparsityReport:
+    """What `measure_sparsity` found. Every number is of the evaluation tokens; losses are in nats per token.
+
+    Intervals are 90% and, like the standard error, from a bootstrap over documents; NaN where there is only one. For
+    "cett-ppl" they include that another choice of calibration documents, if there are several, would have solved
+    another CETT.
+    """
+
+    metric: str
+    activation_ratio: float  # mean over layers of the share of active neurons per token
+    standard_error: float  # of the activation ratio
+    interval: tuple[float, float]  # of the activation ratio
+    ratio_of_all_neurons: float  # the same counting all experts of a mixture; equal in a dense model
+    cett: float  # achieved: mean over layers of the token mean of ||sum_{i in D} n_i|| / ||FFN(x)||
+    target_cett: float | None  # the CETT the thresholds were solved for; None for metrics without one
+    nonzero_share: float  # share of neurons with s_i != 0: the straightforward ReLU activation ratio, for comparison
+    ppl_ratio: float  # exp(loss_sparse - loss_dense); NaN, as the losses, for a model that was given nothing to predict
+    ppl_ratio_interval: tuple[float, float]
+    loss_dense: float
+    loss_sparse: float
+    tokens: int  # over which activations were counted
+    documents: int
+    skipped_tokens: int  # token-layer pairs with a zero FFN output, left out of CETT
+    thresholds: Thresholds
+    layers: pd.DataFrame  # one row per layer: see `_layer_table`
+    per_token: pd.DataFrame | None  # on request: document, position, token_id, and each layer's activation ratio
+    dense: Losses  # of each evaluation window; the next measurement on the same batches can be given it
+    calibrated_on: str  # "calibration", "evaluation" (the same tokens), or "none": nothing was solved
+    note: str = ""  # empty, or a sentence on how the solution should be read
+
+    @property
+    def sparsity(self) -> float:
+        """Share of neurons in D."""
+        return 1 - self.activation_ratio
+
+
+def measure_sparsity(
+    model: nn.Module,
+    batches: Batches,
+    metric: str = "cett-ppl",
+    p: float = 1.0,
+    calibration: Batches | None = None,
+    *,
+    k: int | None = None,
+    eps: float | None = None,
+    cett: float | None = None,
+    per_token: bool = False,
+    dense: Losses | None = None,
+    tolerance: float = TOLERANCE,
+    show_progress: bool = False,
+) -> SparsityReport:
+    """Activation ratio, achieved CETT and perplexity of `model` on `batches`.
+
+    Args:
+        model: a transformers model with FFNs that `find_ffns` finds. It is run in evaluation mode, in its own dtype
+            (norms are taken in float32), and left as it was.
+        batches: evaluation batches, dicts as the model takes them: see `passes.checked`. Each is read once, so a
+            generator will do, and only the losses of each window stay in memory. Padding does not count.
+        metric: "relu", "top-k" (needs `k`), "fat" (needs `eps`), "cett" (needs `cett`) or "cett-ppl" (uses `p`).
+        p: "cett-ppl": accepted rise of perplexity in percent, above 0 and at most 100.
+        calibration: batches on which thresholds and the PPL target are solved, disjoint from `batches`; their token
+            ids are held in memory. None: solved on `batches` themselves, which the report says.
+        k: neurons kept per token, 1 to d_ff.
+        eps: threshold on |s_i|, not negative.
+        cett: 0 to 1.
+        per_token: also report every token; that table grows with the text.
+        dense: `SparsityReport.dense` of an earlier report on the same batches: saves computing the dense loss again.
+        tolerance: accepted error of log(PPL ratio) as a share of log(1 + p/100). The CETT of each layer is solved ten
+            times closer on up to 2,048 calibration tokens; on more, by a sample of them, to about 1%.
+        show_progress: show a bar for each pass over the batches (never in CI).
+
+    Raises `InputError` for an argument or a batch that cannot be used, and for activations or logits that are NaN.
+    """
+    ffns = find_ffns(model)
+    _check_arguments(metric, p, k, eps, cett, tolerance, min(ffn.d_ff for ffn in ffns))
+    if not metric.startswith("cett"):
+        thresholds = Thresholds(metric, ({"relu": 0.0, "top-k": k, "fat": eps}[metric],) * layer_count(ffns))
+        return _report(model, batches, _Solution(thresholds, metric), per_token, dense, show_progress)
+    own = calibration is None
+    if own:
+        batches = calibration = list(batches)
+    role = "evaluation" if own else "calibration"
+    with evaluating(model):
+        kept = list(checked(model, calibration, role))
+        solver = Calibration(model, kept, tolerance, metric == "cett-ppl", show_progress=show_progress)
+        if metric == "cett":
+            solver.align(cett)
+            solution = _Solution(solver.thresholds(cett), metric, cett, role)
+        else:
+            solved = solve_cett([solver], p)
+            thresholds, shift = solver.thresholds(solved.cett), _shift(solver, solved, own)
+            solution = _Solution(thresholds, metric, solved.cett, role, solved.note, shift)
+            if own:
+                solution.known = (solver.dense, solver.losses(solved.cett))
+        del solver  # its activations are not needed any more
+    return _report(model, batches, solution, per_token, dense, show_progress)
+
+
+def apply_thresholds(
+    model: nn.Module,
+    batches: Batches,
+    thresholds: Thresholds,
+    *,
+    per_token: bool = False,
+    dense: Losses | None = None,
+    show_progress: bool = False,
+) -> SparsityReport:
+    """The report on `batches` under `thresholds` solved elsewhere, such as `report.thresholds` of other text.
+
+    Arguments and errors as for `measure_sparsity`; the report's metric is the rule of the thresholds.
+    """
+    return _report(model, batches, _Solution(thresholds, thresholds.rule), per_token, dense, show_progress)
+
+
+@dataclass
+class _Solution:
+    """Thresholds, and how they came about."""
+
+    thresholds: Thresholds
+    metric: str
+    cett: float | None = None
+    calibrated_on: str = "none"
+    note: str = ""
+    shift: np.ndarray | float = 0.0  # of the activation ratio, had each replicate's documents solved the CETT
+    known: tuple[Losses | None, Losses | None] = (None, None)  # dense and sparse losses of the evaluation batches
+
+
+def _shift(solver: Calibration, solved: SolvedCett, own: bool) -> np.ndarray:
+    """By how much the activation ratio would differ had other calibration documents solved the CETT, (REPLICATES,).
+
+    With the rise of the loss a power of the CETT, documents that rise x times as much allow x^(-1/power) of the CETT;
+    the ratio there is read off the kept sample.
+    """
+    bootstrap = DocumentBootstrap(3, seed=0 if own else OTHER_DOCUMENTS)
+    cett, dense, sparse = solved.cett, solver.dense, solver.losses(solved.cett)
+    for batch, *columns in zip(solver.batches, dense.sums, sparse.sums, dense.counts, strict=True):
+        for document, values in zip(batch.documents.tolist(), np.stack(columns, axis=1), strict=True):
+            bootstrap.add(document, values)
+    rise = sparse.value - dense.value
+    if not 0 < cett < 1 or rise <= 0:
+        return np.zeros(REPLICATES)
+    sums = bootstrap.replicates.T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        times = np.clip((sums[1] - sums[0]) / sums[2] / rise, *TIMES)
+    steps = np.linspace(*np.log(TIMES), CETT_STEPS)
+    ratios = [solver.activation_ratio(min(1.0, cett * math.exp(-step / solved.exponent))) for step in steps]
+    return np.interp(np.log(times), steps, ratios) - solver.activation_ratio(cett)
+
+
+def _report(
+    model: nn.Module,
+    batches: Batches,
+    solution: _Solution,
+    per_token: bool,
+    dense: Losses | None,
+    show_progress: bool,
+) -> SparsityReport:
+    with evaluating(model):
+        found = Evaluation(model, solution.thresholds, per_token)
+        total = len(batches) if isinstance(batches, Sized) else None
+        read = progress(checked(model, batches, "evaluation"), "evaluation", total, show_progress)
+        found.run(read, solution.known if dense is None else (dense, solution.known[1]))
+    ratios, ppl_ratios = found.replicates()
+    ratios, documents = np.clip(ratios + solution.shift, 0, 1), found.bootstrap.documents
+    return SparsityReport(
+        metric=solution.metric,
+        activation_ratio=found.mean("activation_ratio"),
+        standard_error=standard_error(ratios, documents),
+        interval=interval(ratios, documents),
+        ratio_of_all_neurons=found.mean("ratio_of_all_neurons"),
+        cett=found.mean("cett"),
+        target_cett=solution.cett,
+        nonzero_share=found.mean("nonzero_share"),
+        ppl_ratio=ppl_ratio(found.sparse, found.dense),
+        ppl_ratio_interval=interval(ppl_ratios, documents),
+        loss_dense=found.dense.value,
+        loss_sparse=found.sparse.value,
+        tokens=found.layers[-1].tokens,
+        documents=documents,
+        skipped_tokens=sum(tally.skipped for tally in found.layers),
+        thresholds=solution.thresholds,
+        layers=_layer_table(solution.thresholds, found),
+        per_token=pd.concat(found.tables, ignore_index=True) if per_token else None,
+        dense=found.dense,
+        calibrated_on=solution.calibrated_on,
+        note=solution.note,
+    )
+
+
+def _layer_table(thresholds: Thresholds, found: Evaluation) -> pd.DataFrame:
+    """One row per layer: where it is, its threshold, and what `LayerTally` counted there."""
+    tallies = found.layers
+    return pd.DataFrame(
+        {
+            "layer": range(len(tallies)),
+            "name": [tally.ffn.name for tally in tallies],
+            "experts": [tally.ffn.experts for tally in tallies],
+            "threshold": thresholds.values,
+            "activation_ratio": [tally.activation_ratio for tally in tallies],
+            "ratio_of_all_neurons": [tally.ratio_of_all_neurons for tally in tallies],
+            "nonzero_share": [tally.nonzero_share for tally in tallies],
+            "cett": [tally.cett for tally in tallies],
+            "skipped_tokens": [tally.skipped for tally in tallies],
+        }
+    )
+
+
+def _check_arguments(
+    metric: str, p: float, k: int | None, eps: float | None, cett: float | None, tolerance: float, d_ff: int
+) -> None:
+    if metric not in METRICS:
+        raise InputError(f"The metric is {metric!r}; choose one of {', '.join(METRICS)}.")
+    if metric == "cett-ppl":
+        check_p(p)
+    for needed, name, value in (("top-k", "k", k), ("fat", "eps", eps), ("cett", "cett", cett)):
+        if metric == needed and value is None:
+            raise InputError(f"Metric {metric!r} needs {name}: give {name}=..., on the command line --{name}.")
+        if metric != needed and value is not None:
+            raise InputError(f"{name} was given, and metric {metric!r} does not use it: leave {name} out.")
+    if k is not None and not (1 <= k <= d_ff and int(k) == k):
+        raise InputError(f"k is {k}; choose a whole number from 1 to d_ff = {d_ff}.")
+    if eps is not None and not 0 <= eps < math.inf:
+        raise InputError(f"eps is {eps}; it must be a number, zero or positive.")
+    if cett is not None and not 0 <= cett <= 1:
+        raise InputError(f"cett is {cett}; choose 0 to 1.")
+    if not 0 < tolerance < 1:
+        raise InputError(f"tolerance is {tolerance}; choose a share between 0 and 1.")

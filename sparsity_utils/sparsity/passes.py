@@ -1,0 +1,335 @@
+"""Forward passes over batches: checked inputs, token-mean losses, a model that is left as it was."""
+
+import inspect
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from sparsity_utils.console import InputError
+from sparsity_utils.neurons.hooks import FFN, widened
+
+IGNORED = -100  # the label that counts for nothing, as in transformers
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One checked batch on the model's device. A window is one row of it."""
+
+    inputs: dict[str, Tensor]  # what the model is called with; first dimension: windows
+    targets: Tensor | None  # what each position predicts, or IGNORED, (windows, length); None: nothing to predict
+    documents: Tensor  # number of the document each window comes from, (windows,) int64, on the CPU
+    mask: Tensor | None  # True at real tokens, (windows, length); of the encoder in an encoder-decoder
+    decoder_mask: Tensor | None = None  # the same of the decoder
+
+    @property
+    def windows(self) -> int:
+        """Number of rows."""
+        return len(self.documents)
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of the longer text of a window, padding included; None of an image."""
+        lengths = [self.inputs[name].shape[1] for name in ("input_ids", "decoder_input_ids") if name in self.inputs]
+        return max(lengths, default=None)
+
+    def usable(self, with_loss: bool) -> list[int]:
+        """The windows that have a real token and, `with_loss`, one to predict."""
+        usable = torch.ones(self.windows, dtype=torch.bool) if self.mask is None else self.mask.any(1).cpu()
+        if with_loss and self.targets is not None:
+            usable &= (self.targets != IGNORED).reshape(self.windows, -1).any(1).cpu()
+        return usable.nonzero().flatten().tolist()
+
+    def real(self, ffn: FFN, tokens: Tensor) -> Tensor | slice:
+        """Which rows of what `ffn` was seen to compute, of the given `tokens` (rows,), are of real tokens."""
+        mask = self._mask(ffn)
+        return slice(None) if mask is None else mask.flatten()[tokens]
+
+    def real_tokens(self, ffn: FFN, tokens: Tensor) -> int:
+        """Number of real tokens that reach the layer of `ffn`, which shows these `tokens` or, routed, some of them."""
+        mask = self._mask(ffn)
+        return self.windows * self._length(ffn, tokens) if mask is None else int(mask.sum())
+
+    def window(self, ffn: FFN, tokens: Tensor) -> Tensor:
+        """The window of each token, (rows,)."""
+        return tokens // self._length(ffn, tokens)
+
+    def rows(self, chosen: Tensor) -> "Batch":
+        """The batch of the chosen windows alone. `chosen`: indices, (windows kept,)."""
+        on_device = chosen.to(next(iter(self.inputs.values())).device)
+        parts = {
+            name: None if (value := getattr(self, name)) is None else value[on_device]
+            for name in ("targets", "mask", "decoder_mask")
+        }
+        inputs = {name: value[on_device] for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, documents=self.documents[chosen], **parts)
+
+    def _mask(self, ffn: FFN) -> Tensor | None:
+        return self.mask if self.decoder_mask is None or ffn.in_encoder else self.decoder_mask
+
+    def _length(self, ffn: FFN, tokens: Tensor) -> int:
+        mask = self._mask(ffn)
+        if mask is not None:
+            return mask.shape[1]
+        if "input_ids" in self.inputs:
+            return self.inputs["input_ids"].shape[1]
+        return (int(tokens.max()) + 1) // self.windows  # the patches of an image, which no input shows
+
+
+def joined(batches: list[Batch]) -> list[Batch]:
+    """Neighbouring batches of one shape as one: small batches waste most of their time."""
+    result: list[Batch] = []
+    for batch in batches:
+        if result and _shapes(result[-1]) == _shapes(batch):
+            one, names = result[-1], ("targets", "mask", "decoder_mask", "documents")
+            parts = {name: [getattr(side, name) for side in (one, batch)] for name in names}
+            inputs = {name: torch.cat([one.inputs[name], batch.inputs[name]]) for name in batch.inputs}
+            whole = {name: None if pair[0] is None else torch.cat(pair) for name, pair in parts.items()}
+            result[-1] = Batch(inputs=inputs, **whole)
+        else:
+            result.append(batch)
+    return result
+
+
+def _shapes(batch: Batch) -> dict[str, tuple | None]:
+    """What has to agree for two batches to be one: all shapes but the number of windows."""
+    parts = {**batch.inputs, "targets": batch.targets, "mask": batch.mask, "decoder_mask": batch.decoder_mask}
+    return {name: None if value is None else tuple(value.shape[1:]) for name, value in parts.items()}
+
+
+def checked(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], role: str) -> Iterator[Batch]:
+    """Each of `batches` checked and moved to the model's device, one at a time.
+
+    A batch is what the transformers model takes, one row per window, plus
+
+    - labels: for a model that generates text, the tokens themselves with IGNORED where nothing is predicted (without
+      labels, every real token that follows a real token is predicted); for an encoder-decoder the decoder's text; for
+      any other model the label of each position or of the whole row, and optional: without, there is no loss;
+    - documents (windows,): numbers that rows of one document share. Default: every row is a document of its own.
+
+    What a tokenizer adds and a text model does not take, such as token_type_ids for most decoders, is left out.
+
+    Raises `InputError`, naming the `role` of the batches, for empty batches, texts shorter than two tokens or longer
+    than the model's context, shapes that differ, token ids outside the vocabulary, and batches without any token to
+    predict.
+    """
+    main, fresh, predicted, seen = getattr(model, "main_input_name", "input_ids"), count(), 0, 0
+    for index, batch in enumerate(batches):
+        where = f"{role} batch {index}"
+        if not isinstance(batch, Mapping):
+            raise InputError(
+                f"{where} is of type {type(batch).__name__}: give a list, or a generator, of dicts of tensors."
+            )
+        parts = _text_parts(model, batch, where) if main == "input_ids" else _other_parts(batch, main, where)
+        windows = len(_tensor(batch, main, where))
+        documents = batch.get("documents")
+        if documents is None:
+            documents = torch.tensor([next(fresh) for _ in range(windows)])
+        elif _unusable(documents, windows):
+            raise InputError(f"{where} has unusable documents: give one whole number, zero or larger, for each row.")
+        device = model.device
+        moved = {name: None if value is None else value.to(device) for name, value in parts.items() if name != "inputs"}
+        inputs = {name: value.to(device) for name, value in parts["inputs"].items()}
+        seen += 1
+        predicted += 0 if parts["targets"] is None else int((parts["targets"] != IGNORED).sum())
+        yield Batch(inputs=inputs, documents=documents.cpu(), **moved)
+    if predicted == 0 and (seen == 0 or parts["targets"] is not None):
+        raise InputError(f"The {role} batches hold no token to predict: give at least one text of two tokens.")
+
+
+def _unusable(documents: object, windows: int) -> bool:
+    is_whole = isinstance(documents, Tensor) and not documents.is_floating_point()
+    return not is_whole or documents.shape != (windows,) or int(documents.min()) < 0
+
+
+def _text_parts(model: nn.Module, batch: Mapping[str, Tensor], where: str) -> dict:
+    ids = _tensor(batch, "input_ids", where)
+    _check_ids(model, ids, where)
+    mask = _tensor(batch, "attention_mask", where, ids)
+    inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+    inputs |= _other_inputs(model, batch, where)
+    real = None if mask is None else mask.bool()
+    if model.config.is_encoder_decoder:
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or len(labels) != len(ids):
+            raise InputError(f"{where} has no labels (rows, length): an encoder-decoder needs its second text.")
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        parts = {"targets": labels, "mask": real, "decoder_mask": labels != IGNORED}
+    elif predicts_next_token(model):
+        parts = {"targets": _next_tokens(ids, real, _tensor(batch, "labels", where, ids)), "mask": real}
+    else:
+        parts = {"targets": _classes(batch, len(ids), where), "mask": real}
+    targets, vocabulary = parts["targets"], model.get_input_embeddings().num_embeddings
+    if targets is not None:
+        parts["targets"] = targets = targets.long()
+        if bool(((targets != IGNORED) & ((targets < 0) | (targets >= vocabulary))).any()):
+            raise InputError(
+                f"{where} has labels outside the model's vocabulary of {vocabulary}: "
+                f"give token ids, and {IGNORED} where nothing is predicted."
+            )
+    return {"inputs": inputs, **parts}
+
+
+def _other_inputs(model: nn.Module, batch: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """What else in a batch of text the model takes: token_type_ids, position_ids, pixel_values."""
+    taken = inspect.signature(model.base_model.forward).parameters.keys() - {"input_ids", "attention_mask"}
+    found = {name: batch[name] for name in batch if name in taken and batch[name] is not None}
+    if "inputs_embeds" in found:
+        raise InputError(f"{where} has inputs_embeds beside input_ids: leave them out.")
+    for name, value in found.items():
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != len(batch["input_ids"]):
+            raise InputError(f"{where} has {name} without one row for each of input_ids: make them agree.")
+    return found
+
+
+def _other_parts(batch: Mapping[str, Tensor], main: str, where: str) -> dict:
+    """Images and the like: whatever the model takes, every position real."""
+    values = _tensor(batch, main, where)
+    if values.numel() == 0:
+        raise InputError(f"{where} has an empty {main}; give at least one row.")
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "documents")}
+    return {"inputs": inputs, "targets": _classes(batch, len(values), where), "mask": None}
+
+
+def _classes(batch: Mapping[str, Tensor], windows: int, where: str) -> Tensor | None:
+    """Labels of whole rows, (windows,), or of their positions, (windows, length); int64, or None."""
+    labels = batch.get("labels")
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape[:1] != (windows,):
+        raise InputError(f"{where} has unusable labels: give a tensor of whole numbers with {windows} rows.")
+    return labels.long()
+
+
+def _check_ids(model: nn.Module, ids: Tensor, where: str) -> None:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if ids.dim() != 2 or ids.numel() == 0 or ids.shape[1] < 2:
+        raise InputError(f"{where} has input_ids of shape {tuple(ids.shape)}; give at least one row of two tokens.")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and 0 < context < ids.shape[1]:
+        raise InputError(
+            f"{where} has windows of {ids.shape[1]} tokens and the model's context is {context}: cut them."
+        )
+    if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise InputError(
+            f"{where} has token ids outside the model's vocabulary of {vocabulary}: "
+            f"use the tokenizer that belongs to the model."
+        )
+
+
+def _next_tokens(ids: Tensor, real: Tensor | None, labels: Tensor | None) -> Tensor:
+    """Labels moved to the position that predicts them; the last position predicts nothing. (windows, length)."""
+    targets = torch.full_like(ids, IGNORED)
+    if labels is not None:
+        targets[:, :-1] = labels[:, 1:]
+    elif real is not None:
+        targets[:, :-1] = ids[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)
+    else:
+        targets[:, :-1] = ids[:, 1:]
+    return targets
+
+
+def _tensor(batch: Mapping[str, Tensor], key: str, where: str, like: Tensor | None = None) -> Tensor | None:
+    value = batch.get(key)
+    if value is None and like is not None:
+        return None
+    if not isinstance(value, Tensor):
+        raise InputError(f"{where} has no tensor {key}: a batch is a dict with {key} as the model takes it.")
+    if like is not None and value.shape != like.shape:
+        raise InputError(
+            f"{where} has {key} of shape {tuple(value.shape)} and input_ids of shape {tuple(like.shape)}: "
+            f"make them agree."
+        )
+    return value
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether position t of the logits predicts token t + 1, as in every decoder that generates text."""
+    return model.can_generate() and not model.config.is_encoder_decoder
+
+
+class Losses:
+    """Cross-entropy in nats, summed over the predicted tokens of each window: in the order they were added."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []  # one (windows,) float64 per batch
+        self.counts: list[Tensor] = []  # one (windows,) int64 per batch: predicted tokens
+
+    def add(self, model: nn.Module, batch: Batch) -> None:
+        """Run `model` on `batch`. Raises `InputError` when a loss is not a finite number or nothing is predicted."""
+        logits = getattr(forward(model, batch), "logits", None)
+        if logits is None or batch.targets is None:
+            raise InputError(
+                f"{type(model).__name__} was given nothing to predict, so its perplexity is unknown: load it with its "
+                f"prediction head, and give labels in the batches unless it predicts the next token."
+            )
+        if logits.shape[:-1] != batch.targets.shape or int(batch.targets.max()) >= logits.shape[-1]:
+            raise InputError(
+                f"Labels of shape {tuple(batch.targets.shape)} up to {int(batch.targets.max())} do not fit logits of "
+                f"{type(model).__name__}, {tuple(logits.shape)}: give one class below {logits.shape[-1]} for each."
+            )
+        sums = []
+        for scores, target in zip(logits, batch.targets, strict=True):  # a window at a time: float32 logits are large
+            losses = nn.functional.cross_entropy(
+                widened(scores.view(-1, scores.shape[-1])), target.view(-1), ignore_index=IGNORED, reduction="none"
+            )  # (length,), zero where ignored
+            sums.append(losses.sum(dtype=torch.float64))
+        self.sums.append(torch.stack(sums).cpu())
+        self.counts.append(_predicted(batch))
+        if not bool(self.sums[-1].isfinite().all()):
+            raise InputError("The model's logits give a loss that is NaN or infinite: check its weights.")
+
+    def copy(self, other: "Losses | None", place: int, batch: Batch) -> None:
+        """Take over what `other` holds of its batch number `place`, which is `batch`; None: nothing is predicted.
+
+        Raises `InputError` when that batch of `other` did not have as many tokens to predict in each window.
+        """
+        counts = _predicted(batch)
+        if other is not None and not (place < len(other.counts) and torch.equal(other.counts[place], counts)):
+            raise InputError(
+                "The dense losses given are of other batches: give the `dense` of a report on these very ones."
+            )
+        self.sums.append(torch.zeros(batch.windows, dtype=torch.float64) if other is None else other.sums[place])
+        self.counts.append(counts)
+
+    @property
+    def value(self) -> float:
+        """Nats per predicted token; NaN where there is none."""
+        count = sum(int(part.sum()) for part in self.counts)
+        return math.fsum(float(part.sum()) for part in self.sums) / count if count else math.nan
+
+
+def ppl_ratio(sparse: Losses, dense: Losses) -> float:
+    """exp(loss_sparse - loss_dense), infinite where that is beyond floating point; NaN where nothing is predicted."""
+    rise = sparse.value - dense.value
+    return math.inf if rise > math.log(sys.float_info.max) else math.exp(rise)
+
+
+def _predicted(batch: Batch) -> Tensor:
+    """Tokens to predict of each window, (windows,) int64, on the CPU."""
+    if batch.targets is None:
+        return torch.zeros(batch.windows, dtype=torch.int64)
+    return (batch.targets != IGNORED).reshape(batch.windows, -1).sum(1).cpu()
+
+
+def mean_losses(model: nn.Module, batches: Iterable[Batch]) -> Losses:
+    """The losses of `model` on `batches`."""
+    losses = Losses()
+    for batch in batches:
+        losses.add(model, batch)
+    return losses
+
+
+def forward(model: nn.Module, batch: Batch) -> object:
+    """The model's output on `batch`, without a cache of keys and values."""
+    no_cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return model(**batch.inputs, **no_cache)
+
+
+def run_backbone(model: nn.Module, batch: Batch) -> None:
+    """Run all layers but not the language-model head, for hooks to see the activations."""
+    forward(model.base_model, batch)

@@ -1,0 +1,104 @@
+"""Which table answers which question, and which runs it needs."""
+
+from itertools import product
+from typing import NamedTuple
+
+from sparsity_utils.models.config import ModelConfig, TrainConfig
+from sparsity_utils.models.decoder import solve_shape
+from sparsity_utils.study.profiles import Profile, Size
+
+SCHEMA = 1  # of the tables; raise it when a column changes its meaning
+IDENTITY = ("run", "activation", "d_model", "n_layers", "seed")
+# Speeds are of this machine, not of a run; the question whose runs or shapes they are measured with.
+SPEEDS = {"sparse_ffn": "relu_vs_silu", "sparse_decoding": "relu_vs_silu", "depth_cost": "width_depth_ratio"}
+
+
+class Question(NamedTuple):
+    """What answers a question: a table, and what is measured on each of its runs."""
+
+    file: str
+    measurement: str | None  # a key of jobs.MEASUREMENTS; None: validation losses alone, or one of SPEEDS
+    about: tuple[str, ...] | None = None  # columns of `Run.checkpoints` beside each measured row; None: all of them
+
+
+# Several questions read the same runs; large tables say no more of a checkpoint than they need.
+QUESTIONS = {
+    "metrics": Question("metrics.csv", "metrics"),
+    "relu_vs_silu": Question("relu_vs_silu.csv", "curve"),
+    "other_activations": Question("other_activations.csv", "curve"),
+    "width_depth_ratio": Question("width_depth_ratio.csv", "curve"),
+    "scale_insensitivity": Question("relu_vs_silu.csv", "curve"),
+    "second_line": Question("second_line.csv", "curve"),
+    "one_dimension": Question("one_dimension.csv", "curve"),
+    "data_limited": Question("data_limited.csv", "curve"),
+    "activation_patterns": Question("patterns_neurons.csv", "neurons", IDENTITY),
+    "token_patterns": Question("patterns_vocabulary.csv", "vocabulary", IDENTITY),
+    "dead_neurons": Question("dead_neurons.csv", "dead", (*IDENTITY, "step", "tokens", "fit")),
+    "transfer": Question("transfer.csv", "transfer", IDENTITY),
+    "tuning": Question("tuning.csv", None),
+    "sparse_ffn": Question("sparse_ffn.csv", None),
+    "sparse_decoding": Question("sparse_decoding.csv", None),
+    "depth_cost": Question("depth_cost.csv", None),
+}
+COVERING = (  # questions that together need every run of a profile
+    *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
+    "tuning",
+)
+PRIMARY = ("relu_vs_silu", "second_line", "width_depth_ratio")  # what primary claims rest on
+# What `python -m sparsity_utils refit` makes of the published curves: recorded once, read by every study.
+PUBLISHED = ("published_refit", "published_forms", "published_forecasts", "published_stability")
+
+Settings = tuple[ModelConfig, TrainConfig]
+
+
+def planned(profile: Profile, question: str) -> list[Settings]:
+    """What the runs of a question are trained with; none where the profile leaves the question out."""
+    study = profile.study
+    if question in SPEEDS:
+        return []
+    if question == "width_depth_ratio":
+        return _unique(
+            (profile.model_config(*shape, "relu"), profile.train_config(study.ratio_tokens, seed))
+            for shape, seed in product(ratio_shapes(profile), study.ratio_seeds)
+        )
+    if question == "tuning":
+        return _tuning(profile)
+    if question == "one_dimension":
+        return _line(profile, study.one_dimension, ("relu",))
+    if question == "other_activations":
+        return _line(profile, study.other_sizes, study.other_activations)
+    lines = {"second_line": study.second_sizes, "data_limited": study.data_limited}
+    activations = ("relu",) if question == "dead_neurons" else study.activations
+    return _line(profile, lines.get(question, study.sizes), activations)
+
+
+def ratio_shapes(profile: Profile) -> list[tuple[int, int]]:
+    """(d_model, n_layers) of the width-depth line."""
+    study, ffn_ratio = profile.study, profile.model.get("ffn_ratio", ModelConfig.ffn_ratio)
+    shapes = [solve_shape(study.ratio_parameters, ratio, ffn_ratio) for ratio in study.ratios]
+    return [(shape.d_model, shape.n_layers) for shape in shapes]
+
+
+def _line(profile: Profile, sizes: tuple[Size, ...], activations: tuple[str, ...]) -> list[Settings]:
+    return _unique(
+        (profile.size_config(size, activation), profile.train_config(size.tokens, seed))
+        for size, activation in product(sizes, activations)
+        for seed in size.seeds
+    )
+
+
+def _tuning(profile: Profile) -> list[Settings]:
+    study = profile.study
+    tried = product(study.tuning_sizes, study.tuning_rates, study.tuning_batches, study.activations)
+    return _unique(
+        (
+            profile.size_config(size, activation),
+            profile.train_config(size.tokens, seed, learning_rate=rate, batch_tokens=batch),
+        )
+        for size, rate, batch, activation in tried
+        for seed in size.seeds
+    )
+
+
+def _unique(settings) -> list[Settings]:
+    return list(dict.fromkeys(settings))  # two ratios may lead to one shape

@@ -1,0 +1,264 @@
+"""Profiles: every number that decides what a study does, read from one YAML file and checked.
+
+A profile is a file `notebooks/profiles/<name>.yaml` with one section per dataclass below. An unknown key,
+a wrong type or an impossible value is an `InputError` that names the file and the key.
+"""
+
+import dataclasses
+import itertools
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kernels.shapes import SHAPES
+from sparsity_utils import paths
+from sparsity_utils.console import InputError, check
+from sparsity_utils.models.config import ACTIVATIONS, ModelConfig, TrainConfig
+from sparsity_utils.text.config import CorpusConfig
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How activation sparsity is measured on a checkpoint."""
+
+    p: float = 1.0  # CETT-PPL-p%: the accepted rise of perplexity, in percent
+    protocol: str = "stabilised"  # or "per-checkpoint"
+    calibration_tokens: int = 16384  # thresholds and target are solved on these
+    evaluation_tokens: int = 49152  # and reported on these, disjoint from them
+    domain_calibration_tokens: int | None = None  # of each kind of text (notebook 05); None: half of calibration_tokens
+
+    def __post_init__(self) -> None:
+        check(0 < self.p <= 100, f"measure.p is {self.p}; choose a rise of perplexity between 0 and 100 percent.")
+        check(
+            self.protocol in ("stabilised", "per-checkpoint"),
+            f"measure.protocol is {self.protocol!r}; choose stabilised or per-checkpoint.",
+        )
+        check(
+            self.calibration_tokens > 0 < self.evaluation_tokens,
+            "measure.calibration_tokens and evaluation_tokens must be positive.",
+        )
+        domain = self.domain_calibration_tokens
+        check(domain is None or domain > 0, f"measure.domain_calibration_tokens is {domain}; it must be positive.")
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """How fast FFNs and decoding are measured: notebook 06."""
+
+    shapes: tuple[str, ...] = tuple(SHAPES)  # of single FFNs, as kernels.shapes names them
+    rounds: int = 15  # of each way of computing an FFN; medians are quoted
+    megabytes: int | None = None  # of weights that calls alternate between; None: several times the largest cache
+    compiled: bool = True  # also time torch.compile
+    published_decoder: bool = True  # also decode with random weights of the published 0.1B shape
+    new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for shape in self.shapes:
+            check(shape in SHAPES, f"speed.shapes has {shape!r}; choose from {', '.join(SHAPES)}.")
+        check(len(self.shapes) > 0, "speed.shapes is empty; name at least one shape.")
+        check(self.megabytes is None or self.megabytes >= 1, f"speed.megabytes is {self.megabytes}; 1 or more.")
+        check(self.rounds >= 1, f"speed.rounds is {self.rounds}; at least 1 is needed.")
+        check(self.new_tokens >= 2, f"speed.new_tokens is {self.new_tokens}; at least 2 are needed.")
+
+
+@dataclass(frozen=True)
+class Size:
+    """One shape of a line, written as d_model x n_layers: how long it is trained, and with which seeds."""
+
+    shape: str
+    tokens: int
+    seeds: tuple[int, ...]
+    d_ff: int | None = None  # neurons of an FFN; None: model.ffn_ratio times d_model
+
+    def __post_init__(self) -> None:
+        self.d_model_and_layers()
+        check(self.tokens > 0, f"Size {self.shape} has {self.tokens} tokens; it needs a positive number.")
+        check(len(self.seeds) > 0, f"Size {self.shape} has no seeds; it needs at least one.")
+        check(len(set(self.seeds)) == len(self.seeds), f"Size {self.shape} names a seed twice: {list(self.seeds)}.")
+        check(self.d_ff is None or self.d_ff > 0, f"Size {self.shape} has d_ff {self.d_ff}; it must be positive.")
+
+    def d_model_and_layers(self) -> tuple[int, int]:
+        """`"48x4"` -> (48, 4)."""
+        parts = self.shape.split("x")
+        check(
+            len(parts) == 2 and all(part.isdigit() for part in parts),
+            f"Size {self.shape!r} is not of the form 48x4 (d_model x n_layers).",
+        )
+        return int(parts[0]), int(parts[1])
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Which runs answer the questions of the notebooks."""
+
+    sizes: tuple[Size, ...]  # the main line, one width-depth ratio, rising size: notebooks 01, 02, 04 and 05
+    activations: tuple[str, ...] = ("relu", "silu")
+    second_sizes: tuple[Size, ...] = ()  # another width-depth ratio, rising size: notebooks 02 and 04
+    equal_heads: bool = False  # whether model.head_size must divide every named width; if not, the nearest that does
+    one_dimension: tuple[Size, ...] = ()  # ReLU; depth, width and d_ff changed one at a time from one centre
+    data_limited: tuple[Size, ...] = ()  # larger models, fewer tokens per parameter than the main line: notebook 04
+    other_sizes: tuple[Size, ...] = ()  # where other activation functions are tried: notebook 02
+    other_activations: tuple[str, ...] = ()  # beside `activations`
+    ratio_parameters: int = 45_000  # non-embedding parameters of the width-depth line: notebook 03
+    ratios: tuple[float, ...] = ()  # d_model / n_layers
+    ratio_tokens: int = 4_500_000
+    ratio_seeds: tuple[int, ...] = (0, 1)
+    tuning_sizes: tuple[Size, ...] = ()  # where training settings are tried; validation loss alone chooses
+    tuning_rates: tuple[float, ...] = ()  # learning rates
+    tuning_batches: tuple[int, ...] = ()  # batch sizes in tokens
+
+    def __post_init__(self) -> None:
+        check(len(self.sizes) > 0, "study.sizes is empty; name at least one shape.")
+        check("relu" in self.activations, "study.activations lacks relu, which every question is about; add it.")
+        for name in ("activations", "other_activations"):
+            for activation in getattr(self, name):
+                check(
+                    activation in ACTIVATIONS,
+                    f"study.{name} has {activation!r}; choose from {', '.join(ACTIVATIONS)}.",
+                )
+        both = set(self.activations) & set(self.other_activations)
+        check(not both, f"study.other_activations repeats {', '.join(sorted(both))} of study.activations; drop it.")
+        check(not self.ratios or len(self.ratio_seeds) > 0, "study.ratio_seeds needs at least one seed.")
+        for parts in (("other_sizes", "other_activations"), ("tuning_sizes", "tuning_rates", "tuning_batches")):
+            given = [name for name in parts if getattr(self, name)]
+            missing = " and ".join(f"study.{name}" for name in parts if name not in given)
+            check(not given or not missing, f"study.{given[0] if given else ''} needs {missing} beside it.")
+
+    def named_sizes(self) -> tuple[Size, ...]:
+        """Every size that is written out, of all lines."""
+        return (
+            *(*self.sizes, *self.second_sizes, *self.one_dimension),
+            *(*self.data_limited, *self.other_sizes, *self.tuning_sizes),
+        )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything `make reproduce PROFILE=name` needs to know."""
+
+    name: str
+    about: str  # one sentence: for whom, and what it costs
+    corpus: CorpusConfig
+    study: StudyConfig
+    model: dict[str, Any] = field(default_factory=dict)  # ModelConfig fields shared by all runs
+    train: dict[str, Any] = field(default_factory=dict)  # TrainConfig fields shared by all runs
+    measure: MeasureConfig = MeasureConfig()
+    speed: SpeedConfig = SpeedConfig()
+    workers: int = 2  # runs side by side
+    threads: int = 1  # torch threads of each
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads"):
+            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1 is needed.")
+
+    def model_config(self, d_model: int, n_layers: int, activation: str, d_ff: int | None = None) -> ModelConfig:
+        """A shape of the study with the profile's shared settings; `d_ff` in place of the shared `ffn_ratio`."""
+        shared = self.model if d_ff is None else {**self.model, "ffn_ratio": d_ff / d_model}
+        return ModelConfig(d_model, n_layers, activation, vocabulary=self.corpus.vocabulary, **shared)
+
+    def size_config(self, size: Size, activation: str) -> ModelConfig:
+        """The model of a named size."""
+        return self.model_config(*size.d_model_and_layers(), activation, size.d_ff)
+
+    def train_config(self, tokens: int, seed: int, **changes: Any) -> TrainConfig:
+        """A run's training settings: the profile's shared ones, then `changes`."""
+        return TrainConfig(tokens=tokens, seed=seed, **{**self.train, **changes})
+
+
+def profile_names() -> list[str]:
+    """The shipped profiles."""
+    return sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
+
+
+def read_profile(name: str) -> Profile:
+    """The profile `name`: a shipped one, or a path to a YAML file of one's own.
+
+    Raises InputError for an unknown profile, an unknown or missing key, a wrong type or an impossible value.
+    """
+    path = paths.PROFILES / f"{name}.yaml" if not name.endswith((".yaml", ".yml")) else Path(name)
+    if not path.is_file():
+        raise InputError(
+            f"There is no profile {name!r}; choose one of {', '.join(profile_names())}, or name a .yaml file."
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path.name} is not valid YAML ({str(error).splitlines()[0]}); correct it.") from error
+    try:
+        content = _as_mapping(content, "the profile")
+        check("name" not in content, "the key name is not for the file: a profile is named by its file.")
+        return _checked(_read(Profile, {"name": path.stem, **content}, ""), path.resolve().parent)
+    except InputError as error:
+        raise InputError(f"Profile {path.name}: {error}") from error
+
+
+def _checked(profile: Profile, folder: Path) -> Profile:
+    """`profile`, every model and training configuration built once; a relative corpus.path starts at its `folder`."""
+    study = profile.study
+    for size in study.named_sizes():
+        model = profile.size_config(size, study.activations[0])
+        check(
+            not study.equal_heads or model.d_model % model.head_size == 0,
+            f"Size {size.shape} has no heads of {model.head_size}, which do not divide {model.d_model}; choose a width "
+            "that they divide, or drop study.equal_heads.",
+        )
+        for seed in size.seeds:
+            profile.train_config(size.tokens, seed)
+    for seed in study.ratio_seeds if study.ratios else ():
+        profile.train_config(study.ratio_tokens, seed)
+    for size, rate, batch in itertools.product(study.tuning_sizes, study.tuning_rates, study.tuning_batches):
+        profile.train_config(size.tokens, size.seeds[0], learning_rate=rate, batch_tokens=batch)
+    corpus = profile.corpus
+    if corpus.path and (corpus.source == "path" or (folder / corpus.path).is_dir()):
+        corpus = dataclasses.replace(corpus, path=str(folder / Path(corpus.path).expanduser()))
+    return dataclasses.replace(profile, corpus=corpus)
+
+
+def _as_mapping(content: Any, where: str) -> dict:
+    check(isinstance(content, dict), f"{where} should hold 'key: value' lines, not {content!r}.")
+    return content
+
+
+def _read(cls: type, content: dict, where: str) -> Any:
+    """`content` as the dataclass `cls`, keys and types checked; `where` is the dotted place for messages."""
+    hints = typing.get_type_hints(cls)
+    for key in content:
+        check(key in hints, f"unknown key {where}{key}; known are {', '.join(hints)}.")
+    for each in dataclasses.fields(cls):
+        required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        check(not required or each.name in content, f"the key {where}{each.name} is missing.")
+    values = {key: _value(value, hints[key], where + key) for key, value in content.items()}
+    if cls is Profile:
+        _check_shared(
+            values.get("model", {}), ModelConfig, {"d_model", "n_layers", "activation", "vocabulary"}, "model"
+        )
+        _check_shared(values.get("train", {}), TrainConfig, {"tokens", "seed"}, "train")
+    return cls(**values)
+
+
+def _check_shared(content: dict, cls: type, from_study: set[str], where: str) -> None:
+    """Shared settings are those of `cls` but for the ones the study itself varies."""
+    hints = {key: hint for key, hint in typing.get_type_hints(cls).items() if key not in from_study}
+    for key, value in content.items():
+        check(key in hints, f"unknown key {where}.{key}; known are {', '.join(hints)}.")
+        _value(value, hints[key], f"{where}.{key}")
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`: a dataclass, tuple, dict, int, float, str or None."""
+    if dataclasses.is_dataclass(hint):
+        return _read(hint, _as_mapping(value, where), where + ".")
+    if typing.get_origin(hint) is tuple:
+        check(isinstance(value, list), f"{where} is {value!r}; it should be a list.")
+        return tuple(_value(item, typing.get_args(hint)[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if typing.get_origin(hint) is dict:
+        return _as_mapping(value, where)
+    allowed = tuple(t for t in (typing.get_args(hint) or (hint,)))
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    good = isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed)
+    check(good, f"{where} is {value!r}; it should be of type {' or '.join(t.__name__ for t in allowed)}.")
+    return value

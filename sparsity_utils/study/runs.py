@@ -1,0 +1,258 @@
+"""The run store: one folder per training run, named by what decides its weights, never trained twice.
+
+    build/runs/<key>/             a finished run
+        manifest.json             configuration, versions, device, status, SHA-256 of every checkpoint
+        config.json               the model's, so that a checkpoint opens with transformers
+        checkpoints/<step>.safetensors
+        <measurement>-<key>.csv   what was measured on it
+    build/runs/<key>/             likewise, of a run brought from an archive: manifest and measurements, and for a few
+                                  runs model.safetensors, the last checkpoint
+    build/runs/.<key>.working/    a run under way: it resumes from its last saved state
+    build/runs/.<key>.lock        held by the process that trains it
+
+The key is a hash of the configuration, the corpus, the tokenizer, the recipe version and the thread count.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import transformers
+
+from sparsity_utils import paths
+from sparsity_utils.models.config import ModelConfig, TrainConfig
+from sparsity_utils.models.decoder import (
+    d_ff,
+    default_device,
+    head_count,
+    load_model,
+    non_embedding_parameters,
+    training_flops_per_token,
+)
+from sparsity_utils.models.training import Diverged, checkpoint_file, train
+from sparsity_utils.text.batches import measurement_batches
+from sparsity_utils.text.corpus import Corpus
+
+BROUGHT_WEIGHTS = "model.safetensors"  # as transformers names the weights beside a config.json
+RECIPE = 1  # raise it when the same configuration would train to other weights
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides the weights of a run."""
+
+    model: ModelConfig
+    train: TrainConfig
+    corpus: str  # hash of the tokens
+    tokenizer: str  # hash of the tokenizer
+    threads: int  # torch threads: they decide the order of sums
+    recipe: int = RECIPE
+
+    @property
+    def key(self) -> str:
+        """The name of the run's folder."""
+        return digest(dataclasses.asdict(self))
+
+    @property
+    def title(self) -> str:
+        """The run in a few words, for progress and messages."""
+        return f"{self.model.d_model}x{self.model.n_layers} {self.model.activation} seed {self.train.seed}"
+
+    @property
+    def parameters(self) -> int:
+        """Non-embedding parameters."""
+        return non_embedding_parameters(self.model.d_model, self.model.n_layers, self.model.ffn_ratio)
+
+    @property
+    def tokens(self) -> float:
+        """Training tokens, those of the decay included."""
+        return self.train.tokens * (1 + self.train.decay_share)
+
+    def cost(self) -> float:
+        """Expected seconds on one CPU core, for the progress estimate.
+
+        Per token: operations, traffic of every layer's activations, overhead. Within 15% of nine shapes measured from
+        32x2 (14 microseconds) to 32x14 (64), 120x1 (37) and 64x4 (49).
+        """
+        width, depth = self.model.d_model, self.model.n_layers
+        microseconds = 14.5e-6 * training_flops_per_token(self.model) + 0.08 * width * depth + 3
+        return 1e-6 * microseconds * self.tokens
+
+
+def digest(content: dict) -> str:
+    """Sixteen hex digits of the SHA-256 of `content` as canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    manifest: dict
+
+    @property
+    def diverged(self) -> str:
+        """Why training stopped early, or an empty string."""
+        return self.manifest["diverged"]
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether its checkpoints are here; a run brought from an archive has its tables, and at most the last one."""
+        return (self.folder / "checkpoints").exists()
+
+    @property
+    def last_weights(self) -> Path:
+        """The weights after the decay: the last checkpoint, or what an archive brought of it; it may not be there."""
+        return self.folder / (self.last_checkpoint if self.has_weights else BROUGHT_WEIGHTS)
+
+    @property
+    def last_checkpoint(self) -> str:
+        """The last checkpoint as the manifest names it; of a diverged run, which kept none, no file's name."""
+        steps = [row["step"] for row in self.manifest["checkpoints"]]
+        return str(checkpoint_file(Path(), steps[-1])) if steps else "none"
+
+    @property
+    def checkpoints(self) -> pd.DataFrame:
+        """One row per checkpoint: what it is, its losses and the throughput until then."""
+        model, training = ModelConfig(**self.manifest["config"]["model"]), self.manifest["config"]["train"]
+        table = pd.DataFrame(self.manifest["checkpoints"])
+        about = {
+            "run": self.folder.name,
+            "activation": model.activation,
+            "d_model": model.d_model,
+            "n_layers": model.n_layers,
+            "d_ff": d_ff(model.d_model, model.ffn_ratio),
+            "head_size": model.d_model // head_count(model),
+            "parameters": non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio),
+            "ratio": model.d_model / model.n_layers,
+            "seed": training["seed"],
+        }
+        for place, (name, value) in enumerate(about.items()):
+            table.insert(place, name, value)
+        # Twice the warm-up: before that the learning rate, not the amount of data, moves the ratio.
+        table["fit"] = (table["role"] == "stable") & (
+            table["tokens"] >= 2 * training["warmup_share"] * training["tokens"]
+        )
+        return table
+
+    def load(self, step: int) -> transformers.GraniteForCausalLM:
+        """The model after `step` steps, in evaluation mode, on the GPU where there is one."""
+        return load_model(self.folder, str(checkpoint_file(Path(), step))).to(default_device())
+
+    def has_measured(self, name: str, settings: dict) -> bool:
+        """Whether `measured` would only read."""
+        return self._measurement_file(name, settings).exists()
+
+    def _measurement_file(self, name: str, settings: dict) -> Path:
+        return self.folder / f"{name}-{digest(settings)}.csv"
+
+    def measured(self, name: str, settings: dict, measure: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """The table `measure()` gives, computed once per (name, settings) and kept with the run."""
+        file = self._measurement_file(name, settings)
+        if not file.exists():
+            with paths.written_aside(file) as aside:
+                measure().to_csv(aside, index=False)
+        return pd.read_csv(file)
+
+
+def find_run(config: RunConfig) -> Run | None:
+    """The finished run of `config`; None where there is none, or where files were altered (a warning says so)."""
+    folder = paths.runs() / config.key
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        damaged = _damaged(Run(folder, manifest))
+    except FileNotFoundError as error:
+        if not folder.exists():
+            return None
+        damaged = [Path(error.filename).name]
+    except (json.JSONDecodeError, KeyError):
+        damaged = ["manifest.json"]
+    if damaged:
+        warnings.warn(
+            f"The stored run {config.title} ({folder.name}) is damaged: {damaged[0]} is not what was written; "
+            f"it is trained again.",
+            stacklevel=2,
+        )
+        return None
+    return Run(folder, manifest)
+
+
+def _damaged(run: Run) -> list[str]:
+    """The files of a run that are not what was written; FileNotFoundError for a checkpoint that is gone."""
+    written = run.manifest["files"]  # name -> SHA-256
+    if run.has_weights:
+        return [name for name, sha in written.items() if _sha256(run.folder / name) != sha]
+    brought = [run.last_weights] if run.last_weights.exists() else []
+    return [file.name for file in brought if _sha256(file) != written[run.last_checkpoint]]
+
+
+def run_with_model(config: RunConfig, corpus: Corpus) -> Run:
+    """The run of `config` with the weights after its decay, trained if the store lacks them."""
+    run = find_run(config)
+    return run if run and run.last_weights.exists() else train_run(config, corpus)
+
+
+def train_run(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], None] = lambda share: None) -> Run:
+    """The run of `config` with its weights, trained if the store lacks it; another process doing so is waited for.
+
+    on_progress is called with the share of steps done. Raises InputError for a corpus that is too small.
+    """
+    with paths.locked(paths.runs() / config.key):
+        run = find_run(config)
+        return run if run and (run.has_weights or run.diverged) else _train(config, corpus, on_progress)
+
+
+def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], None]) -> Run:
+    validation = measurement_batches(
+        corpus.tokens("validation"), config.model.context, "evaluation", config.train.validation_tokens
+    )
+    folder, working = paths.runs() / config.key, paths.runs() / f".{config.key}.working"
+    try:
+        diverged, rows = "", train(config.model, config.train, corpus.tokens("train"), validation, working, on_progress)
+    except Diverged as error:
+        diverged, rows = f"{config.title}: {error}", []
+    stored = [*sorted(working.glob("checkpoints/*.safetensors")), working / "config.json"]
+    manifest = {
+        "config": dataclasses.asdict(config),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "commit": commit(),
+        "diverged": diverged,
+        "checkpoints": rows,
+        "files": {str(file.relative_to(working)): _sha256(file) for file in stored},
+    }
+    with paths.written_aside(working / "manifest.json") as aside:
+        aside.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+    os.replace(working, folder)
+    (folder / "state.safetensors").unlink(missing_ok=True)  # last: a run killed before this line is not lost
+    return Run(folder, manifest)
+
+
+def commit() -> str:
+    """The commit that runs, with a mark where files were changed since; `unknown` outside a git checkout."""
+    command = ["git", "-C", str(paths.ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

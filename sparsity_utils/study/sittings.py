@@ -1,0 +1,91 @@
+"""A study in several sittings: what is left and what it costs, in which order it is done, and when it stops."""
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import pandas as pd
+
+from sparsity_utils.study.archive import archived
+from sparsity_utils.study.jobs import Job, OutOfTime, do_jobs
+from sparsity_utils.study.plan import COVERING, PRIMARY, QUESTIONS
+from sparsity_utils.study.study import Study
+
+SHORT = 600  # seconds of a core that a run may be expected to take to be done before all longer ones
+OVERRUN = 1.4  # training of the first recorded study took so many times the core hours of the cost model
+
+
+def sit(study: Study, minutes: float, tables: Path | None = None, questions: Iterable[str] = QUESTIONS) -> str:
+    """Train and measure for at most `minutes` what the study lacks; return what was left to do, or an empty string.
+
+    tables: a folder of finished runs (see `archive`), read first and written after every finished run.
+    Raises InputError for a folder that another process writes, or that holds other runs than this study's.
+    """
+    deadline, left = time.monotonic() + 60 * minutes, ""
+    with _tables(study, tables, questions) as keep:
+        print(costs(study).to_string(index=False), flush=True)
+        try:
+            do_jobs(in_order(study, questions), study.profile, deadline, keep)
+        except OutOfTime as time_over:
+            left = str(time_over)
+        finally:
+            keep()  # a run that finished beside one that failed
+    return left
+
+
+def tell_costs(study: Study, tables: Path | None = None) -> str:
+    """`costs` as text, once the runs of the folder `tables` have been brought."""
+    with _tables(study, tables, QUESTIONS):
+        return costs(study).to_string(index=False)
+
+
+def _tables(study: Study, folder: Path | None, questions: Iterable[str]) -> AbstractContextManager[Callable[[], None]]:
+    return nullcontext(lambda: None) if folder is None else archived(study, folder, questions)
+
+
+def in_order(study: Study, questions: Iterable[str]) -> list[Job]:
+    """The runs of some questions: those that choose the settings, short ones of all lines, those of primary claims.
+
+    Within each, cheap before dear.
+    """
+    tuning = {config.key for config in study.configs("tuning")}
+    primary = {config.key for question in PRIMARY for config in study.configs(question)}
+
+    def place(job: Job) -> tuple[bool, bool, bool, float]:
+        key, cost = job.config.key, job.config.cost()
+        return key not in tuning, cost > SHORT, cost > SHORT and key not in primary, cost
+
+    return sorted(study.jobs(*questions), key=place)
+
+
+def costs(study: Study) -> pd.DataFrame:
+    """What each line of runs adds to those before it: one row per line, by the question it answers, and one for all.
+
+    Columns: question, runs, finished (trained and measured), million_tokens, core_hours (of training and measuring, by
+    the cost model), likely_core_hours (OVERRUN times that), likely_hours_left (of `profile.workers` side by side).
+    """
+    rows, seen, jobs = [], set(), {job.config.key: job for job in study.jobs(*QUESTIONS)}
+    for question in COVERING:
+        keys = [config.key for config in study.configs(question) if config.key not in seen]
+        seen |= set(keys)
+        if not keys:
+            continue
+        hours = {key: (jobs[key].config.cost() + jobs[key].measuring()) / 3600 for key in keys}
+        finished = {key for key in keys if jobs[key].done()}
+        rows.append(
+            {
+                "question": question,
+                "runs": len(keys),
+                "finished": len(finished),
+                "million_tokens": sum(jobs[key].config.tokens for key in keys) / 1e6,
+                "core_hours": sum(hours.values()),
+                "likely_core_hours": OVERRUN * sum(hours.values()),
+                "likely_hours_left": OVERRUN * sum(hours[key] for key in keys if key not in finished),
+            }
+        )
+    table = pd.DataFrame(rows)
+    table["likely_hours_left"] /= study.profile.workers
+    total = table.drop(columns="question").sum().to_frame().T.assign(question="all")
+    table = pd.concat([table, total], ignore_index=True).astype({"runs": int, "finished": int})
+    return table.round({"million_tokens": 0, "core_hours": 1, "likely_core_hours": 1, "likely_hours_left": 1})

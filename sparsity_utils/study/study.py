@@ -1,0 +1,242 @@
+"""A study: which runs a question needs, which exist, do the rest side by side, return one table.
+
+`Study.from_profile("laptop").table("relu_vs_silu")` trains what is missing; `Study.recorded()` reads the stored tables.
+"""
+
+import json
+import os
+import platform
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from kernels import MAX_TOKENS
+from sparsity_utils import paths
+from sparsity_utils.console import InputError
+from sparsity_utils.models.decoder import default_device, head_count, load_model
+from sparsity_utils.models.pretrained import open_checkpoint
+from sparsity_utils.study.jobs import Job, do_jobs, measurement
+from sparsity_utils.study.plan import PUBLISHED, QUESTIONS, SCHEMA, SPEEDS, Question, Settings, planned
+from sparsity_utils.study.profiles import Profile, read_profile
+from sparsity_utils.study.runs import RunConfig, find_run, run_with_model
+from sparsity_utils.study.speed_tables import decoding_table, ffn_table
+from sparsity_utils.study.step_times import step_times
+from sparsity_utils.text.batches import measurement_batches
+from sparsity_utils.text.corpus import Corpus, build_corpus
+from sparsity_utils.text.packed_text import unpack_text
+
+
+class Study:
+    """The tables of one study, trained on demand or read from a folder."""
+
+    def __init__(self, name: str, folder: Path, profile: Profile | None, text: Path | None = None):
+        self.name, self.folder, self.profile, self.text = name, folder, profile, text
+        self._corpus: Corpus | None = None
+
+    @classmethod
+    def from_profile(cls, name: str, text: Path | None = None) -> "Study":
+        """A study that trains and measures what its profile asks for and the run store lacks.
+
+        text: a file made by `packed_text.pack_text`, in place of the source that the profile names.
+        Runs are trained in worker processes, so a script that calls `table` needs the usual
+        `if __name__ == "__main__":`. Raises InputError for a profile that cannot be used, its shapes included.
+        """
+        profile = read_profile(name)
+        for question in QUESTIONS:
+            for model, _ in planned(profile, question):
+                head_count(model)
+        return cls(profile.name, paths.profile_output(profile.name) / "results", profile, text)
+
+    @classmethod
+    def recorded(cls, folder: Path = paths.RESULTS) -> "Study":
+        """The tables stored in `folder`; nothing is trained.
+
+        Raises InputError when their manifest names another schema than this version reads.
+        """
+        manifest = folder / "manifest.json"  # a profile's own tables have none
+        schema = json.loads(manifest.read_text(encoding="utf-8")).get("schema") if manifest.exists() else SCHEMA
+        if schema != SCHEMA:
+            raise InputError(
+                f"The tables in {folder} have schema {schema!r}, this version reads {SCHEMA}; use the version of the "
+                "project that recorded them, or record them again."
+            )
+        return cls("recorded", folder, None)
+
+    @classmethod
+    def open(cls, source: str, profile: str) -> "Study":
+        """What a notebook opens: `source` "recorded" reads the stored tables, "run" follows `profile`."""
+        if source not in ("recorded", "run"):
+            raise InputError(
+                f"source is {source!r}; choose recorded (the stored tables) or run (train what is missing)."
+            )
+        return cls.recorded() if source == "recorded" else cls.from_profile(profile)
+
+    @property
+    def corpus(self) -> Corpus:
+        """The text of the profile, built when first asked for."""
+        if self._corpus is None:
+            config = self.profile.corpus
+            self._corpus = unpack_text(config, self.text) if self.text else build_corpus(config)
+        return self._corpus
+
+    def answers(self, question: str) -> bool:
+        """Whether this study has, or would make, the table of a question: profiles may leave some out."""
+        if question in PUBLISHED:
+            return True
+        if self.profile is None:
+            return (self.folder / _known(question).file).exists()
+        _known(question)
+        return bool(planned(self.profile, SPEEDS.get(question, question)))
+
+    def table(self, question: str) -> pd.DataFrame:
+        """The table of a question: one row per checkpoint, or per measured thing (such as a neuron) of each run.
+
+        Columns are described in results/columns.csv. Speeds are measured on this machine, once: delete the file to
+        measure them again. Raises InputError for an unknown question, a profile that leaves it out or, in a recorded
+        study, a table that is not there.
+        """
+        if question in PUBLISHED:
+            return _stored(paths.PUBLISHED / f"{question}.csv", "make it with python -m sparsity_utils refit")
+        file = self.folder / _known(question).file
+        if self.profile is not None and not (question in SPEEDS and file.exists()):
+            table = self.speeds(question) if question in SPEEDS else self._measured(question)
+            with paths.written_aside(file) as aside:
+                table.to_csv(aside, index=False, float_format="%.8g")
+        return _stored(file, "name a folder that holds a study's results, or train one with make reproduce")
+
+    def table_or_none(self, question: str) -> pd.DataFrame | None:
+        """`table`, or None and a printed line where this study leaves the question out."""
+        if self.answers(question):
+            return self.table(question)
+        print(f"The {self.name} study has no table for {question}.")
+        return None
+
+    def largest_config(self, activation: str) -> RunConfig:
+        """The run that stands for an activation function: the largest size and, of its seeds, the first.
+
+        A diverged run does not stand for anything: the next one does.
+
+        Raises InputError when the study has no run of that activation.
+        """
+        configs = [config for config in self.configs("relu_vs_silu") if config.model.activation == activation]
+        if not configs:
+            raise InputError(f"Profile {self.name} has no {activation} run; name one of its study.activations.")
+        configs.sort(key=lambda config: config.parameters, reverse=True)  # stable: seeds in their order
+        runs = {config: find_run(config) for config in configs}
+        return next((config for config, run in runs.items() if run is None or not run.diverged), configs[0])
+
+    def trained_model(self, activation: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The study's own model of an activation function, of `largest_config` after the decay, and its tokenizer.
+
+        A recorded study has it in results/models; a profile's own trains what is missing. Raises InputError when the
+        study has no run of that activation.
+        """
+        if self.profile is None:
+            return open_checkpoint(paths.RECORDED_MODELS / activation)
+        run = run_with_model(self.largest_config(activation), self.corpus)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=self.corpus.tokenizer())
+        return load_model(run.folder, str(run.last_weights.relative_to(run.folder))).to(default_device()), tokenizer
+
+    def environment(self) -> str:
+        """One line: what computes here, and where the numbers come from."""
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+        versions = (
+            f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+        )
+        origin = "the recorded study" if self.profile is None else f"profile {self.name}: {self.profile.about}"
+        return f"{versions}, {device}. Numbers from {origin}."
+
+    def keep_verdicts(self, notebook: str, verdicts: pd.DataFrame) -> None:
+        """Store a notebook's verdict table for the closing table of `make reproduce`; a recorded study keeps none."""
+        if self.profile is not None:
+            with paths.written_aside(self.folder.parent / "verdicts" / f"{notebook}.csv") as aside:
+                verdicts.to_csv(aside, index=False)
+
+    def speeds(self, question: str) -> pd.DataFrame:
+        """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s."""
+        if question == "depth_cost":
+            return self._depth_cost()  # needs no trained model
+        models = {
+            activation: self.trained_model(activation)[0].eval().to(default_device())
+            for activation in self.profile.study.activations
+        }
+        tokens, settings = self.corpus.tokens("validation"), self.profile.measure
+        context = next(iter(models.values())).config.max_position_embeddings
+        calibration = measurement_batches(tokens, context, "calibration", settings.calibration_tokens)
+        windows = measurement_batches(tokens, context, "evaluation", MAX_TOKENS * context)[0]["input_ids"]
+        table = {"sparse_ffn": ffn_table, "sparse_decoding": decoding_table}[question]
+        return table(models, calibration, windows.to(default_device()), settings.p, self.profile.speed)
+
+    def _depth_cost(self) -> pd.DataFrame:
+        """Times of the shapes of the width-depth line, on as many threads as their runs have."""
+        runs = planned(self.profile, "width_depth_ratio")
+        shapes, threads = list(dict.fromkeys(model for model, _ in runs)), torch.get_num_threads()
+        torch.set_num_threads(self.profile.threads)
+        try:
+            return step_times(shapes, runs[0][1].batch_tokens, self.profile.speed.rounds)
+        finally:
+            torch.set_num_threads(threads)
+
+    def configs(self, question: str) -> list[RunConfig]:
+        """The runs that a question needs."""
+        return self.configs_of(planned(self.profile, question))
+
+    def configs_of(self, settings: list[Settings]) -> list[RunConfig]:
+        """Runs on this study's text with the given settings."""
+        return [
+            RunConfig(model, train, self.corpus.hash, self.corpus.tokenizer_hash, self.profile.threads)
+            for model, train in settings
+        ]
+
+    def jobs(self, *questions: str) -> list[Job]:
+        """What is to be trained and measured for some questions, whether done or not: one job per run."""
+        wanted: dict[RunConfig, dict[str, None]] = {}  # measurements in order, each once
+        for question in questions:
+            what = QUESTIONS[question].measurement
+            for config in self.configs(question):
+                wanted.setdefault(config, {}).update({what: None} if what else {})
+        measure = self.profile.measure
+        return [Job(config, self.corpus.folder, measure, tuple(what)) for config, what in wanted.items()]
+
+    def _measured(self, question: str) -> pd.DataFrame:
+        _, what, about = QUESTIONS[question]
+        configs = self.configs(question)
+        if not configs:
+            raise InputError(f"Profile {self.name} trains no runs for {question}; its section study leaves them out.")
+        # the longest first, so that no worker is left alone at the end
+        do_jobs(sorted(self.jobs(question), key=Job.cost, reverse=True), self.profile)
+        tables = []
+        for config in configs:
+            run = find_run(config)
+            if run.diverged:
+                warnings.warn(f"{run.diverged} The study goes on without it.", stacklevel=3)
+            elif what is None:
+                tried = {"learning_rate": config.train.learning_rate, "batch_tokens": config.train.batch_tokens}
+                tables.append(run.checkpoints.assign(**tried))
+            else:
+                measured = measurement(run, self.corpus, self.profile.measure, what)
+                for note in measured["note"].dropna().unique() if "note" in measured else ():
+                    warnings.warn(f"{config.title}: {note}.", stacklevel=3)
+                beside = list(about or run.checkpoints.columns)
+                table = run.checkpoints[list(dict.fromkeys([*beside, "step"]))].merge(measured, on="step")
+                tables.append(table if "step" in beside else table.drop(columns="step"))
+        if not tables:
+            raise InputError(f"Every run of {question} diverged; lower train.learning_rate in profile {self.name}.")
+        return pd.concat(tables, ignore_index=True)
+
+
+def _stored(file: Path, advice: str) -> pd.DataFrame:
+    if not file.exists():
+        raise InputError(f"There is no {file.name} in {file.parent}; {advice}.")
+    return pd.read_csv(file)
+
+
+def _known(question: str) -> Question:
+    if question not in QUESTIONS:
+        known = ", ".join([*QUESTIONS, *PUBLISHED])
+        raise InputError(f"There is no question {question!r}; choose one of {known}.")
+    return QUESTIONS[question]

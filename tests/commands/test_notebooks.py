@@ -1,0 +1,291 @@
+"""The rules of the collection on every notebook, and the machinery that executes and refreshes notebooks."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import notebook_checks
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from sparsity_utils import paths
+from sparsity_utils.__main__ import main
+from sparsity_utils.commands import notebooks
+from sparsity_utils.console import InputError
+
+TITLE = new_markdown_cell("# Does it?\nThe claim.")
+PARAMETERS = 'source: str = "recorded"  # or "run"\nprofile: str = "laptop"  # what to train'
+VERDICT = "print('verdict: supported')"
+
+
+def a_notebook(*sources: str) -> nbformat.NotebookNode:
+    """A notebook that keeps every rule, before its execution: `sources` between parameters and verdict."""
+    cells = [new_code_cell(source) for source in (PARAMETERS, *sources, VERDICT)]
+    cells[0].metadata["tags"] = ["parameters"]
+    cells[-1].metadata["tags"] = ["nbval-check-output"]
+    content = new_notebook(cells=[TITLE, *cells])
+    notebooks.strip(content)
+    return content
+
+
+def executed() -> nbformat.NotebookNode:
+    """The same with the outputs that an execution leaves."""
+    content = a_notebook("x = 1")
+    for count, cell in enumerate(notebook_checks.code_cells(content), start=1):
+        cell.execution_count = count
+    content.cells[-1].outputs = [new_output("stream", text="verdict: supported\n")]
+    return content
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Write a notebook into a collection of the test's own."""
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
+    paths.NOTEBOOKS.mkdir()
+
+    def put(name: str, *sources: str) -> Path:
+        nbformat.write(a_notebook(*sources), paths.NOTEBOOKS / name)
+        return paths.NOTEBOOKS / name
+
+    return put
+
+
+# The collection
+
+
+def test_the_collection_is_numbered_without_gaps():
+    stems = [path.stem for path in notebooks.collection()]
+    assert stems, "no notebook found"
+    assert [stem[:2] for stem in stems] == [f"{number:02d}" for number in range(len(stems))]
+    assert {path.name for path in paths.NOTEBOOKS.glob("*.ipynb")} == {f"{stem}.ipynb" for stem in stems}
+
+
+@pytest.mark.parametrize("check", notebook_checks.ALL, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("path", notebooks.collection(), ids=lambda path: path.stem)
+def test_notebook_keeps_the_rule(path: Path, check: Callable):
+    assert list(check(nbformat.read(path, as_version=4))) == []
+
+
+# The rules themselves: a good notebook passes them all, and each bad one fails the one it should
+
+
+@pytest.mark.parametrize("check", notebook_checks.ALL, ids=lambda check: check.__name__)
+def test_a_good_notebook_passes(check: Callable):
+    assert list(check(executed())) == []
+
+
+def last_output(**data: str) -> Callable:
+    return lambda content: content.cells[-1].outputs.append(new_output("display_data", data=data))
+
+
+def first_code(source: str) -> Callable:
+    return lambda content: content.cells[1].update(source=source)
+
+
+BAD = {
+    "no parameters cell": (lambda content: content.cells[1].metadata.clear(), "0 cells are tagged 'parameters'"),
+    "executed copy": (
+        lambda content: content.cells[2].metadata.update(tags=["injected-parameters"]),
+        "it is an executed copy",
+    ),
+    "untyped": (first_code(PARAMETERS + "\nn = 3  # count"), "not of the form"),
+    "derived": (first_code(PARAMETERS + "\nn: int = len(source)  # count"), "the default is not a literal"),
+    "silent": (first_code(PARAMETERS + "\nn: int = 3"), "no comment says what it is"),
+    "no profile": (first_code('source: str = "recorded"  # or "run"'), "'source' and 'profile' are not both declared"),
+    "long cell": (lambda content: content.cells[2].update(source="x = 1\n" * 11), "code cell 2 has 11 lines"),
+    "nothing checked": (lambda content: content.cells[-1].metadata.clear(), "no cell is tagged 'nbval-check-output'"),
+    "checked but empty": (lambda content: content.cells[-1].update(outputs=[]), "without count or outputs"),
+    "checked but not run": (lambda content: content.cells[-1].update(execution_count=None), "without count or outputs"),
+    "other kernel": (lambda content: content.metadata.kernelspec.update(name="mine"), "the kernelspec is not python3"),
+    "no language": (lambda content: content.metadata.kernelspec.pop("language"), "the kernelspec is not python3"),
+    "out of order": (lambda content: content.cells[2].update(execution_count=7), "the execution counts are [1, 7, 3]"),
+    "no title": (lambda content: content.cells.pop(0), "the first cell is not a title"),
+    "no verdict": (lambda content: content.cells[-1].update(source="1"), "does not mention the verdict"),
+    "error": (
+        lambda content: content.cells[2].update(
+            outputs=[new_output("error", ename="KeyError", evalue="", traceback=[])]
+        ),
+        "cell [2] stores an error (KeyError)",
+    ),
+    "widget": (last_output(**{"application/vnd.jupyter.widget-view+json": "{}"}), "stores a widget"),
+    "widget state": (lambda content: content.metadata.update(widgets={}), "state of widgets"),
+    "address": (last_output(**{"text/plain": "<Axes at 0x7f00deadbeef>"}), "an address in memory"),
+    "this checkout": (last_output(**{"text/plain": f"'{paths.ROOT}/x.csv'"}), "an absolute path"),
+    "this Python": (last_output(**{"text/html": f"<p>{sys.prefix}/lib</p>"}), "an absolute path"),
+    "another home": (last_output(**{"text/plain": "/home/ada/x.csv"}), "an absolute path (/home/ada/x.csv)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_notebook_fails(name: str):
+    break_it, problem = BAD[name]
+    content = executed()
+    break_it(content)
+    found = [found for check in notebook_checks.ALL for found in check(content)]
+    assert any(problem in phrase for phrase in found), found
+
+
+def test_a_ratio_or_an_address_on_the_web_is_no_path():
+    content = executed()
+    last_output(**{"text/plain": "d/home/2, https://example.org/home/ada, build/home/x"})(content)
+    assert list(notebooks.output_problems(content)) == []
+
+
+# Executing
+
+
+def test_an_undeclared_parameter_is_an_input_error(shelf):
+    path = shelf("01_a.ipynb")
+    with pytest.raises(InputError, match=r"01_a.ipynb has no parameter 'sauce'.*declares source, profile"):
+        notebooks.execute(path, paths.build() / "out.ipynb", {"sauce": "run"})
+    assert not (paths.build() / "out.ipynb").exists()
+
+
+def test_execute_uses_this_python_and_the_parameters(shelf, tmp_path, monkeypatch):
+    other = tmp_path / "jupyter" / "kernels" / "python3"  # a kernel named python3 that is not this Python
+    other.mkdir(parents=True)
+    (other / "kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    path = shelf("01_a.ipynb", "import sys, os, sparsity_utils\nprint(sys.prefix, source, profile)\nprint(os.getcwd())")
+    before = path.read_bytes()
+    minutes = notebooks.execute(path, tmp_path / "out" / "01_a.ipynb", {"source": "run", "profile": "tiny"})
+    content = nbformat.read(tmp_path / "out" / "01_a.ipynb", as_version=4)
+    assert content.cells[3].outputs[0].text == f"{sys.prefix} run tiny\n{paths.NOTEBOOKS.resolve()}\n"
+    assert 0 < minutes < 1
+    assert path.read_bytes() == before
+
+
+def test_a_failing_notebook_says_where_and_keeps_what_it_had(shelf, tmp_path):
+    path = shelf("01_a.ipynb", "print('so far')", "{}['x']")
+    with pytest.raises(notebooks.NotebookFailed, match=r"^01_a.ipynb failed in cell \[4\]: KeyError: 'x'$"):
+        notebooks.execute(path, tmp_path / "out.ipynb", {"source": "run"})
+    assert "so far" in (tmp_path / "out.ipynb").read_text()
+
+
+def test_a_dead_kernel_is_a_failed_notebook(shelf, tmp_path):
+    path = shelf("01_a.ipynb", "import os\nos._exit(9)")
+    with pytest.raises(notebooks.NotebookFailed, match=r"01_a\.ipynb stopped: Kernel died"):
+        notebooks.execute(path, tmp_path / "out.ipynb", {})
+
+
+WRITE = """from sparsity_utils import paths
+folder = paths.profile_output(profile)
+(folder / "verdicts").mkdir(parents=True, exist_ok=True)
+text = "question,published,here,interval,verdict\\nfalls?,7.1%,22%,20 to 24%,supported\\n"
+_ = (folder / "verdicts" / "02_b.csv").write_text(text)
+(folder / "figures").mkdir(exist_ok=True)
+(folder / "figures" / "b.png").touch()"""
+
+
+def test_reproduce_goes_on_after_a_failure_and_ends_with_one_table(shelf, capfd):
+    shelf("01_a.ipynb", "raise ValueError('no')")
+    shelf("02_b.ipynb", WRITE)
+    stale = paths.profile_output("smoke") / "verdicts" / "01_a.csv"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("question,published,here,interval,verdict\nstale,1,1,1,supported\n")
+    assert notebooks.reproduce("smoke") == 1
+    out, err = capfd.readouterr()
+    table = (paths.profile_output("smoke") / "verdicts.csv").read_text().splitlines()
+    assert table[0] == "question,published,here,interval,verdict,minutes"
+    assert table[1] == "01_a,,,,failed,"
+    assert table[2].startswith("falls?,7.1%,22%,20 to 24%,supported,0.")
+    assert "stale" not in out and "20 to 24%" in out
+    assert out.rstrip().endswith(str(paths.profile_output("smoke") / "figures" / "b.png"))
+    assert err.rstrip().endswith("01_a.ipynb failed in cell [3]: ValueError: no")
+
+
+STORES = """import pandas as pd
+from sparsity_utils import Study
+row = ["falls?", "7.1%", "22%", "20 to 24%", "supported"]
+columns = ["question", "published", "here", "interval", "verdict"]
+Study.open(source, profile).keep_verdicts("01_a", pd.DataFrame([row], columns=columns))"""
+
+
+def test_an_interrupted_notebook_stops_them_all(shelf, capfd):
+    shelf("01_a.ipynb", "raise KeyboardInterrupt")
+    shelf("02_b.ipynb", WRITE)
+    assert main(["reproduce", "--profile", "smoke"]) == 130
+    out, err = capfd.readouterr()
+    assert "02_b" not in out and "Interrupted. Finished runs are kept" in err
+
+
+def test_reproduce_takes_the_notebooks_that_are_named(shelf, capfd):
+    shelf("01_a.ipynb", "raise ValueError('not asked for')")
+    shelf("02_b.ipynb", WRITE)
+    assert main(["reproduce", "--profile", "smoke", "--notebooks", "2"]) == 0
+    assert "[1/1] 02_b.ipynb, profile smoke" in capfd.readouterr().out
+    assert main(["reproduce", "--profile", "smoke", "--notebooks", "02", "3"]) == 2
+    assert "There is no notebook 03; choose from 01, 02." in capfd.readouterr().err
+
+
+def test_reproduce_succeeds_when_every_notebook_does(shelf):
+    shelf("01_a.ipynb", STORES)
+    assert notebooks.reproduce("smoke") == 0
+    row = (paths.profile_output("smoke") / "verdicts.csv").read_text().splitlines()[1]
+    assert row.startswith("falls?,7.1%,22%,20 to 24%,supported,0.")
+
+
+def test_a_notebook_without_verdicts_has_failed(shelf, capfd):
+    shelf("01_a.ipynb")
+    assert notebooks.reproduce("smoke") == 1
+    assert "01_a.ipynb stored no table of verdicts" in capfd.readouterr().err
+
+
+def test_reproduce_takes_a_profile_of_ones_own(shelf, tmp_path, monkeypatch):
+    shelf("01_a.ipynb", "print(profile)", STORES)
+    (tmp_path / "mine.yaml").write_text((paths.PROFILES / "smoke.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert notebooks.reproduce("mine.yaml") == 0
+    assert str(tmp_path / "mine.yaml") in (paths.profile_output("mine") / "notebooks" / "01_a.ipynb").read_text()
+
+
+def test_reproduce_checks_the_profile_and_all_parameters_before_it_runs_any(shelf):
+    shelf("01_a.ipynb")
+    content = a_notebook()
+    content.cells[1].source = 'source: str = "recorded"  # or "run"'
+    nbformat.write(content, paths.NOTEBOOKS / "02_b.ipynb")
+    with pytest.raises(InputError, match=r"02_b\.ipynb has no parameter 'profile'"):
+        notebooks.reproduce("smoke")
+    with pytest.raises(InputError, match="There is no profile 'smokey'"):
+        notebooks.reproduce("smokey")
+    assert not paths.build().exists()
+
+
+def test_reproduce_without_notebooks_is_an_input_error(shelf):
+    with pytest.raises(InputError, match="There is no notebook in"):
+        notebooks.reproduce("smoke")
+
+
+# Refreshing
+
+
+def test_refresh_twice_writes_the_same_bytes_and_keeps_every_rule(shelf):
+    path = shelf("01_a.ipynb", "import sys\nfor i in range(3):\n    print(i, flush=True)\nx = 5", "x")
+    notebooks.refresh()
+    first = path.read_bytes()
+    notebooks.refresh()
+    assert path.read_bytes() == first
+    content = nbformat.read(path, as_version=4)
+    assert [list(check(content)) for check in notebook_checks.ALL] == [[]] * len(notebook_checks.ALL)
+    assert content.cells[2].outputs[0].text == "0\n1\n2\n"
+    assert content.cells[3].outputs[0].data["text/plain"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("1 / 0", notebooks.NotebookFailed, "01_a.ipynb was left as it was: ZeroDivisionError"),
+        ("import sys\nsys.prefix", InputError, "01_a.ipynb was left as it was: cell .2. stores an absolute path"),
+    ],
+    ids=["error", "absolute path"],
+)
+def test_refresh_refuses_and_leaves_the_notebook_as_it_was(shelf, source, error, message):
+    path = shelf("01_a.ipynb", source)
+    before = path.read_bytes()
+    with pytest.raises(error, match=message):
+        notebooks.refresh_one(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,90 @@
+"""Costs of shapes: arithmetic against closed forms, rows in order, unusable input. No speed is asserted."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import study
+
+from sparsity_utils.console import InputError
+from sparsity_utils.findings.depth_cost import cost_beside_sparsity
+from sparsity_utils.models.config import ModelConfig
+from sparsity_utils.study import step_times as module
+from sparsity_utils.study.step_times import PASSES, step_times
+
+SMALL = {"vocabulary": 300, "context": 32, "head_size": 4, "base_width": 16}
+CONFIGS = [ModelConfig(16, 1, **SMALL), ModelConfig(8, 4, **SMALL)]
+
+
+def test_a_table_of_two_small_shapes():
+    table = step_times(CONFIGS, batch_tokens=64, rounds=5)
+    assert table[["d_model", "n_layers", "ratio"]].to_numpy().tolist() == [[16, 1, 16], [8, 4, 2]]
+    assert table["parameters"].tolist() == [16 * 16 * 11.5, 4 * 8 * 8 * 11.5]
+    assert table["flops_per_token"][0] == 6 * (16 * 16 * 11.5 + 16 * 300 + 16 * 32)
+    for name in PASSES:
+        low, median, high = (table[f"{name}_{part}"] for part in ("low", "us", "high"))
+        assert (low > 0).all() and (low <= median).all() and (median <= high).all()
+    assert (table["rounds"] == 5).all() and (table["threads"] >= 1).all()
+
+
+def test_shapes_alternate_and_the_first_turn_is_not_counted(monkeypatch):
+    """A clock that is told what it is given: call number n takes n microseconds per token of a batch of 64."""
+    calls = []
+    monkeypatch.setattr(module, "timed", lambda work, device: calls.append(work) or 64e-6 * len(calls))
+    table = step_times(CONFIGS, batch_tokens=64, rounds=3)
+    assert len(calls) == 4 * 2 * 2 and calls[:4] == calls[4:8] and len(set(map(id, calls))) == 4
+    assert table["training_us"].tolist() == pytest.approx([9, 11])  # calls 5, 9, 13 and 7, 11, 15
+    assert table["forward_us"].tolist() == pytest.approx([10, 12])
+    assert table[["training_low", "forward_high"]].isna().all(axis=None)  # three rounds have no 90% interval
+
+
+def test_a_step_trains_and_a_forward_pass_does_not():
+    works = module._works(CONFIGS[0], 64, rounds=2, seed=0)
+    model = works["training"].__self__.model
+    before = model.lm_head.weight.detach().clone()
+    assert works["forward"]() == pytest.approx(np.log(300), abs=1.5)  # about a guess, before training
+    assert (model.lm_head.weight == before).all()
+    works["training"]()
+    assert (model.lm_head.weight != before).any()
+
+
+def costs(shapes):
+    table = pd.DataFrame(shapes, columns=["d_model", "n_layers"])
+    return table.assign(
+        ratio=table["d_model"] / table["n_layers"], flops_per_token=1e6 * table["n_layers"],
+        training_us=10.0 * table["n_layers"], training_low=9.0 * table["n_layers"],
+        training_high=12.0 * table["n_layers"], forward_us=4.0 + table["n_layers"],
+    )  # fmt: skip
+
+
+def test_costs_stand_beside_what_they_buy():
+    shapes = ((80, 4), (100, 2))
+    checkpoints = study(shapes, ("relu",), (0, 1, 2))
+    table = cost_beside_sparsity(checkpoints, costs([*shapes, (8, 8)]))
+    assert table["d_model"].tolist() == [100, 80] and (table["seeds"] == 3).all()  # the widest first
+    assert table["training"].tolist() == [1, 2] and table["flops"].tolist() == [1, 2]
+    assert table["training_low"].tolist() == pytest.approx([0.9, 1.8]) and table["forward"][1] == pytest.approx(8 / 6)
+    stable = checkpoints[(checkpoints["role"] == "stable") & (checkpoints["d_model"] == 80)]
+    means = stable.groupby("run")["activation_ratio"].apply(lambda values: values.tail(5).mean())
+    assert (table["activation_ratio"][1], table["spread"][1]) == pytest.approx((means.mean(), np.ptp(means)))
+    final = checkpoints[(checkpoints["role"] == "final") & (checkpoints["d_model"] == 80)]["validation_loss"]
+    assert (table["loss"][1], table["loss_spread"][1]) == pytest.approx((final.mean(), np.ptp(final)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: step_times([], 64, 5), "0 shapes and 5 rounds"),
+        (lambda: step_times(CONFIGS, 64, 0), "2 shapes and 0 rounds"),
+        (lambda: step_times(CONFIGS, 50, 1), "not a multiple of model.context"),
+        (lambda: cost_beside_sparsity(study(((80, 4),), ("relu",)), costs([(8, 8)])), "has no row for 80x4"),
+        (lambda: cost_beside_sparsity(study(((80, 4),), ("relu",)), costs([(80, 4)] * 2)), "two rows for d_model 80"),
+        (
+            lambda: cost_beside_sparsity(study(((80, 4),)), costs([(80, 4)]).assign(training_us=np.nan)),
+            "no training_us .NaN.",
+        ),
+        (lambda: cost_beside_sparsity(study(((80, 4),)), costs([(80, 4)]).drop(columns="forward_us")), "lacks the col"),
+    ],
+)
+def test_unusable_input_is_an_input_error(call, message):
+    with pytest.raises(InputError, match=message):
+        call()

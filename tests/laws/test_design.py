@@ -1,0 +1,323 @@
+"""Predictions before training: planted laws found again, intervals that hold, words that warn, verdicts."""
+
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted_design import LINE, SECOND, SLOPES, study, truth
+from scipy.special import expit
+
+from sparsity_utils.console import InputError
+from sparsity_utils.findings import claims, design_plots, design_verdicts
+from sparsity_utils.laws.design import fit_design, joined
+from sparsity_utils.laws.holdout import COLUMNS, accuracy, against_published, held_out
+from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return fit_design(study())
+
+
+# The laws
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize(("parameters", "per_parameter", "ratio"), [(1e5, 100, 10), (2e4, 40, 30), (1e7, 300, 100)])
+def test_planted_laws_are_found_again(exact, activation, parameters, per_parameter, ratio):
+    tokens = per_parameter * parameters
+    found = exact.predict(parameters, tokens, ratio, activation)
+    share, loss = truth(activation, parameters, tokens, ratio)
+    # what a run measures is the mean of its last stable checkpoints, not quite its end
+    assert found.activation_ratio.value == pytest.approx(share, rel=1e-6)
+    assert found.loss.value == pytest.approx(0.95 * loss, rel=1e-6)
+    assert found.activation_ratio.low <= found.activation_ratio.value <= found.activation_ratio.high
+    assert found.activation_ratio.high - found.activation_ratio.low < 0.01
+    needed = expit(np.log(share / (1 - share)) + 1) if activation == "relu" else 1.0
+    assert found.nonzero_share.value == pytest.approx(needed, rel=1e-6)
+
+
+def test_the_table_of_coefficients_has_the_planted_slopes(exact):
+    table = exact.ratio.table.set_index(["term", "activation"])["coefficient"]
+    planted = dict(zip(("at the reference", "decade of parameters"), SLOPES["relu"], strict=False))
+    for term, value in planted.items():
+        assert table[term, "ReLU"] == pytest.approx(value, abs=1e-6)
+    assert table["decade of tokens per parameter", "SiLU"] == pytest.approx(SLOPES["silu"][2], abs=1e-6)
+    assert table["decade of width-depth ratio", "all"] == pytest.approx(0.6, abs=1e-6)
+    loss = exact.loss.table.set_index("term")["coefficient"]
+    assert loss["decay"] == pytest.approx(np.log(0.95), abs=1e-6)
+    assert loss["decade of width-depth ratio, squared"] == pytest.approx(0.08, abs=1e-6)
+
+
+def test_a_run_weighs_the_same_however_many_checkpoints_it_has():
+    table = study(noise=0.2)
+    run = table["run"] == "relu-64x4-0"
+    dense = pd.concat([table, *(table[run].assign(step=table["step"][run] + 100 * k) for k in (1, 2, 3))])
+    dense = dense[~((dense["role"] == "final") & (dense["step"] > 100))]
+    once, often = (fit_design(t).ratio.coefficients for t in (table, dense))
+    assert once == pytest.approx(often, abs=1e-9)
+
+
+@pytest.mark.parametrize("parameters", [9e4, 1e9], ids=["inside", "four decades beyond"])
+def test_intervals_hold_about_as_often_as_they_say(parameters):
+    inside, tokens = [], 100 * parameters
+    for seed in range(25):
+        fitted, rng = fit_design(study(noise=0.2, seed=seed)), np.random.default_rng(1000 + seed)
+        for activation in ("relu", "silu"):
+            found = fitted.predict(parameters, tokens, 12, activation)
+            share, loss = truth(activation, parameters, tokens, 12)
+            off = 0.2 * rng.normal(size=2)
+            run = expit(np.log(share / (1 - share)) + off[0]), 0.95 * loss * np.exp(0.1 * off[1])
+            inside += [e.low <= x <= e.high for e, x in zip((found.activation_ratio, found.loss), run, strict=True)]
+    assert len(inside) == 100
+    assert 0.82 <= np.mean(inside) <= 0.98  # 0.9 with a standard deviation of 0.03, more with shared fits
+
+
+def test_intervals_widen_beyond_the_fit():
+    fitted = fit_design(study(noise=0.2))
+    near, far = (fitted.predict(n, 100 * n, 16, "relu").loss for n in (1e5, 1e9))
+    assert np.log(far.high / far.low) > 1.5 * np.log(near.high / near.low)
+
+
+# What a prediction says of itself
+
+
+def test_inside_the_fit_there_are_no_words(exact):
+    assert exact.predict(1e5, 1e7, 16, "relu").extrapolates == ()
+    assert exact.predict(1e5, 3e6, 16, "silu").extrapolates == ()  # 30 tokens per parameter were seen on the way
+
+
+@pytest.mark.parametrize(
+    ("parameters", "tokens", "ratio", "activation", "words"),
+    [
+        (188_416_000, 1.88e10, 16, "relu", ("parameters 3 decades above 188k",)),
+        (294, 29_400, 16, "relu", ("parameters 1 decades below 2.94k",)),
+        (1e5, 1e8, 16, "relu", ("tokens per parameter 1 decades above 100",)),
+        (1e5, 2.5e5, 16, "relu", ("tokens per parameter 1 decades below 25",)),
+        (1e5, 1e7, 400, "relu", ("width-depth ratio 1 decades above 40",)),
+        (1e5, 1e7, 30, "silu", ("effect of shape taken from others, SiLU was trained at ratio 8 to 16",)),
+        (
+            1e5,
+            1e7,
+            400,
+            "silu",
+            (
+                "width-depth ratio 1 decades above 40",
+                "effect of shape taken from others, SiLU was trained at ratio 8 to 16",
+            ),
+        ),
+    ],
+)
+def test_every_direction_of_extrapolation_is_named(exact, parameters, tokens, ratio, activation, words):
+    assert exact.predict(parameters, tokens, ratio, activation).extrapolates == words
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "gelu"}, "Activation 'gelu' was not fitted; choose one of relu, silu"),
+        ({"parameters": 0}, "parameters is 0"),
+        ({"tokens": -1e6}, "tokens is"),
+        ({"ratio": float("nan")}, "ratio is nan"),
+        ({"ratio": float("inf")}, "ratio is inf"),
+    ],
+)
+def test_an_impossible_question_is_an_input_error(exact, change, message):
+    with pytest.raises(InputError, match=message):
+        exact.predict(**{"parameters": 1e5, "tokens": 1e7, "ratio": 16, "activation": "relu"} | change)
+
+
+# Too little to fit
+
+
+def test_an_activation_function_of_two_sizes_is_left_out():
+    fitted = fit_design(study(silu=((16, 1), (32, 2))))
+    assert fitted.activations == ("relu",) and not fitted.reason
+    with pytest.raises(InputError, match="'silu' was not fitted; choose one of relu"):
+        fitted.predict(1e5, 1e7, 16, "silu")
+
+
+def test_a_cluster_of_shapes_of_one_size_is_one_size():
+    assert fit_design(study(relu=((32, 8), (40, 5), (52, 3), (64, 2)), silu=LINE)).activations == ("silu",)
+
+
+def test_with_two_ratios_the_loss_has_no_lowest_point():
+    fitted = fit_design(study(relu=(*LINE, *SECOND)))
+    assert not fitted.reason and "decade of width-depth ratio, squared" not in set(fitted.loss.table["term"])
+
+
+@pytest.mark.parametrize(
+    ("which", "reason"),
+    [
+        ({"seeds": (0,), "relu": LINE, "silu": LINE}, "only 8 runs, 3 sizes each activation function"),
+        ({"relu": LINE, "silu": LINE}, "without 16x1 the other shapes do not determine the 7 coefficients"),
+        ({"relu": LINE[:2], "silu": LINE[:2]}, "only 0 runs, 3 sizes each"),
+    ],
+)
+def test_too_little_to_fit_is_a_reason_and_no_error(which, reason):
+    table = study(**which)
+    fitted = fit_design(table)
+    assert reason in fitted.reason
+    if fitted.activations:
+        assert np.isnan(fitted.predict(1e5, 1e7, 16, "relu").activation_ratio.value)
+    else:
+        with pytest.raises(InputError, match="was not fitted; only 0 runs"):
+            fitted.predict(1e5, 1e7, 16, "relu")
+    held = held_out(table)
+    assert held.empty and list(held.columns) == COLUMNS and accuracy(held).empty
+    rows = design_verdicts.design(held)
+    assert {row.verdict for row in rows} == {INCONCLUSIVE} and all(row.reason for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.drop(columns="nonzero_share"), "lacks the columns nonzero_share"),
+        (lambda t: t.head(0), "no rows"),
+        (lambda t: pd.concat([t, t.tail(1)]), "two rows for run"),
+        (lambda t: t.assign(validation_loss=np.nan), "no validation_loss"),
+        (lambda t: t.drop(index=t.index[-1]), "Run silu-32x4-1 has no checkpoint after its decay"),
+    ],
+    ids=["column", "empty", "double", "gap", "unfinished"],
+)
+def test_a_table_that_cannot_be_used_is_an_input_error(spoil, message):
+    with pytest.raises(InputError, match=message):
+        fit_design(spoil(study()))
+
+
+def test_a_run_that_two_questions_share_counts_once():
+    table = study()
+    again = joined([table, table[table["d_model"] == 64]])
+    pd.testing.assert_frame_equal(again, table)
+
+
+# Runs that were held out
+
+
+@pytest.fixture(scope="module")
+def held():
+    return held_out(study(noise=0.1))
+
+
+def test_held_out_runs_have_no_part_in_their_prediction(held):
+    table = study(noise=0.1)
+    run = (table["d_model"] == 48) & (table["activation"] == "relu")
+    moved = table.assign(activation_ratio=table["activation_ratio"].where(~run, 0.9))
+    where = "split == 'shape' and d_model == 48 and quantity == 'activation ratio'"
+    before, after = held.query(where), held_out(moved).query(where)
+    assert len(before) == 4  # two seeds, two functions
+    assert before["predicted"].to_numpy() == pytest.approx(after["predicted"].to_numpy(), rel=1e-12)
+    assert not after[after["activation"] == "relu"]["inside"].any()
+
+
+def test_every_split_holds_out_what_it_says(held):
+    counts = held[held["quantity"] == "loss"].groupby("split").size()
+    assert counts["shape"] == counts["seed"] == 34  # every run
+    sizes = held[held["split"] == "size"]
+    assert set(zip(sizes["d_model"], sizes["n_layers"], strict=True)) == {(32, 4), (48, 3), (64, 4)}
+    assert sizes["extrapolates"].str.contains("parameters").all()
+    assert held["inside"].eq(held["measured"].between(held["low"], held["high"])).all()
+
+
+def test_the_mean_of_the_others_is_that_of_the_fitted_runs(held):
+    table = study(noise=0.1)
+    last = table[(table["role"] == "stable") & (table["activation"] == "silu")].groupby("run").tail(5)
+    means = last.groupby(["d_model", "n_layers", "run"])["activation_ratio"].mean().reset_index()
+    others = means[~((means["d_model"] == 24) & (means["n_layers"] == 3))]["activation_ratio"].mean()
+    row = held.query("split == 'shape' and activation == 'silu' and d_model == 24 and quantity == 'activation ratio'")
+    assert row["mean_of_others"].to_numpy() == pytest.approx([others] * 2)
+
+
+def test_accuracy_counts_and_averages(held):
+    table = accuracy(held).set_index(["split", "quantity", "activation"])
+    rows = held.query("split == 'shape' and quantity == 'loss' and activation == 'relu'")
+    found = table.loc["shape", "loss", "relu"]
+    assert (found["runs"], found["inside"]) == (len(rows), rows["inside"].sum())
+    assert found["error"] == pytest.approx(
+        100 * ((rows["predicted"] - rows["measured"]) / rows["measured"]).abs().mean()
+    )
+
+
+def test_published_models_are_held_against_the_recipe(exact):
+    table = against_published(exact).set_index(["activation", "model"])
+    assert len(table) == 11 and table["extrapolates"].str.contains("parameters .* decades above 188k").all()
+    row, law = table.loc["silu", "1.2B"], -0.538 / (190 * 11.5 * 32 * 1792**2 / 1e9) ** 0.967 + 0.382
+    assert row["published"] == pytest.approx(law)
+    expected = exact.predict(11.5 * 32 * 1792**2, 190 * 11.5 * 32 * 1792**2, 56, "silu").activation_ratio
+    assert (row["predicted"], row["low"], row["high"]) == (expected.value, expected.low, expected.high)
+
+
+# Verdicts
+
+
+def verdict_rows(share=1.0, off=0.0, mean_off=0.1, split="shape", shapes=12):
+    """Held-out runs of `shapes` shapes, two seeds each: a share of them inside, all predictions `off` by so much."""
+    rows = []
+    for number, seed in product(range(shapes), (0, 1)):
+        about = {"activation": "relu", "d_model": 16 + 4 * number, "n_layers": 2, "seed": seed, "ratio": 8 + 2 * number}
+        inside = (2 * number + seed) < share * 2 * shapes
+        wobble = 0.001 * (number % 3 - 1)
+        for quantity, scale in (("activation ratio", 1.0), ("loss", 3.0)):
+            measured = 0.2 * scale
+            rows.append(
+                {**about, "split": split, "quantity": quantity, "parameters": 1000 * (number + 1), "measured": measured,
+                 "predicted": measured + scale * (off + wobble), "low": 0.1 * scale, "high": 0.3 * scale,
+                 "inside": inside, "mean_of_others": measured + mean_off, "extrapolates": ""}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def judged(**changes):
+    both = pd.concat([verdict_rows(**changes), verdict_rows(**changes | {"split": "size"})], ignore_index=True)
+    return dict(
+        zip(("covers", "better", "reaches", "loss covers", "loss reaches"), design_verdicts.design(both), strict=True)
+    )
+
+
+def test_good_predictions_support_every_claim():
+    rows = judged()
+    assert {name: row.verdict for name, row in rows.items()} == dict.fromkeys(rows, SUPPORTED)
+    assert rows["covers"].here == 100 and rows["covers"].interval[0] == pytest.approx(100 * 0.05 ** (1 / 24))
+    assert rows["better"].here == pytest.approx(10 - 0.0667, abs=0.01)
+    assert "24 of 24 runs of 12 shapes" in rows["covers"].reason
+
+
+def test_bad_predictions_support_none():
+    rows = judged(share=0.5, off=0.15, mean_off=0.05)
+    assert {name: row.verdict for name, row in rows.items()} == dict.fromkeys(rows, NOT_SUPPORTED)
+    assert rows["reaches"].here == pytest.approx(15, abs=0.01) and rows["loss reaches"].here == pytest.approx(
+        75, abs=0.1
+    )
+
+
+def test_a_few_runs_inside_decide_nothing():
+    rows = judged(shapes=3)
+    assert rows["covers"].verdict == INCONCLUSIVE and rows["better"].verdict == SUPPORTED
+    one = judged(shapes=1)
+    assert one["reaches"].verdict == one["better"].verdict == INCONCLUSIVE
+    assert "at least 2 are needed" in one["reaches"].reason
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.drop(columns="inside"), "lacks the columns inside"),
+        (lambda t: pd.concat([t, t.tail(1)]), "two rows"),
+        (lambda t: t.assign(predicted=np.nan), "no predicted"),
+    ],
+)
+def test_held_out_rows_that_cannot_be_used_are_an_input_error(spoil, message):
+    with pytest.raises(InputError, match=message):
+        design_verdicts.design(spoil(verdict_rows()))
+
+
+def test_the_claims_are_stated_beforehand():
+    stated = set(claims.claims_table("design")["question"])
+    assert {row.claim for row in design_verdicts.design(verdict_rows())} == stated
+
+
+def test_a_study_too_small_to_predict_is_drawn_with_its_reason():
+    tiny = study(seeds=(0,), relu=LINE, silu=LINE)
+    figure = design_plots.design(pd.DataFrame(), pd.DataFrame(), tiny)
+    assert "No prediction: only 8 runs" in figure.texts[0].get_text()

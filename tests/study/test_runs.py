@@ -1,0 +1,166 @@
+"""The run store: what names a run, that it is trained once, and that damage is found, said and repaired."""
+
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+import pytest
+import torch
+from small import write_text
+
+from sparsity_utils import paths
+from sparsity_utils.models.config import ModelConfig, TrainConfig
+from sparsity_utils.models.decoder import load_model
+from sparsity_utils.study import runs
+from sparsity_utils.study.runs import RunConfig, find_run, train_run
+from sparsity_utils.text.batches import TrainingBatches
+from sparsity_utils.text.config import CorpusConfig
+from sparsity_utils.text.corpus import Corpus, build_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    text = write_text(tmp_path_factory.mktemp("text"))
+    return build_corpus(CorpusConfig("path", str(text), vocabulary=300, validation_share=0.2))
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
+    torch.set_num_threads(1)
+
+
+def config(corpus: Corpus, **changes) -> RunConfig:
+    settings = {"tokens": 4000, "batch_tokens": 256, "checkpoints": 8, "validation_tokens": 512}
+    model = ModelConfig(8, 1, vocabulary=300, context=32, head_size=8, base_width=16)
+    return RunConfig(model, TrainConfig(**{**settings, **changes}), corpus.hash, corpus.tokenizer_hash, 1)
+
+
+def test_the_key_names_everything_that_decides_the_weights(corpus):
+    base = config(corpus)
+    others = [
+        dataclasses.replace(base, model=dataclasses.replace(base.model, activation="silu")),
+        config(corpus, seed=1),
+        config(corpus, learning_rate=0.02),
+        dataclasses.replace(base, corpus="other"),
+        dataclasses.replace(base, tokenizer="other"),
+        dataclasses.replace(base, threads=2),
+        dataclasses.replace(base, recipe=base.recipe + 1),
+    ]
+    assert len({each.key for each in [base, *others]}) == len(others) + 1
+    assert config(corpus).key == base.key
+
+
+def test_a_finished_run_is_never_trained_again(corpus, monkeypatch):
+    shares = []
+    first = train_run(config(corpus), corpus, shares.append)
+    assert shares[-1] == 1.0 and shares == sorted(shares)
+    monkeypatch.setattr(runs, "train", lambda *args: pytest.fail("trained again"))
+    again = train_run(config(corpus), corpus)
+    pd.testing.assert_frame_equal(again.checkpoints, first.checkpoints)
+    assert not list(paths.runs().glob(".*.working"))
+    assert not (again.folder / "state.safetensors").exists()
+
+
+def test_the_table_of_checkpoints_describes_the_run(corpus):
+    table = train_run(config(corpus), corpus).checkpoints
+    assert list(table["role"])[-1] == "final" and set(table["role"][:-1]) == {"stable"}
+    first = table.iloc[0]
+    assert (first["d_model"], first["n_layers"], first["parameters"], first["ratio"]) == (8, 1, 736, 8.0)
+    warm_up = 0.05 * 4000
+    assert list(table["fit"]) == [row.role == "stable" and row.tokens >= 2 * warm_up for row in table.itertuples()]
+    assert table["fit"].sum() >= 5 and table["validation_loss"].is_monotonic_decreasing
+
+
+def test_checkpoints_open_with_transformers(corpus):
+    from transformers import AutoConfig
+
+    run = train_run(config(corpus), corpus)
+    step = run.checkpoints["step"].max()
+    assert AutoConfig.from_pretrained(run.folder).model_type == "granite"
+    weights = load_model(run.folder, f"checkpoints/{step:06d}.safetensors").state_dict()
+    assert all(torch.equal(run.load(step).state_dict()[name], tensor) for name, tensor in weights.items())
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, edit, lambda file: file.unlink()], ids=["truncated", "edited", "missing"])
+@pytest.mark.parametrize("what", ["checkpoint", "manifest"])
+def test_damage_is_found_said_and_repaired(corpus, damage, what):
+    run = train_run(config(corpus), corpus)
+    last = run.folder / "checkpoints" / f"{run.checkpoints['step'].max():06d}.safetensors"
+    before = last.read_bytes()
+    file = last if what == "checkpoint" else run.folder / "manifest.json"
+    damage(file)
+    said = rf"8x1 relu seed 0 \({run.folder.name}\) is damaged: .*{file.name} is not what was written"
+    with pytest.warns(UserWarning, match=said):
+        assert find_run(config(corpus)) is None
+    with pytest.warns(UserWarning, match=said):
+        train_run(config(corpus), corpus)
+    assert last.read_bytes() == before
+
+
+def test_a_run_killed_just_before_its_end_is_not_lost(corpus, monkeypatch):
+    whole = train_run(dataclasses.replace(config(corpus), threads=3), corpus)  # another key, the same weights
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(runs, "_sha256", killed)
+        train_run(config(corpus), corpus)
+    steps = []
+    original = TrainingBatches.__call__
+    monkeypatch.setattr(TrainingBatches, "__call__", lambda self, step: steps.append(step) or original(self, step))
+    run = train_run(config(corpus), corpus)
+    assert not steps and not run.diverged
+    assert list(run.checkpoints["validation_loss"]) == list(whole.checkpoints["validation_loss"])
+
+
+def test_two_that_want_the_same_run_train_it_once(corpus, monkeypatch):
+    trained = []
+    original = runs.train
+    monkeypatch.setattr(runs, "train", lambda *args: trained.append(1) or original(*args))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: train_run(config(corpus), corpus).folder, range(4)))
+    assert len(trained) == 1 and len(set(found)) == 1
+
+
+def test_a_diverged_run_is_kept_as_such(corpus, monkeypatch):
+    bad = config(corpus, learning_rate=1e6)
+    run = train_run(bad, corpus)
+    assert "8x1 relu seed 0: Training stopped at step" in run.diverged and "learning rate 1e+06" in run.diverged
+    monkeypatch.setattr(runs, "train", lambda *args: pytest.fail("trained again"))
+    assert train_run(bad, corpus).diverged == run.diverged
+
+
+def test_a_measurement_is_computed_once_per_setting(corpus):
+    run, calls = train_run(config(corpus), corpus), []
+
+    def measure():
+        calls.append(1)
+        return pd.DataFrame({"step": [1, 2], "value": [0.1, 0.25]})
+
+    assert not run.has_measured("curve", {"p": 1})
+    first, again = (run.measured("curve", {"p": 1}, measure) for _ in range(2))
+    assert run.has_measured("curve", {"p": 1}) and len(calls) == 1
+    pd.testing.assert_frame_equal(first, again)
+    run.measured("curve", {"p": 2}, measure)
+    assert len(calls) == 2
+    assert find_run(config(corpus)) is not None  # measurements do not count as damage
+
+
+def test_the_manifest_says_on_what_the_run_was_made(corpus):
+    manifest = json.loads((train_run(config(corpus), corpus).folder / "manifest.json").read_text())
+    assert manifest["versions"]["torch"] == torch.__version__ and manifest["device"]
+    assert len(manifest["commit"].removesuffix("-dirty")) == 40 or manifest["commit"] == "unknown"
+    assert manifest["config"]["corpus"] == corpus.hash and manifest["config"]["train"]["seed"] == 0

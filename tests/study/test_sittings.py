@@ -1,0 +1,150 @@
+"""A study in several sittings: what it costs, in which order, that it stops in time; text travels compressed."""
+
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from small import one_size, profile_content, write_profile, write_text
+
+from sparsity_utils import paths
+from sparsity_utils.__main__ import TIME_OVER, main
+from sparsity_utils.console import InputError
+from sparsity_utils.study.plan import QUESTIONS
+from sparsity_utils.study.sittings import costs, in_order, sit
+from sparsity_utils.study.study import Study
+from sparsity_utils.text.packed_text import pack_text, unpack_text
+
+FOREVER = 10.0  # minutes
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
+
+
+def one_run(tmp_path, text, **study) -> str:
+    """A profile of a single run."""
+    content = profile_content(text)
+    only = {"sizes": [one_size("8x1")], "activations": ["relu"]}
+    content["study"] = {**only, **study}
+    return write_profile(tmp_path, content)
+
+
+def test_a_sitting_ends_in_time_and_the_next_one_goes_on(tmp_path, text, capsys):
+    profile, folder = one_run(tmp_path, text), tmp_path / "runs"
+    command = ["study", "--profile", profile, "--tables", str(folder), "--minutes"]
+    assert main([*command, "0"]) == TIME_OVER
+    assert "0 of 1 runs done; the same command continues" in capsys.readouterr().out
+    study = Study.from_profile(profile)
+    assert sit(study, FOREVER, folder) == "" and sit(study, 0, folder) == ""
+
+
+def test_settings_are_chosen_first_then_short_runs_then_those_of_primary_claims(tmp_path, text, monkeypatch):
+    lines = {
+        "sizes": [one_size("8x1"), one_size("8x2", 80_000)],
+        "second_sizes": [one_size("16x1", 6000)],
+        "one_dimension": [one_size("8x1"), one_size("8x1", 9000, d_ff=40), one_size("8x2", 50_000, d_ff=40)],
+    }
+    study = Study.from_profile(one_run(tmp_path, text, **lines))
+    jobs = in_order(study, QUESTIONS)
+    seconds = [job.config.cost() for job in jobs]
+    assert seconds == sorted(seconds) and len(jobs) == 5  # the centre is one run
+    monkeypatch.setattr("sparsity_utils.study.sittings.SHORT", (seconds[2] + seconds[3]) / 2)
+    assert in_order(study, QUESTIONS) == [*jobs[:3], jobs[4], jobs[3]]  # 8x2 of the main line before the wide one
+    (only,) = in_order(study, ["second_line"])
+    assert only.config.model.d_model == 16
+    tried = {"tuning_sizes": [one_size("16x2", 50_000)], "tuning_rates": [0.01], "tuning_batches": [256]}
+    assert (
+        in_order(Study.from_profile(one_run(tmp_path, text, **lines, **tried)), QUESTIONS)[0].config.model.d_model == 16
+    )
+
+
+def test_costs_are_told_by_line_before_anything_is_trained(tmp_path, text, capsys):
+    lines = {"second_sizes": [one_size("16x1", 6000), one_size("8x1")]}
+    profile = one_run(tmp_path, text, **lines)
+    assert main(["study", "--profile", profile, "--cost"]) == 0
+    assert "second_line" in capsys.readouterr().out and not list(paths.runs().glob("*"))
+    study = Study.from_profile(profile)
+    sit(study, FOREVER, questions=[question for question in QUESTIONS if question != "second_line"])
+    table = costs(study).set_index("question")
+    capsys.readouterr()
+    assert list(table.index) == ["relu_vs_silu", "second_line", "all"]  # a run of both lines counts in the first
+    assert table["runs"].tolist() == [1, 1, 2] and table["finished"].tolist() == [1, 0, 1]
+    sit(study, 0, tmp_path / "runs", questions=["relu_vs_silu"])
+    shutil.rmtree(paths.runs())
+    assert main(["study", "--profile", profile, "--cost", "--tables", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[1:3] == ["2", "1"]  # runs that were brought are finished
+    assert main(["study", "--profile", profile, "--questions", "speed"]) == 2
+    assert "There is no question 'speed'; choose from metrics" in capsys.readouterr().err
+
+
+def test_packed_text_gives_the_same_corpus(tmp_path, text):
+    profile, packed = one_run(tmp_path, text), tmp_path / "text.jsonl.xz"
+    assert main(["corpus", "--profile", profile, "--pack", str(packed)]) == 0
+    built = Study.from_profile(profile).corpus
+    manifest = built.manifest
+    shutil.rmtree(paths.corpora())
+    unpacked = Study.from_profile(profile, packed).corpus
+    assert (unpacked.folder, unpacked.manifest) == (built.folder, manifest)
+
+
+def test_packed_text_that_is_cut_or_of_another_profile_is_refused(tmp_path, text):
+    config = Study.from_profile(one_run(tmp_path, text)).profile.corpus
+    packed = tmp_path / "text.jsonl.xz"
+    pack_text(config, packed)
+    other = Study.from_profile(write_profile(tmp_path, {**profile_content(text), "about": "x"}, "other")).profile.corpus
+    assert unpack_text(other, packed).manifest["splits"]  # the corpus section is what counts
+    shutil.rmtree(paths.corpora())
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="no whole packed text"):
+        unpack_text(config, packed)
+    with lzma.open(packed, "wt") as stream:
+        stream.write(json.dumps({"request": {"config": {}}}) + "\n")
+    with pytest.raises(InputError, match="packed for another corpus section"):
+        unpack_text(config, packed)
+
+
+def test_a_sitting_needs_only_what_a_bare_gpu_image_has(tmp_path, text):
+    profile, packed, archive = one_run(tmp_path, text), tmp_path / "text.jsonl.xz", tmp_path / "runs"
+    assert main(["corpus", "--profile", profile, "--pack", str(packed)]) == 0
+    blocked = ("scipy", "statsmodels", "matplotlib", "seaborn", "datasketch", "datasets", "papermill", "nbformat")
+    blocked += ("pooch", "numba")
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import importlib.util, sys
+class Blocker:  # in the worker processes too
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(name)
+find = importlib.util.find_spec  # libraries ask it what is installed
+importlib.util.find_spec = lambda name, *args: None if name.split(".")[0] in {blocked} else find(name, *args)
+sys.meta_path.insert(0, Blocker())
+""")
+    (tmp_path / "sit.py").write_text(f"""
+if __name__ == "__main__":
+    from pathlib import Path
+    from sparsity_utils import measure_sparsity
+    from sparsity_utils.__main__ import main
+    from sparsity_utils.study.sittings import sit
+    from sparsity_utils.study.study import Study
+    assert sit(Study.from_profile({profile!r}, Path({str(packed)!r})), 10.0, Path({str(archive)!r})) == ""
+""")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(paths.ROOT)])}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "sit.py")], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = archive.glob("*.zip")
+    names = {name.partition("-")[0] for name in zipfile.ZipFile(run).namelist()}
+    measured = {"metrics", "curve", "neurons", "vocabulary", "dead", "transfer"}
+    assert names == {"manifest.json", "config.json", "model.safetensors", *measured}
