@@ -112,3 +112,17 @@ def test_an_unknown_command_is_refused(command):
 def test_python_that_cannot_work_is_refused(code):
     with pytest.raises((AssertionError, SyntaxError)):
         check_imports(code)
+
+
+def test_the_commands_of_contributing_exist():
+    blocks = readme.read(paths.ROOT / "CONTRIBUTING.md")
+    commands = [command for block in blocks if block.language == "bash" for command in block.commands()]
+    assert commands
+    for command in commands:
+        check_command(command)
+
+
+def test_contributing_maps_the_rooms():
+    text = (paths.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = {folder.parent.name for folder in (paths.ROOT / "sparsity_utils").glob("*/__init__.py")}
+    assert rooms == {room for room in rooms if f"| `{room}` |" in text}
