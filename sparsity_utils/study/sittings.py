@@ -13,6 +13,7 @@ from sparsity_utils.study.plan import COVERING, PRIMARY, QUESTIONS
 from sparsity_utils.study.study import Study
 
 SHORT = 600  # seconds of a core that a run may be expected to take to be done before all longer ones
+ABOUT_HOURS = "Hours are those of CPU cores, by a cost model of small models; what a GPU needs is not known yet."
 OVERRUN = 1.4  # training of the first recorded study took so many times the core hours of the cost model
 
 
@@ -24,7 +25,7 @@ def sit(study: Study, minutes: float, tables: Path | None = None, questions: Ite
     """
     deadline, left = time.monotonic() + 60 * minutes, ""
     with _tables(study, tables, questions) as keep:
-        print(costs(study).to_string(index=False), flush=True)
+        print(_told(study), flush=True)
         try:
             do_jobs(in_order(study, questions), study.profile, deadline, keep)
         except OutOfTime as time_over:
@@ -37,7 +38,11 @@ def sit(study: Study, minutes: float, tables: Path | None = None, questions: Ite
 def tell_costs(study: Study, tables: Path | None = None) -> str:
     """`costs` as text, once the runs of the folder `tables` have been brought."""
     with _tables(study, tables, QUESTIONS):
-        return costs(study).to_string(index=False)
+        return _told(study)
+
+
+def _told(study: Study) -> str:
+    return f"{costs(study).to_string(index=False)}\n{ABOUT_HOURS}"
 
 
 def _tables(study: Study, folder: Path | None, questions: Iterable[str]) -> AbstractContextManager[Callable[[], None]]:

@@ -83,7 +83,8 @@ def test_costs_are_told_by_line_before_anything_is_trained(tmp_path, text, capsy
     sit(study, 0, tmp_path / "runs", questions=["relu_vs_silu"])
     shutil.rmtree(paths.runs())
     assert main(["study", "--profile", profile, "--cost", "--tables", str(tmp_path / "runs")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split()[1:3] == ["2", "1"]  # runs that were brought are finished
+    *_, total, about = capsys.readouterr().out.splitlines()
+    assert total.split()[1:3] == ["2", "1"] and "CPU cores" in about  # runs that were brought are finished
     assert main(["study", "--profile", profile, "--questions", "speed"]) == 2
     assert "There is no question 'speed'; choose from metrics" in capsys.readouterr().err
 
