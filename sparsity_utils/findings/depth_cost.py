@@ -14,17 +14,17 @@ SIZE = ["d_model", "n_layers"]
 def cost_beside_sparsity(checkpoints: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     """What each shape buys and what it costs, widest first; costs are relative to the widest shape.
 
-    Columns: d_model, n_layers, ratio, seeds, activation_ratio and spread (last-five means over seeds, and largest minus
-    smallest), loss and loss_spread (final validation loss, nats per token), flops, training, training_low,
-    training_high, forward (of the widest shape's median), training_us (microseconds per token).
-    Raises InputError for unusable tables and for a shape without costs.
+    Columns: d_model, n_layers, width_depth_ratio, seeds, activation_ratio and spread (last-five means over seeds, and
+    largest minus smallest), loss and loss_spread (final validation loss, nats per token), flops, training,
+    training_low, training_high, forward (of the widest shape's median), training_us (microseconds per token). Raises
+    InputError for unusable tables and for a shape without costs.
     """
     numbers = [f"{name}_us" for name in PASSES]
-    columns = [*SIZE, "ratio", "flops_per_token", *numbers, "training_low", "training_high"]
+    columns = [*SIZE, "width_depth_ratio", "flops_per_token", *numbers, "training_low", "training_high"]
     require(costs, columns, SIZE, numbers, "depth_cost")
     shapes = (
         run_table(checkpoints)
-        .groupby([*SIZE, "ratio"], as_index=False)
+        .groupby([*SIZE, "width_depth_ratio"], as_index=False)
         .agg(
             seeds=("seed", "nunique"),
             activation_ratio=("last_five_mean", "mean"),
@@ -32,15 +32,17 @@ def cost_beside_sparsity(checkpoints: pd.DataFrame, costs: pd.DataFrame) -> pd.D
             loss=("final_loss", "mean"),
             loss_spread=("final_loss", np.ptp),
         )
-        .merge(costs.drop(columns="ratio"), on=SIZE, how="left")
+        .merge(costs.drop(columns="width_depth_ratio"), on=SIZE, how="left")
     )
     unknown = shapes[shapes["training_us"].isna()]
     if len(unknown):
         first = "x".join(str(number) for number in unknown.iloc[0][SIZE].astype(int))
         raise InputError(f"The depth_cost table has no row for {first}; delete it and measure again.")
-    shapes = shapes.sort_values("ratio", ascending=False, ignore_index=True)
+    shapes = shapes.sort_values("width_depth_ratio", ascending=False, ignore_index=True)
     widest = shapes.iloc[0]
-    return shapes[[*SIZE, "ratio", "seeds", "activation_ratio", "spread", "loss", "loss_spread", "training_us"]].assign(
+    return shapes[
+        [*SIZE, "width_depth_ratio", "seeds", "activation_ratio", "spread", "loss", "loss_spread", "training_us"]
+    ].assign(
         flops=shapes["flops_per_token"] / widest["flops_per_token"],
         training=shapes["training_us"] / widest["training_us"],
         training_low=shapes["training_low"] / widest["training_us"],

@@ -34,7 +34,7 @@ def design(
         return _without(fitted.reason)
     figure = ShownFigure(figsize=(7.8, 6.6), layout="constrained")
     (left, right), (speeds, check) = figure.subplots(2, 2)
-    _predicted(left, fitted, fitted.ratio, parameters, tokens, 100)
+    _predicted(left, fitted, fitted.activation_ratio, parameters, tokens, 100)
     left.set(ylabel="Active neurons (% of d_ff)", title="Activation ratio, stable stage")
     _predicted(right, fitted, fitted.loss, parameters, tokens, 1)
     right.set(ylabel="Validation loss (nats per token)", title="Loss after the decay")
@@ -72,29 +72,31 @@ def _predicted(axes: Axes, fitted: Design, law: Law, parameters: float, tokens: 
         axes.plot(grid, np.where(inside, value, np.nan), "-", color=look.colour, linewidth=2)
         runs = fitted.runs[fitted.runs["activation"] == activation]
         carried = [_carried(law, run, parameters, tokens) for run in runs.to_dict("records")]
-        axes.plot(runs["ratio"], unit * np.array(carried), look.marker, color=look.colour, alpha=0.6)
+        axes.plot(runs["width_depth_ratio"], unit * np.array(carried), look.marker, color=look.colour, alpha=0.6)
     _ratio_axis(axes)
     axes.legend(fontsize=8)
 
 
 def _carried(law: Law, run: dict, parameters: float, tokens: float) -> float:
     """What a run measured, moved to another budget along the fit: its distance from the curve is that of the run."""
-    here = law.predict(run["parameters"], run["tokens"], run["ratio"], run["activation"]).value
-    there = law.predict(parameters, tokens, run["ratio"], run["activation"]).value
+    here = law.predict(run["parameters"], run["tokens"], run["width_depth_ratio"], run["activation"]).value
+    there = law.predict(parameters, tokens, run["width_depth_ratio"], run["activation"]).value
     here, there, measured = law.outcome.link(np.array([here, there, run[law.outcome.column]]))
     return float(law.outcome.inverse(there + measured - here))
 
 
 def _speeds(axes: Axes, table: pd.DataFrame, title: str) -> None:
     """Tokens per second of every integer shape: reading all weights, and skipping inactive neurons."""
-    dense = table.drop_duplicates("ratio").sort_values("ratio")
-    axes.plot(dense["ratio"], dense["dense"], "-X", color="black", label="all weights")
+    dense = table.drop_duplicates("width_depth_ratio").sort_values("width_depth_ratio")
+    axes.plot(dense["width_depth_ratio"], dense["dense"], "-X", color="black", label="all weights")
     for number, (activation, rows) in enumerate(table.groupby("activation", sort=True)):
-        look, rows = Look(number), rows.sort_values("ratio")
+        look, rows = Look(number), rows.sort_values("width_depth_ratio")
         reach = [rows["sparse"] - rows["low_sparse"], rows["high_sparse"] - rows["sparse"]]
         style = {"color": look.colour, "marker": look.marker, "linestyle": look.line, "capsize": 2}
         style |= {"fillstyle": "none", "markersize": 9 - 4 * number}  # speeds of two functions may lie on each other
-        axes.errorbar(rows["ratio"], rows["sparse"], reach, label=f"{ACTIVATIONS[activation]}, sparse", **style)
+        axes.errorbar(
+            rows["width_depth_ratio"], rows["sparse"], reach, label=f"{ACTIVATIONS[activation]}, sparse", **style
+        )
     axes.set(ylabel="Tokens per second", title=title, ylim=(0, None))
     _ratio_axis(axes)
     axes.legend(fontsize=8)

@@ -55,7 +55,7 @@ def token_patterns(vocabulary: pd.DataFrame) -> Figure:
     sizes = sorted(set(vocabulary[SIZE].itertuples(index=False, name=None)))
     figure, panels = side_by_side(len(activations) + 1)
     for number, (axes, activation) in enumerate(zip(panels, activations, strict=False)):
-        x, y = (100 * patterns[activation, *size, "ratio"] for size in (sizes[0], sizes[-1]))
+        x, y = (100 * patterns[activation, *size, "activation_ratio"] for size in (sizes[0], sizes[-1]))
         axes.plot(x, y, Look(number).marker, color=Look(number).colour, alpha=0.4, markersize=3)
         axes.set(xlabel=f"Active neurons in {size_name(sizes[0])} (%)", ylabel=f"in {size_name(sizes[-1])} (%)")
         axes.set_title(f"{ACTIVATIONS[activation]}, ρ = {spearman(x, y):.2f}")

@@ -47,7 +47,7 @@ def activation_patterns(
     pairs = ["calibrated_on", "applied_to"]
     for table, what, key, numbers in (
         (neurons, "activation patterns", ["layer", "neuron", "domain"], ["frequency"]),
-        (vocabulary, "token patterns", ["token_id"], ["count", "ratio", "first", "last"]),
+        (vocabulary, "token patterns", ["token_id"], ["count", "activation_ratio", "first", "last"]),
         (dead, "dead neurons", ["step", "layer"], ["neurons", "tokens", "fit", *shares]),
         (transfer, "transfer", pairs, ["ppl_ratio", "p"]),
     ):
@@ -63,9 +63,9 @@ def activation_patterns(
 
 
 def _tokens_alike(patterns: pd.DataFrame) -> Verdict:
-    value, resampled = size_correlations(patterns, "ratio"), {}
+    value, resampled = size_correlations(patterns, "activation_ratio"), {}
     if len(patterns):
-        resampled = size_correlations(patterns, "ratio", bootstrap_draws(patterns))
+        resampled = size_correlations(patterns, "activation_ratio", bootstrap_draws(patterns))
     estimates = {
         f"{ACTIVATIONS[activation]} {size_name(one)} and {size_name(other)}": percentile_estimate(
             value[activation, one, other], draws, len(patterns)

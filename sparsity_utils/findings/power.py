@@ -64,7 +64,7 @@ class Spread(NamedTuple):
 
     def at_ratio(self, ratio: float, column: str = "first_effect") -> float:
         """A column of the line at this width-depth ratio; NaN where the first study had none."""
-        near = self.rows[(self.rows["ratio"] / ratio - 1).abs() < SAME_RATIO]
+        near = self.rows[(self.rows["width_depth_ratio"] / ratio - 1).abs() < SAME_RATIO]
         return float(near[column].iloc[0]) if len(near) else float("nan")
 
 
@@ -72,7 +72,7 @@ class Spread(NamedTuple):
 class Simulation:
     """Claims that are judged from the same simulated runs."""
 
-    runs: pd.DataFrame  # line, d_model, n_layers, d_ff, parameters, ratio, seed
+    runs: pd.DataFrame  # line, d_model, n_layers, d_ff, parameters, width_depth_ratio, seed
     spread: Spread
     truths: list[Truth]
     judge: Judge
@@ -162,12 +162,12 @@ def _runs(lines: dict[str, list[Settings]]) -> pd.DataFrame:
                 size = (model.d_model, model.n_layers, d_ff(model.d_model, model.ffn_ratio))
                 parameters = non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio)
                 rows.append((where, *size, parameters, model.d_model / model.n_layers, train.seed))
-    return pd.DataFrame(rows, columns=[*SIZE, "parameters", "ratio", "seed"])
+    return pd.DataFrame(rows, columns=[*SIZE, "parameters", "width_depth_ratio", "seed"])
 
 
 def _per_line(runs: pd.DataFrame, spread: Spread) -> dict[str, float]:
     """The first study's effect at the width-depth ratio of each line."""
-    return {line: spread.at_ratio(rows["ratio"].median()) for line, rows in runs.groupby("line")}
+    return {line: spread.at_ratio(rows["width_depth_ratio"].median()) for line, rows in runs.groupby("line")}
 
 
 def _of_means(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
@@ -239,7 +239,8 @@ def _of_ratio(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]
         return {claim: supports_positive(verdicts.ratio_slope(runs.assign(value=values))[0])}
 
     truths = [
-        Truth(name, {claim: slope}, slope * runs["ratio"].to_numpy()) for name, slope in ((ZERO, 0.0), (FIRST, first))
+        Truth(name, {claim: slope}, slope * runs["width_depth_ratio"].to_numpy())
+        for name, slope in ((ZERO, 0.0), (FIRST, first))
     ]
     return [Simulation(runs, own, truths, judge)]
 
@@ -272,7 +273,7 @@ def _of_depth(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]
 def _of_doublings(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
     """Whether deeper and wider FFNs are sparser by non-zeros, one dimension at a time."""
     sizes, own = _sizes(runs), spread["nonzero_share"]
-    middle, level = one_dimension.centre(sizes), own.at_ratio(DEPTH_LINE, "level")
+    middle, level = one_dimension.centre(sizes), own.at_ratio(DEPTH_LINE, "mean")
     if not np.isfinite(level):
         return []
     deeper, more = (np.log2(runs[name] / middle[name]).to_numpy() for name in ("n_layers", "d_ff"))

@@ -27,7 +27,7 @@ RATIOS = (2, 4, 8, 16, 32, 64, 128)  # d_model / n_layers; those without an inte
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a weight
 WAYS = (*DENSE, "sparse", "certified")
 COLUMNS = [
-    *("activation", "shape", "d_model", "n_layers", "parameters", "ratio"),
+    *("activation", "shape", "d_model", "n_layers", "parameters", "width_depth_ratio"),
     *("activation_ratio", "low_activation_ratio", "high_activation_ratio", "loss", "low_loss", "high_loss"),
     *("dense", "sparse", "low_sparse", "high_sparse", "certified", "extrapolates"),
 ]
@@ -111,11 +111,11 @@ def recipe(
 ) -> pd.DataFrame:
     """What to expect of every shape for a budget: one row per activation function and width-depth ratio.
 
-    Columns: activation, shape, d_model, n_layers, parameters, ratio; activation_ratio, loss and sparse (tokens per
-    second, FFNs that skip what CETT calls inactive), each with low_ and high_ of its 90% interval; dense (tokens per
-    second, the faster way that reads all weights); certified (with an 8-bit copy of the gate that leaves nothing
-    undecided but the needed rows; exact zeros only); extrapolates (in words; empty inside the fit). The interval of
-    `sparse` is that of the activation ratio alone. An empty table if the design has no predictions.
+    Columns: activation, shape, d_model, n_layers, parameters, width_depth_ratio; activation_ratio, loss and sparse
+    (tokens per second, FFNs that skip what CETT calls inactive), each with low_ and high_ of its 90% interval; dense
+    (tokens per second, the faster way that reads all weights); certified (with an 8-bit copy of the gate that leaves
+    nothing undecided but the needed rows; exact zeros only); extrapolates (in words; empty inside the fit). The
+    interval of `sparse` is that of the activation ratio alone. An empty table if the design has no predictions.
 
     Args:
         parameters: non-embedding. tokens: of the whole training. vocabulary: entries of the output head.
@@ -138,8 +138,8 @@ def recipe(
         for d_model, n_layers in shapes:
             about = {"activation": activation, "shape": f"{d_model}x{n_layers}", "d_model": d_model}
             about |= {"n_layers": n_layers, "parameters": non_embedding_parameters(d_model, n_layers)}
-            about |= {"ratio": d_model / n_layers}
-            expected = design.predict(about["parameters"], tokens, about["ratio"], activation)
+            about |= {"width_depth_ratio": d_model / n_layers}
+            expected = design.predict(about["parameters"], tokens, about["width_depth_ratio"], activation)
             rows.append(about | _outcomes(expected) | _speeds(on, expected, about, vocabulary))
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -150,7 +150,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         {
             "activation": table["activation"].map(ACTIVATIONS),
             "shape": table["shape"],
-            "ratio": table["ratio"].map("{:.3g}".format),
+            "width_depth_ratio": table["width_depth_ratio"].map("{:.3g}".format),
             "active %": _with_interval(table, "activation_ratio", 100, 1),
             "loss": _with_interval(table, "loss", 1, 2),
             "dense": table["dense"].map("{:,.4g}".format),

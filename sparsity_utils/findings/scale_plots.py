@@ -35,19 +35,19 @@ def width_depth_ratio(checkpoints: pd.DataFrame) -> Figure:
     """Activation ratio and loss against the width-depth ratio at one size (Fig. 5 and 6)."""
     figure, (left, right) = side_by_side(2)
     values, _ = one_value_per_run(limits_table(checkpoints), "relu")
-    _seeds(left, values["ratio"], 100 * values["value"], values["seed"])
+    _seeds(left, values["width_depth_ratio"], 100 * values["value"], values["seed"])
     _ratio_forms(left, values)
     left.set(
         ylabel="Active neurons (% of d_ff)", title=f"ReLU at {price_name(checkpoints)}, {parameters_name(checkpoints)}"
     )
     final = checkpoints[checkpoints["role"] == "final"]
-    _seeds(right, final["ratio"], final["validation_loss"], final["seed"])
+    _seeds(right, final["width_depth_ratio"], final["validation_loss"], final["seed"])
     right.set(ylabel="Validation loss (nats per token)", title="Loss after the decay")
-    _published_position(left, BREAKPOINT, values["ratio"], "published breakpoint")
-    _published_position(right, OPTIMUM, values["ratio"], "published optimum")
+    _published_position(left, BREAKPOINT, values["width_depth_ratio"], "published breakpoint")
+    _published_position(right, OPTIMUM, values["width_depth_ratio"], "published optimum")
     for axes in (left, right):
         axes.set_xscale("log")
-        ticks = sorted(set(values["ratio"].round(1)))
+        ticks = sorted(set(values["width_depth_ratio"].round(1)))
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel("Width-depth ratio (d_model / n_layers)")
@@ -57,8 +57,8 @@ def width_depth_ratio(checkpoints: pd.DataFrame) -> Figure:
 
 def _ratio_forms(axes: Axes, values: pd.DataFrame) -> None:
     """The three trends that are compared, with their AICc."""
-    points = values["ratio"], values["value"], values["seed"]
-    grid = np.geomspace(values["ratio"].min(), values["ratio"].max(), 200)
+    points = values["width_depth_ratio"], values["value"], values["seed"]
+    grid = np.geomspace(values["width_depth_ratio"].min(), values["width_depth_ratio"].max(), 200)
     forms = {
         "line": (fit_line, {"color": "grey", "linestyle": "--"}),
         "slope, then flat": (fit_two_segments, {"color": COLOURS[1], "linestyle": "-"}),
@@ -163,7 +163,9 @@ def second_line(checkpoints: pd.DataFrame, second: pd.DataFrame) -> Figure:
             for line, found in slopes_on_lines(values).items():
                 own = values[values["line"] == line]
                 look = Look(2 * list(lines).index(line) + list(ACTIVATIONS).index(activation))
-                _against_size(axes, own, found, f"{ACTIVATIONS[activation]}, ratio {own['ratio'].median():.3g}", look)
+                _against_size(
+                    axes, own, found, f"{ACTIVATIONS[activation]}, ratio {own['width_depth_ratio'].median():.3g}", look
+                )
     sizes = pd.concat([checkpoints["parameters"], second["parameters"]])
     left.set(title=price_name(checkpoints), ylabel="Active neurons (% of d_ff)")
     right.set(title="Share of non-zero neurons", ylabel="Non-zero neurons (% of d_ff)")

@@ -143,8 +143,8 @@ def width_depth(checkpoints: pd.DataFrame) -> list[Verdict]:
     values, basis = one_value_per_run(limits_table(relu), "relu")
     slope, found, furthest = ratio_slope(values)
     ends = last_checkpoints(relu)
-    optimum = fit_optimum(ends["ratio"], ends["validation_loss"], ends["seed"])
-    sampled = (values["ratio"].min(), values["ratio"].max())
+    optimum = fit_optimum(ends["width_depth_ratio"], ends["validation_loss"], ends["seed"])
+    sampled = (values["width_depth_ratio"].min(), values["width_depth_ratio"].max())
     return [
         claims.RATIO_RISES.judged(
             slope,
@@ -161,13 +161,14 @@ def width_depth(checkpoints: pd.DataFrame) -> list[Verdict]:
 def ratio_slope(values: pd.DataFrame) -> tuple[Estimate, Estimate, float]:
     """Slope of `value` per unit of width-depth ratio over shapes up to the breakpoint, the breakpoint, the last ratio.
 
-    values: one row per run with d_model, n_layers, ratio, seed and value. All shapes where no breakpoint is found.
+    values: one row per run with d_model, n_layers, width_depth_ratio, seed and value. All shapes where no breakpoint is
+    found.
     """
-    found = fit_two_segments(values["ratio"], values["value"], values["seed"]).breakpoint
+    found = fit_two_segments(values["width_depth_ratio"], values["value"], values["seed"]).breakpoint
     shapes = size_means(values, ("d_model", "n_layers"))
-    rising = shapes if found.reason else shapes[shapes["ratio"] <= found.value]
-    slope = pooled_slopes(rising["ratio"], rising["value"], [""] * len(rising))[""]
-    return slope, found, rising["ratio"].max()
+    rising = shapes if found.reason else shapes[shapes["width_depth_ratio"] <= found.value]
+    slope = pooled_slopes(rising["width_depth_ratio"], rising["value"], [""] * len(rising))[""]
+    return slope, found, rising["width_depth_ratio"].max()
 
 
 def scale_insensitivity(checkpoints: pd.DataFrame, second_line: pd.DataFrame | None = None) -> list[Verdict]:

@@ -22,13 +22,13 @@ GRID = 1001  # log-spaced points between which the fitted curve is interpolated
 def convergence_table(checkpoints: pd.DataFrame) -> pd.DataFrame:
     """One row per run: where in the common window it has done half, and 90%, of its change.
 
-    Columns: run, activation, d_model, n_layers, parameters, ratio, seed, first and last (ends of the window, tokens per
-    parameter), halfway and ninety (training tokens), halfway_per_parameter and ninety_per_parameter, reason (empty, or
-    why the numbers are NaN: no trend to speak of, or no window that all runs share).
-    Raises InputError for missing columns, duplicates and NaN.
+    Columns: run, activation, d_model, n_layers, parameters, width_depth_ratio, seed, first and last (ends of the
+    window, tokens per parameter), halfway and ninety (training tokens), halfway_per_parameter and ninety_per_parameter,
+    reason (empty, or why the numbers are NaN: no trend to speak of, or no window that all runs share). Raises
+    InputError for missing columns, duplicates and NaN.
     """
     check_checkpoints(checkpoints)
-    about = ["run", *SHAPE, "parameters", "ratio", "seed"]
+    about = ["run", *SHAPE, "parameters", "width_depth_ratio", "seed"]
     points = fit_points(checkpoints)
     seen = (points["tokens"] / points["parameters"]).groupby(points["run"]).agg(["min", "max"])
     first, last = seen["min"].max(), seen["max"].min()  # tokens per parameter; NaN without any fitted point

@@ -76,12 +76,21 @@ class Law:
     without: Array = field(repr=False)  # (shapes, terms), fitted without that shape
     errors: Array = field(repr=False)  # (runs,) size of the error on a run without its shape, on the scale of the fit
 
-    def predict(self, parameters: float, tokens: float, ratio: float, activation: str) -> Estimate:
+    def predict(self, parameters: float, tokens: float, width_depth_ratio: float, activation: str) -> Estimate:
         """The outcome of a run with its 90% interval; NaN with a reason where there is none."""
         if self.reason or activation not in self.activations:
             reason = self.reason or f"{ACTIVATIONS[activation]} was not fitted"
             return Estimate(math.nan, math.nan, math.nan, LEVEL, self.errors.size, reason)
-        point = pd.DataFrame([{"activation": activation, "parameters": parameters, "tokens": tokens, "ratio": ratio}])
+        point = pd.DataFrame(
+            [
+                {
+                    "activation": activation,
+                    "parameters": parameters,
+                    "tokens": tokens,
+                    "width_depth_ratio": width_depth_ratio,
+                }
+            ]
+        )
         x = _terms(point.assign(role="final"), self.outcome, self.activations)[0]
         rank = math.ceil(LEVEL * (self.errors.size + 1))  # at most their number, from FEWEST_RUNS on
         unseen = np.sort(self.errors)[rank - 1]
@@ -118,48 +127,52 @@ class Design:
     """The laws of a study. `runs`: one row per fitted run, with its size, shape, tokens and measured outcomes."""
 
     runs: pd.DataFrame = field(repr=False)
-    ratio: Law
+    activation_ratio: Law
     nonzero: Law
     loss: Law
 
     @property
     def activations(self) -> tuple[str, ...]:
-        return self.ratio.activations
+        return self.activation_ratio.activations
 
     @property
     def reason(self) -> str:
         """Why there are no predictions; empty where there are."""
-        return self.ratio.reason or self.loss.reason
+        return self.activation_ratio.reason or self.loss.reason
 
-    def predict(self, parameters: float, tokens: float, ratio: float, activation: str) -> Prediction:
+    def predict(self, parameters: float, tokens: float, width_depth_ratio: float, activation: str) -> Prediction:
         """What to expect of a run before it is trained.
 
         Args:
             parameters: non-embedding.
             tokens: of the whole training, decay included.
-            ratio: d_model / n_layers.
+            width_depth_ratio: d_model / n_layers.
 
         Raises InputError for an activation function that was not trained and for numbers that are not positive.
         """
         if activation not in self.activations:
             known = f"choose one of {', '.join(self.activations)}" if self.activations else self.reason
             raise InputError(f"Activation {activation!r} was not fitted; {known}.")
-        for name, value in {"parameters": parameters, "tokens": tokens, "ratio": ratio}.items():
+        for name, value in {"parameters": parameters, "tokens": tokens, "width_depth_ratio": width_depth_ratio}.items():
             if not 0 < value < math.inf:
                 raise InputError(f"{name} is {value}; a prediction needs a positive number.")
-        about = (parameters, tokens, ratio, activation)
+        about = (parameters, tokens, width_depth_ratio, activation)
         all_gates = Estimate(1.0, 1.0, 1.0, LEVEL, len(self.runs))
         nonzero = self.nonzero.predict(*about) if activation in EXACT_ZEROS else all_gates
-        return Prediction(self.ratio.predict(*about), nonzero, self.loss.predict(*about), self.extrapolates(*about))
+        return Prediction(
+            self.activation_ratio.predict(*about), nonzero, self.loss.predict(*about), self.extrapolates(*about)
+        )
 
-    def extrapolates(self, parameters: float, tokens: float, ratio: float, activation: str) -> tuple[str, ...]:
+    def extrapolates(
+        self, parameters: float, tokens: float, width_depth_ratio: float, activation: str
+    ) -> tuple[str, ...]:
         """In words, each direction in which a run lies beyond the fitted ones, and by how much."""
         own = self._ranges[activation]
         size, data, shape = REFERENCE
         words = [_beyond(size, parameters, *own[size]), _beyond(data, tokens / parameters, *own[data])]
-        words += [_beyond(shape, ratio, *self._ranges["all"][shape])]
+        words += [_beyond(shape, width_depth_ratio, *self._ranges["all"][shape])]
         low, high = own[shape]
-        if _beyond(shape, ratio, low, high) and (low, high) != self._ranges["all"][shape]:
+        if _beyond(shape, width_depth_ratio, low, high) and (low, high) != self._ranges["all"][shape]:
             trained = f"{low:.3g}" if high < NEAR * low else f"{low:.3g} to {high:.3g}"
             words += [f"effect of shape taken from others, {ACTIVATIONS[activation]} was trained at ratio {trained}"]
         return tuple(word for word in words if word)
@@ -172,7 +185,7 @@ class Design:
         ranges = {}
         for key, runs in chosen.items():
             per_parameter = runs["tokens"] / runs["parameters"]
-            values = {size: runs["parameters"], data: per_parameter, shape: runs["ratio"]}
+            values = {size: runs["parameters"], data: per_parameter, shape: runs["width_depth_ratio"]}
             ranges[key] = {name: (float(column.min()), float(column.max())) for name, column in values.items()}
             ranges[key][data] = (PART * float(per_parameter.min()), float(per_parameter.max()))
         return ranges
@@ -191,7 +204,7 @@ def fit_design(checkpoints: pd.DataFrame) -> Design:
     NaN, and for a run without a checkpoint after its decay.
     """
     columns = [*COLUMNS, "nonzero_share"]
-    numbers = ["tokens", "parameters", "ratio", *(outcome.column for outcome in (RATIO, NONZERO, LOSS))]
+    numbers = ["tokens", "parameters", "width_depth_ratio", *(outcome.column for outcome in (RATIO, NONZERO, LOSS))]
     require(checkpoints, columns, ["run", "step"], numbers, "checkpoints")
     runs = _measured_runs(checkpoints)
     sizes = runs.groupby("activation")["parameters"].transform(_count_sizes)
@@ -199,7 +212,7 @@ def fit_design(checkpoints: pd.DataFrame) -> Design:
     sharp = runs["activation"].isin(EXACT_ZEROS)
     return Design(
         runs,
-        ratio=_fit(checkpoints, runs, RATIO),
+        activation_ratio=_fit(checkpoints, runs, RATIO),
         nonzero=_fit(checkpoints, runs[sharp], NONZERO),
         loss=_fit(checkpoints, runs, LOSS),
     )
@@ -214,7 +227,7 @@ def _measured_runs(checkpoints: pd.DataFrame) -> pd.DataFrame:
     for column in (RATIO.column, NONZERO.column):
         means = last_means(checkpoints, column).set_index("run")["last_five_mean"]
         runs = runs.assign(**{column: runs["run"].map(means)})
-    return runs.sort_values(["activation", "parameters", "ratio", "seed"], ignore_index=True)
+    return runs.sort_values(["activation", "parameters", "width_depth_ratio", "seed"], ignore_index=True)
 
 
 def _count_sizes(parameters: pd.Series) -> int:
@@ -258,7 +271,7 @@ def _points(checkpoints: pd.DataFrame, outcome: Outcome) -> pd.DataFrame:
 
 def _terms(points: pd.DataFrame, outcome: Outcome, activations: tuple[str, ...]) -> Array:
     """The regressors, in the order of `Law.table`. (points, terms)"""
-    values = (points["parameters"], points["tokens"] / points["parameters"], points["ratio"])
+    values = (points["parameters"], points["tokens"] / points["parameters"], points["width_depth_ratio"])
     references = REFERENCE.values()
     n, t, r = (np.log10(v.to_numpy(dtype=float) / at) for v, at in zip(values, references, strict=True))
     columns = []

@@ -11,7 +11,7 @@ from sparsity_utils.models.decoder import non_embedding_parameters
 
 SMALLER = 0.5  # a size is predicted from runs of at most this part of it
 COLUMNS = [
-    *("split", "quantity", "activation", "d_model", "n_layers", "parameters", "ratio", "seed"),
+    *("split", "quantity", "activation", "d_model", "n_layers", "parameters", "width_depth_ratio", "seed"),
     *("predicted", "low", "high", "measured", "inside", "mean_of_others", "extrapolates"),
 ]
 
@@ -85,14 +85,16 @@ def _splits(runs: pd.DataFrame) -> Iterator[tuple[str, pd.Series, pd.Series]]:
         yield "shape", shapes == shape, shapes != shape
     for size in sorted(set(runs["parameters"])):
         fitted = runs["parameters"] <= SMALLER * size
-        known = runs["ratio"].between(runs["ratio"][fitted].min() / NEAR, runs["ratio"][fitted].max() * NEAR)
+        known = runs["width_depth_ratio"].between(
+            runs["width_depth_ratio"][fitted].min() / NEAR, runs["width_depth_ratio"][fitted].max() * NEAR
+        )
         yield "size", (runs["parameters"] == size) & known, fitted
     for seed in sorted(set(runs["seed"])):
         yield "seed", runs["seed"] == seed, runs["seed"] != seed
 
 
 def _rows(split: str, run: dict, design: Design) -> Iterator[dict]:
-    expected = design.predict(run["parameters"], run["tokens"], run["ratio"], run["activation"])
+    expected = design.predict(run["parameters"], run["tokens"], run["width_depth_ratio"], run["activation"])
     others = design.runs[design.runs["activation"] == run["activation"]]
     for quantity, (column, estimate) in {
         "activation ratio": (RATIO.column, expected.activation_ratio),

@@ -15,11 +15,11 @@ WIDEST_INTERVAL = 0.06  # of a sound limit: the whole +-3 points of the scale te
 
 SHAPE = ["activation", "d_model", "n_layers"]
 COLUMNS = [
-    *("run", "role", *SHAPE, "parameters", "ratio", "seed", "step", "tokens"),
+    *("run", "role", *SHAPE, "parameters", "width_depth_ratio", "seed", "step", "tokens"),
     *("validation_loss", "activation_ratio", "fit"),
 ]
 LIMITS = [
-    *(*SHAPE, "parameters", "ratio", "seed"),
+    *(*SHAPE, "parameters", "width_depth_ratio", "seed"),
     *("limit", "low", "high", "spread", "last_five_mean", "last_five_spread", "sound", "reason"),
 ]
 
@@ -44,7 +44,7 @@ def require(table: pd.DataFrame, columns: Iterable[str], key: list[str], numbers
 
 def check_checkpoints(checkpoints: pd.DataFrame) -> None:
     """Raise InputError for missing columns, a checkpoint or a run given twice, or gaps in the numbers used here."""
-    numbers = ["tokens", "parameters", "ratio", "validation_loss", "activation_ratio"]
+    numbers = ["tokens", "parameters", "width_depth_ratio", "validation_loss", "activation_ratio"]
     require(checkpoints, COLUMNS, ["run", "step"], numbers, "checkpoints")
     runs = checkpoints[["run", *SHAPE, "seed"]].drop_duplicates()
     require(runs, [], [*SHAPE, "seed"], [], "checkpoints (one row per run)")
@@ -53,7 +53,7 @@ def check_checkpoints(checkpoints: pd.DataFrame) -> None:
 def last_means(checkpoints: pd.DataFrame, column: str = "activation_ratio") -> pd.DataFrame:
     """Mean of `column` over each run's last five stable checkpoints: run, its shape, seed and `last_five_mean`."""
     stable = checkpoints[checkpoints["role"] == "stable"].sort_values("tokens")
-    about = ["run", *SHAPE, "parameters", "ratio", "seed"]
+    about = ["run", *SHAPE, "parameters", "width_depth_ratio", "seed"]
     means = stable.groupby(about, sort=True)[column].apply(lambda values: values.tail(LAST_CHECKPOINTS).mean())
     return means.rename("last_five_mean").reset_index()
 
@@ -66,18 +66,17 @@ def fit_points(checkpoints: pd.DataFrame) -> pd.DataFrame:
 def limits_table(checkpoints: pd.DataFrame, seed_intervals: bool = False) -> pd.DataFrame:
     """Limit activation ratio of every shape and activation, one row per seed and one, "all", for the common curve.
 
-    Columns: activation, d_model, n_layers, parameters, ratio, seed ("all" or the seed as text), limit (A0 of the
-    published form; NaN if there is none), low, high (90% block bootstrap within runs), spread (largest minus smallest
-    sound limit of the seeds; "all" only), last_five_mean (measured, nothing extrapolated), last_five_spread (the same
-    over the seeds; "all" only), sound, reason. A limit is sound when its fit is and, for "all", its interval is at most
-    6 points wide. Bootstrapping every seed takes up to a second each, so only `seed_intervals` asks for it; without it
-    low and high are NaN but for "all".
-    Raises InputError for missing columns, duplicates and NaN.
+    Columns: activation, d_model, n_layers, parameters, width_depth_ratio, seed ("all" or the seed as text), limit (A0
+    of the published form; NaN if there is none), low, high (90% block bootstrap within runs), spread (largest minus
+    smallest sound limit of the seeds; "all" only), last_five_mean (measured, nothing extrapolated), last_five_spread
+    (the same over the seeds; "all" only), sound, reason. A limit is sound when its fit is and, for "all", its interval
+    is at most 6 points wide. Bootstrapping every seed takes up to a second each, so only `seed_intervals` asks for it;
+    without it low and high are NaN but for "all". Raises InputError for missing columns, duplicates and NaN.
     """
     check_checkpoints(checkpoints)
     means, points, rows = last_means(checkpoints), fit_points(checkpoints), []
-    for shape, runs in means.groupby([*SHAPE, "parameters", "ratio"], sort=True):
-        about = dict(zip([*SHAPE, "parameters", "ratio"], shape, strict=True))
+    for shape, runs in means.groupby([*SHAPE, "parameters", "width_depth_ratio"], sort=True):
+        about = dict(zip([*SHAPE, "parameters", "width_depth_ratio"], shape, strict=True))
         form, curve = published_form(about["activation"]), points[points["run"].isin(runs["run"])]
         seeds = []
         for run in runs.sort_values("seed").itertuples():

@@ -15,7 +15,7 @@ from sparsity_utils.laws.pooled import line_at, pooled_means, pooled_slopes, siz
 from sparsity_utils.laws.trends import Estimate, no_estimate, run_slopes
 
 SAME_TRAINING = 1.1  # largest ratio of tokens per parameter between sizes that are compared as measured
-SIZE = [*SHAPE[1:], "parameters", "ratio"]
+SIZE = [*SHAPE[1:], "parameters", "width_depth_ratio"]
 
 Lines = dict[str, pd.DataFrame]
 

@@ -1,6 +1,6 @@
 """What the power table is simulated from: how the runs of the first study spread, and the effects that it found.
 
-A value of a run is taken to be the level or the line of its line of sizes, plus an effect of its size, N(0, sd_fit),
+A value of a run is taken to be the mean or the line of its line of sizes, plus an effect of its size, N(0, sd_fit),
 that all its seeds share, plus an effect of its seed, N(0, sd_seed). Both are variance components by the method of
 moments: for lines of sizes from runs of two layers or more at both width-depth ratios; for the shapes of one size from
 all of them, the single layer among them, since the second study trains the same shapes. results/power_inputs.csv holds
@@ -17,14 +17,16 @@ from sparsity_utils.laws import outcomes
 from sparsity_utils.laws.outcomes import Lines, on_lines
 from sparsity_utils.laws.pooled import size_means
 
-COLUMNS = ["outcome", "ratio", "level", "first_effect", "sd_seed", "sd_fit", "degrees_seed", "degrees_fit"]
+COLUMNS = ["outcome", "width_depth_ratio", "mean", "first_effect", "sd_seed", "sd_fit", "degrees_seed", "degrees_fit"]
 
 
 class Outcome(NamedTuple):
     """One number per run, and whether its test is of a mean or of a slope on `x`."""
 
     values: Callable[[pd.DataFrame], pd.DataFrame]
-    x: str | None  # None: a mean; "parameters": per decade of parameters; "ratio": per unit of width-depth ratio
+    x: (
+        str | None
+    )  # None: a mean; "parameters": per decade of parameters; "width_depth_ratio": per unit of width-depth ratio
 
 
 OUTCOMES = {
@@ -43,7 +45,7 @@ RATIO_OUTCOME = "shape_ratio"  # activation ratio of the shapes of one size, on 
 def power_inputs(lines: Lines, shapes: pd.DataFrame) -> pd.DataFrame:
     """The components and effects of a recorded study: one row per outcome and width-depth ratio, columns COLUMNS.
 
-    lines: its tables of checkpoints by line; shapes: that of ReLU shapes at one size. level: mean over sizes;
+    lines: its tables of checkpoints by line; shapes: that of ReLU shapes at one size. mean: over sizes;
     first_effect: the mean, or the slope, over the sizes of the line. All in units of the outcome (shares; slopes per
     decade of parameters or per unit of ratio).
     """
@@ -52,7 +54,7 @@ def power_inputs(lines: Lines, shapes: pd.DataFrame) -> pd.DataFrame:
         runs = on_lines(lines, outcome.values)
         rows += _rows(name, runs[runs["n_layers"] >= 2], outcome.x)
     runs = outcomes.relu_ratio(shapes).assign(line="")
-    rows += [row | {"ratio": np.nan} for row in _rows(RATIO_OUTCOME, runs, "ratio")]
+    rows += [row | {"width_depth_ratio": np.nan} for row in _rows(RATIO_OUTCOME, runs, "width_depth_ratio")]
     return pd.DataFrame(rows)[COLUMNS]
 
 
@@ -86,10 +88,16 @@ def _rows(name: str, runs: pd.DataFrame, x: str | None) -> list[dict[str, object
     spread = dict(zip(COLUMNS[4:], components, strict=True))
     rows = []
     for _, line in size_means(runs).groupby("line", sort=False):
-        level = line["value"].mean()
-        effect = level if x is None else np.polyfit(_along(line, x), line["value"], 1)[0]
+        mean = line["value"].mean()
+        effect = mean if x is None else np.polyfit(_along(line, x), line["value"], 1)[0]
         rows.append(
-            {"outcome": name, "ratio": line["ratio"].median(), "level": level, "first_effect": effect, **spread}
+            {
+                "outcome": name,
+                "width_depth_ratio": line["width_depth_ratio"].median(),
+                "mean": mean,
+                "first_effect": effect,
+                **spread,
+            }
         )
     return rows
 

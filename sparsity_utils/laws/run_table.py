@@ -10,11 +10,11 @@ from sparsity_utils.laws.trends import run_slopes
 def run_table(checkpoints: pd.DataFrame) -> pd.DataFrame:
     """One row per run, by activation, size and seed.
 
-    Columns: run, activation, d_model, n_layers, parameters, ratio, seed, final_loss (validation loss of the last
-    checkpoint, nats per token), last_five_mean and last_five_nonzero (activation ratio and non-zero share, mean over
-    the last five stable checkpoints), slope (of the activation ratio per decade of tokens, warm-up dropped; NaN with
-    fewer than three fitted points), checkpoints (fitted ones).
-    Raises InputError for missing columns, duplicates and NaN.
+    Columns: run, activation, d_model, n_layers, parameters, width_depth_ratio, seed, final_loss (validation loss of the
+    last checkpoint, nats per token), last_five_mean and last_five_nonzero (activation ratio and non-zero share, mean
+    over the last five stable checkpoints), slope (of the activation ratio per decade of tokens, warm-up dropped; NaN
+    with fewer than three fitted points), checkpoints (fitted ones). Raises InputError for missing columns, duplicates
+    and NaN.
     """
     check_checkpoints(checkpoints)
     require(checkpoints, ["nonzero_share"], ["run", "step"], ["nonzero_share"], "checkpoints")

@@ -17,7 +17,12 @@ MOST_ACTIVE = 0.1  # share of neurons whose overlap between domains is compared
 RESAMPLES = 1000  # of the bootstrap over vocabulary tokens
 FEWEST_TOKENS = 30  # that a bootstrap over vocabulary tokens rests on
 SIZE = ["d_model", "n_layers"]
-PARTS = ["ratio", "first", "middle", "last"]  # all layers, and single ones (`patterns.representative_layers`)
+PARTS = [
+    "activation_ratio",
+    "first",
+    "middle",
+    "last",
+]  # all layers, and single ones (`patterns.representative_layers`)
 
 Array = NDArray[np.float64]
 

@@ -29,9 +29,9 @@ class Patterns:
 
     frequencies: one row per domain and neuron: domain, layer, expert, neuron, frequency (share of `tokens` on which it
         is active; NaN without any), tokens (seen by its FFN: in a mixture of experts those routed to its expert).
-    vocabulary: one row per vocabulary token that occurs, over all domains: token_id, count, ratio (activation ratio,
-        mean over its occurrences and all layers), first, middle and last (that of one layer, `representative_layers`;
-        NaN where the model has no such layer).
+    vocabulary: one row per vocabulary token that occurs, over all domains: token_id, count, activation_ratio
+        (activation ratio, mean over its occurrences and all layers), first, middle and last (that of one layer,
+        `representative_layers`; NaN where the model has no such layer).
     """
 
     frequencies: pd.DataFrame
@@ -158,11 +158,11 @@ class _TokenCounts:
         self.neurons[ffn.layer] += torch.bincount(ids, minlength=len(self.occurrences)) * ffn.d_ff
 
     def table(self) -> pd.DataFrame:
-        """token_id, count, ratio, first, middle, last; only tokens that occurred."""
+        """token_id, count, activation_ratio, first, middle, last; only tokens that occurred."""
         ratios = pd.DataFrame((self.active.double() / self.neurons).cpu().numpy().T)  # (vocabulary, layers)
         picked = representative_layers(ratios.shape[1])
         table = pd.DataFrame(
-            {"token_id": ratios.index, "count": self.occurrences.cpu().numpy(), "ratio": ratios.mean(axis=1)}
+            {"token_id": ratios.index, "count": self.occurrences.cpu().numpy(), "activation_ratio": ratios.mean(axis=1)}
             | {part: ratios[picked[part]] if part in picked else float("nan") for part in ("first", "middle", "last")}
         )
         return table[table["count"] > 0].reset_index(drop=True)

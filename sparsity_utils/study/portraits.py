@@ -42,10 +42,10 @@ def neuron_frequencies(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.
 def token_ratios(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:
     """Mean activation ratio of every vocabulary token that occurs, at the last stable checkpoint (Fig. 10 and 16).
 
-    One row per token: step, token_id, count, ratio, first, middle, last.
+    One row per token: step, token_id, count, activation_ratio, first, middle, last.
     """
     table = _domain_patterns(run, corpus, settings).vocabulary
-    ratios = ["ratio", "first", "middle", "last"]
+    ratios = ["activation_ratio", "first", "middle", "last"]
     table[ratios] = table[ratios].apply(_rounded)
     table.insert(0, "step", stable_steps(run)[-1])
     return table

@@ -44,6 +44,7 @@ from sparsity_utils.text.batches import measurement_batches
 from sparsity_utils.text.corpus import Corpus
 
 BROUGHT_WEIGHTS = "model.safetensors"  # as transformers names the weights beside a config.json
+OLD_NAMES = {"ratio": "activation_ratio"}  # of columns of measurements that runs of the second study keep
 RECIPE = 1  # raise it when the same configuration would train to other weights
 
 
@@ -135,7 +136,7 @@ class Run:
             "d_ff": d_ff(model.d_model, model.ffn_ratio),
             "head_size": model.d_model // head_count(model),
             "parameters": non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio),
-            "ratio": model.d_model / model.n_layers,
+            "width_depth_ratio": model.d_model / model.n_layers,
             "seed": training["seed"],
         }
         for place, (name, value) in enumerate(about.items()):
@@ -163,7 +164,7 @@ class Run:
         if not file.exists():
             with paths.written_aside(file) as aside:
                 measure().to_csv(aside, index=False)
-        return pd.read_csv(file)
+        return pd.read_csv(file).rename(columns=OLD_NAMES)
 
 
 def find_run(config: RunConfig) -> Run | None:

@@ -23,7 +23,7 @@ PASSES = ("training", "forward")
 def step_times(configs: Sequence[ModelConfig], batch_tokens: int, rounds: int, seed: int = 0) -> pd.DataFrame:
     """Time of one optimizer step and of one forward pass with its loss, per token and shape.
 
-    Columns: d_model, n_layers, parameters, ratio, flops_per_token (of training), training_us, training_low,
+    Columns: d_model, n_layers, parameters, width_depth_ratio, flops_per_token (of training), training_us, training_low,
     training_high, forward_us, forward_low, forward_high (microseconds per token: median over rounds and its 90%
     interval, NaN below five rounds), rounds, threads (torch's, as they are). A step is that of the study's own runs,
     batch included. Raises InputError without shapes or rounds, or for a batch that is not whole windows.
@@ -57,7 +57,7 @@ def _row(config: ModelConfig, times: np.ndarray) -> dict[str, float]:
         "d_model": config.d_model,
         "n_layers": config.n_layers,
         "parameters": non_embedding_parameters(config.d_model, config.n_layers, config.ffn_ratio),
-        "ratio": config.d_model / config.n_layers,
+        "width_depth_ratio": config.d_model / config.n_layers,
         "flops_per_token": training_flops_per_token(config),
     }
     for number, name in enumerate(PASSES):

@@ -17,7 +17,7 @@ CONFIGS = [ModelConfig(16, 1, **SMALL), ModelConfig(8, 4, **SMALL)]
 
 def test_a_table_of_two_small_shapes():
     table = step_times(CONFIGS, batch_tokens=64, rounds=5)
-    assert table[["d_model", "n_layers", "ratio"]].to_numpy().tolist() == [[16, 1, 16], [8, 4, 2]]
+    assert table[["d_model", "n_layers", "width_depth_ratio"]].to_numpy().tolist() == [[16, 1, 16], [8, 4, 2]]
     assert table["parameters"].tolist() == [16 * 16 * 11.5, 4 * 8 * 8 * 11.5]
     assert table["flops_per_token"][0] == 6 * (16 * 16 * 11.5 + 16 * 300 + 16 * 32)
     for name in PASSES:
@@ -50,7 +50,7 @@ def test_a_step_trains_and_a_forward_pass_does_not():
 def costs(shapes):
     table = pd.DataFrame(shapes, columns=["d_model", "n_layers"])
     return table.assign(
-        ratio=table["d_model"] / table["n_layers"], flops_per_token=1e6 * table["n_layers"],
+        width_depth_ratio=table["d_model"] / table["n_layers"], flops_per_token=1e6 * table["n_layers"],
         training_us=10.0 * table["n_layers"], training_low=9.0 * table["n_layers"],
         training_high=12.0 * table["n_layers"], forward_us=4.0 + table["n_layers"],
     )  # fmt: skip

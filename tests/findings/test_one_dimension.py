@@ -39,7 +39,7 @@ def made(slopes, shapes=SHAPES, seeds=(0, 1, 2), unit="decades", noise=1.0):
             value = share + 0.01 * (seed - np.mean(seeds))
             about = {
                 "run": f"{name}-{seed}", "activation": "relu", "d_model": shape[0], "n_layers": shape[1],
-                "d_ff": shape[2], "parameters": parameters(shape), "ratio": shape[0] / shape[1], "seed": seed,
+                "d_ff": shape[2], "parameters": parameters(shape), "seed": seed, "width_depth_ratio": shape[0] / shape[1],
                 "role": "stable", "validation_loss": 3.0, "activation_ratio": 0.2, "fit": True,
             }  # fmt: skip
             for step in range(5):

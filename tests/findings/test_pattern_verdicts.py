@@ -43,7 +43,9 @@ def vocabulary(noise=0.3, middle=0.1, ends=0.6, **which):
         return truth + strength * rng.normal(size=TOKENS)
 
     for about in models(**which):
-        frame = pd.DataFrame({"token_id": range(TOKENS), "count": 50, "ratio": seen(noise), "first": seen(ends)})
+        frame = pd.DataFrame(
+            {"token_id": range(TOKENS), "count": 50, "activation_ratio": seen(noise), "first": seen(ends)}
+        )
         frame = frame.assign(middle=seen(middle) if about["n_layers"] > 2 else np.nan, last=seen(ends))
         rows.append(frame.assign(**about))
     return pd.concat(rows, ignore_index=True)
@@ -115,7 +117,7 @@ def test_the_slope_of_the_dead_share_is_per_decade_of_tokens():
 def test_one_bad_pair_or_activation_function_decides():
     table = vocabulary()
     spoilt = (table["activation"] == "silu") & (table["d_model"] == 36)
-    table.loc[spoilt, "ratio"] = np.random.default_rng(1).normal(size=int(spoilt.sum()))
+    table.loc[spoilt, "activation_ratio"] = np.random.default_rng(1).normal(size=int(spoilt.sum()))
     row = judged(vocabulary=table)["tokens"]
     assert row.verdict == NOT_SUPPORTED and "decides: SiLU" in row.reason and "36x3" in row.reason
     row = judged(transfer=transfer(silu=0.05))["transfer"]

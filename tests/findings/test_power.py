@@ -100,12 +100,12 @@ def test_inputs_of_a_study_with_planted_slopes(monkeypatch):
     second = study(((32, 2), (48, 3), (64, 4)), noise=1e-4)
     main["nonzero_share"] = np.where(main["n_layers"] > 1, 0.3, 0.9)
     wide = study(tuple((8 * d, 4) for d in range(2, 8)), ("relu",), limit=lambda a, ratio, size: 0.1 + 1e-3 * ratio)
-    table = power_inputs.power_inputs({"": main, "second": second}, wide).set_index(["outcome", "ratio"])
+    table = power_inputs.power_inputs({"": main, "second": second}, wide).set_index(["outcome", "width_depth_ratio"])
     assert list(table.reset_index().columns) == power_inputs.COLUMNS
     assert table.loc[("relu_ratio", 8), "first_effect"] == pytest.approx(-0.04, abs=2e-3)
     assert table.loc[("relu_ratio", 16), "first_effect"] == pytest.approx(0, abs=2e-3)
     assert table.loc[("relu_sparser", 8), "first_effect"] == pytest.approx(0.1, abs=0.02)
-    assert table.loc[("nonzero_share", 8), ["level", "first_effect"]].tolist() == pytest.approx([0.3, 0], abs=1e-9)
+    assert table.loc[("nonzero_share", 8), ["mean", "first_effect"]].tolist() == pytest.approx([0.3, 0], abs=1e-9)
     assert table.loc[("relu_ratio", 8), ["degrees_seed", "degrees_fit"]].tolist() == [6, 2]  # one layer is left out
     ratio = table.loc["shape_ratio"].iloc[0]
     assert ratio["first_effect"] == pytest.approx(1e-3, rel=0.05) and ratio["degrees_fit"] == 4

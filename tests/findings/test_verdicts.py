@@ -312,7 +312,10 @@ def test_claims_are_stated_before_their_verdicts():
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda t: t.drop(columns=["ratio", "fit"]), "checkpoints table lacks the columns ratio, fit"),
+        (
+            lambda t: t.drop(columns=["width_depth_ratio", "fit"]),
+            "checkpoints table lacks the columns width_depth_ratio, fit",
+        ),
         (lambda t: t.head(0), "checkpoints table has no rows"),
         (lambda t: pd.concat([t, t.head(1)]), "two rows for run relu-40x2-0, step 0"),
         (

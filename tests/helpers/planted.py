@@ -27,8 +27,8 @@ def study(
                 run["fit"] = (run["role"] == "stable") & (run["tokens"] > 0.7e6)
                 runs.append(run.assign(
                     run=f"{activation}-{d_model}x{n_layers}-{seed}", activation=activation, d_model=d_model, seed=seed,
-                    n_layers=n_layers, parameters=parameters, ratio=ratio, nonzero_share=0.3, cett=0.2, ppl_ratio=1.01,
-                    validation_loss=loss * (settings["silu_loss"] if activation == "silu" else 1.0),
+                    n_layers=n_layers, parameters=parameters, width_depth_ratio=ratio, nonzero_share=0.3, cett=0.2,
+                    ppl_ratio=1.01, validation_loss=loss * (settings["silu_loss"] if activation == "silu" else 1.0),
                 ))  # fmt: skip
     return pd.concat(runs, ignore_index=True)
 

@@ -47,5 +47,5 @@ def study(noise=0.0, seeds=(0, 1), relu=(*LINE, *SECOND, *SHAPES), silu=(*LINE, 
             frame = frame.assign(fit=np.append(shares > 0.1, False), validation_loss=loss, **about)
             frame["nonzero_share"] = expit(odds + 1) if activation == "relu" else 1.0
             name = f"{activation}-{d_model}x{n_layers}-{run_seed}"
-            runs.append(frame.assign(run=name, parameters=parameters, ratio=ratio))
+            runs.append(frame.assign(run=name, parameters=parameters, width_depth_ratio=ratio))
     return pd.concat(runs, ignore_index=True)

@@ -39,7 +39,7 @@ def test_planted_laws_are_found_again(exact, activation, parameters, per_paramet
 
 
 def test_the_table_of_coefficients_has_the_planted_slopes(exact):
-    table = exact.ratio.table.set_index(["term", "activation"])["coefficient"]
+    table = exact.activation_ratio.table.set_index(["term", "activation"])["coefficient"]
     planted = dict(zip(("at the reference", "decade of parameters"), SLOPES["relu"], strict=False))
     for term, value in planted.items():
         assert table[term, "ReLU"] == pytest.approx(value, abs=1e-6)
@@ -55,7 +55,7 @@ def test_a_run_weighs_the_same_however_many_checkpoints_it_has():
     run = table["run"] == "relu-64x4-0"
     dense = pd.concat([table, *(table[run].assign(step=table["step"][run] + 100 * k) for k in (1, 2, 3))])
     dense = dense[~((dense["role"] == "final") & (dense["step"] > 100))]
-    once, often = (fit_design(t).ratio.coefficients for t in (table, dense))
+    once, often = (fit_design(t).activation_ratio.coefficients for t in (table, dense))
     assert once == pytest.approx(often, abs=1e-9)
 
 
@@ -119,13 +119,13 @@ def test_every_direction_of_extrapolation_is_named(exact, parameters, tokens, ra
         ({"activation": "gelu"}, "Activation 'gelu' was not fitted; choose one of relu, silu"),
         ({"parameters": 0}, "parameters is 0"),
         ({"tokens": -1e6}, "tokens is"),
-        ({"ratio": float("nan")}, "ratio is nan"),
-        ({"ratio": float("inf")}, "ratio is inf"),
+        ({"width_depth_ratio": float("nan")}, "width_depth_ratio is nan"),
+        ({"width_depth_ratio": float("inf")}, "width_depth_ratio is inf"),
     ],
 )
 def test_an_impossible_question_is_an_input_error(exact, change, message):
     with pytest.raises(InputError, match=message):
-        exact.predict(**{"parameters": 1e5, "tokens": 1e7, "ratio": 16, "activation": "relu"} | change)
+        exact.predict(**{"parameters": 1e5, "tokens": 1e7, "width_depth_ratio": 16, "activation": "relu"} | change)
 
 
 # Too little to fit
@@ -255,7 +255,13 @@ def verdict_rows(share=1.0, off=0.0, mean_off=0.1, split="shape", shapes=12):
     """Held-out runs of `shapes` shapes, two seeds each: a share of them inside, all predictions `off` by so much."""
     rows = []
     for number, seed in product(range(shapes), (0, 1)):
-        about = {"activation": "relu", "d_model": 16 + 4 * number, "n_layers": 2, "seed": seed, "ratio": 8 + 2 * number}
+        about = {
+            "activation": "relu",
+            "d_model": 16 + 4 * number,
+            "n_layers": 2,
+            "seed": seed,
+            "width_depth_ratio": 8 + 2 * number,
+        }
         inside = (2 * number + seed) < share * 2 * shapes
         wobble = 0.001 * (number % 3 - 1)
         for quantity, scale in (("activation ratio", 1.0), ("loss", 3.0)):

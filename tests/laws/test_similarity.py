@@ -96,7 +96,9 @@ def vocabulary_table(tokens=40, sizes=((8, 2), (16, 3), (24, 4))):
     for d_model, n_layers in sizes:
         for seed in (0, 1):
             about = {"run": f"{d_model}-{seed}", "activation": "relu", "d_model": d_model, "n_layers": n_layers}
-            frame = pd.DataFrame({"token_id": range(tokens), "count": 10 * np.arange(tokens), "ratio": truth})
+            frame = pd.DataFrame(
+                {"token_id": range(tokens), "count": 10 * np.arange(tokens), "activation_ratio": truth}
+            )
             frame = frame.assign(first=rng.random(tokens), middle=truth if n_layers > 2 else np.nan, last=-truth)
             rows.append(frame.assign(**about, seed=seed))
     return pd.concat(rows, ignore_index=True)
@@ -113,14 +115,14 @@ def test_token_patterns_keep_what_every_run_saw_often_and_average_seeds():
 
 def test_without_common_tokens_there_are_columns_but_no_pairs():
     patterns = similarity.token_patterns(vocabulary_table(), often=10**6)
-    assert len(patterns) == 0 and ("relu", 16, 3, "ratio") in patterns.columns
-    assert similarity.size_correlations(patterns, "ratio") == {}
+    assert len(patterns) == 0 and ("relu", 16, 3, "activation_ratio") in patterns.columns
+    assert similarity.size_correlations(patterns, "activation_ratio") == {}
 
 
 def test_pairs_of_sizes_need_the_part():
     patterns = similarity.token_patterns(vocabulary_table(), often=1)
     assert similarity.size_pairs(patterns, "middle") == [("relu", (16, 3), (24, 4))]
-    assert len(similarity.size_pairs(patterns, "ratio")) == 3
+    assert len(similarity.size_pairs(patterns, "activation_ratio")) == 3
     found = similarity.size_correlations(patterns, "last")
     assert found == {pair: pytest.approx(1) for pair in similarity.size_pairs(patterns, "last")}
 
@@ -140,10 +142,10 @@ def test_the_bootstrap_interval_is_that_of_the_fisher_transform():
     rng, tokens = np.random.default_rng(3), 400
     x = rng.normal(size=tokens)
     y = 0.8 * x + 0.6 * rng.normal(size=tokens)
-    columns = pd.MultiIndex.from_tuples([("relu", 8, 2, "ratio"), ("relu", 16, 3, "ratio")])
+    columns = pd.MultiIndex.from_tuples([("relu", 8, 2, "activation_ratio"), ("relu", 16, 3, "activation_ratio")])
     patterns = pd.DataFrame(np.column_stack([x, y]), columns=columns)
-    value = similarity.size_correlations(patterns, "ratio")
-    draws = similarity.size_correlations(patterns, "ratio", similarity.bootstrap_draws(patterns))
+    value = similarity.size_correlations(patterns, "activation_ratio")
+    draws = similarity.size_correlations(patterns, "activation_ratio", similarity.bootstrap_draws(patterns))
     (pair,) = value
     estimate = similarity.percentile_estimate(value[pair], draws[pair], tokens)
     half = stats.norm.ppf(0.95) * np.sqrt((1 + estimate.value**2 / 2) / (tokens - 3))

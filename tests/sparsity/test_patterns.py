@@ -54,7 +54,7 @@ def test_frequencies_and_ratios_are_those_of_the_literal_version(rule, values):
         occurs = ids == row.token_id
         first, middle, last = shares[:, occurs].mean(1).tolist()
         assert row.count == int(occurs.sum())
-        assert (row.ratio, row.first, row.middle, row.last) == pytest.approx(
+        assert (row.activation_ratio, row.first, row.middle, row.last) == pytest.approx(
             ((first + middle + last) / 3, first, middle, last), abs=1e-12
         )
     assert list(found.vocabulary["token_id"]) == sorted(set(ids.tolist()))
@@ -68,7 +68,9 @@ def test_the_mean_frequency_is_the_activation_ratio_of_the_report():
     means = found.frequencies.groupby("layer")["frequency"].mean()
     np.testing.assert_allclose(means, report.layers["activation_ratio"], atol=1e-12)
     words = found.vocabulary
-    assert np.average(words["ratio"], weights=words["count"]) == pytest.approx(report.activation_ratio, abs=1e-12)
+    assert np.average(words["activation_ratio"], weights=words["count"]) == pytest.approx(
+        report.activation_ratio, abs=1e-12
+    )
 
 
 def test_other_batches_of_the_same_tokens_count_the_same():
@@ -115,9 +117,9 @@ def test_representative_layers(layers, expected):
 def test_a_shallow_model_has_no_middle(layers):
     model = model_of(layers)
     words = activation_patterns(model, {"a": padded_batches(1)}, Thresholds("relu", (0.0,) * layers)).vocabulary
-    assert words["middle"].isna().all() and words[["ratio", "first", "last"]].notna().all(axis=None)
+    assert words["middle"].isna().all() and words[["activation_ratio", "first", "last"]].notna().all(axis=None)
     if layers == 1:
-        assert words["first"].equals(words["last"]) and words["first"].equals(words["ratio"])
+        assert words["first"].equals(words["last"]) and words["first"].equals(words["activation_ratio"])
 
 
 def test_experts_count_over_the_tokens_routed_to_them(monkeypatch):
@@ -147,7 +149,7 @@ def test_experts_count_over_the_tokens_routed_to_them(monkeypatch):
     words = found.vocabulary.set_index("token_id")
     assert words["count"].to_dict() == {7: 2, 8: 2, 9: 1}
     shares = {7: (1 + 5) / 2, 8: (2 + 2 + 3) / 3, 9: 4}  # token 1 went to two experts
-    assert (31 * words["ratio"]).to_dict() == pytest.approx(shares)
+    assert (31 * words["activation_ratio"]).to_dict() == pytest.approx(shares)
     assert dead_neurons(found.frequencies)["neurons"].tolist() == [62]
 
 
@@ -162,7 +164,9 @@ def test_routed_neurons_weigh_to_the_ratio_of_the_report(family):
     assert not table.duplicated(["layer", "expert", "neuron"]).any()
     assert len(table) == sum(ffn.d_ff for ffn in find_ffns(model))
     words = found.vocabulary
-    assert np.average(words["ratio"], weights=words["count"]) == pytest.approx(report.activation_ratio, abs=1e-12)
+    assert np.average(words["activation_ratio"], weights=words["count"]) == pytest.approx(
+        report.activation_ratio, abs=1e-12
+    )
 
 
 def frequencies(values, tokens, domain="a"):

@@ -59,7 +59,7 @@ def test_neurons_and_tokens_are_those_of_the_stabilised_cett(trained, domains):
     neurons, tokens = neuron_frequencies(run, corpus, SETTINGS), token_ratios(run, corpus, SETTINGS)
     assert set(neurons["domain"]) == {"code", "prose"} and set(neurons["step"]) == set(tokens["step"]) == {step}
     np.testing.assert_allclose(neurons["frequency"], expected.frequencies["frequency"], rtol=5e-4)
-    columns = ["token_id", "count", "ratio", "first", "middle", "last"]
+    columns = ["token_id", "count", "activation_ratio", "first", "middle", "last"]
     pd.testing.assert_frame_equal(tokens[columns], expected.vocabulary[columns], rtol=5e-4)
     assert tokens["count"].sum() == 2 * 256
 

@@ -67,7 +67,7 @@ def test_the_table_of_checkpoints_describes_the_run(corpus):
     table = train_run(config(corpus), corpus).checkpoints
     assert list(table["role"])[-1] == "final" and set(table["role"][:-1]) == {"stable"}
     first = table.iloc[0]
-    assert (first["d_model"], first["n_layers"], first["parameters"], first["ratio"]) == (8, 1, 736, 8.0)
+    assert (first["d_model"], first["n_layers"], first["parameters"], first["width_depth_ratio"]) == (8, 1, 736, 8.0)
     warm_up = 0.05 * 4000
     assert list(table["fit"]) == [row.role == "stable" and row.tokens >= 2 * warm_up for row in table.itertuples()]
     assert table["fit"].sum() >= 5 and table["validation_loss"].is_monotonic_decreasing
