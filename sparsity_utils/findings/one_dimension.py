@@ -105,7 +105,7 @@ def one_dimension(
     check_lines(lines)
     tail = _tail_verdict(lines)
     if shapes is None:
-        nothing, reason = no_estimate(0, LEVEL, ""), "this study has no shapes that differ in one dimension"
+        nothing, reason = no_estimate("", 0), "this study has no shapes that differ in one dimension"
         depth, *doublings = (
             claim.judged(nothing, INCONCLUSIVE, reason) for claim in ONE_DIMENSION if claim != TAIL_SHRINKS
         )
@@ -170,11 +170,11 @@ def _slopes(means: pd.DataFrame, middle: pd.Series, along: dict[str, pd.Series])
     """Slope along each dimension: value = intercept + sum over dimensions of slope * `along`, on its shapes alone."""
     columns = {name: np.where(means[name] != middle[name], x, 0.0) for name, x in along.items()}
     varied = [name for name in DIMENSIONS if np.any(columns[name])]
-    nothing = {name: no_estimate(0, LEVEL, f"no shape differs in {name} alone") for name in DIMENSIONS}
+    nothing = {name: no_estimate(f"no shape differs in {name} alone", 0) for name in DIMENSIONS}
     dof = len(means) - 1 - len(varied)
     if dof < SMALLEST_DOF:
         reason = f"too few shapes: {len(means)} leave {max(dof, 0)} degrees of freedom"
-        return nothing | {name: no_estimate(len(means), LEVEL, reason) for name in varied}
+        return nothing | {name: no_estimate(reason, len(means)) for name in varied}
     design = np.column_stack([np.ones(len(means)), *(columns[name] for name in varied)])
     found, ends = coefficients(design, means["value"].to_numpy(dtype=float))
     return nothing | {
@@ -228,7 +228,7 @@ def doubling_verdicts(means: pd.DataFrame) -> dict[Claim, tuple[Estimate, str]]:
 def _tail_verdict(lines: Lines) -> Verdict:
     found = slopes_on_lines(on_lines(lines, weak_tail))
     if len(found) < 2:
-        nothing = no_estimate(0, LEVEL, "")
+        nothing = no_estimate("", 0)
         return TAIL_SHRINKS.judged(nothing, INCONCLUSIVE, "this study has no ReLU sizes of two layers on two lines")
     word, shown = tail_shrinks([line.estimate for line in found.values()])
     confounded = next(filter(None, map(unequal_data, lines.values())), "")

@@ -1,6 +1,7 @@
 """One style for every figure: colours and markers that stay apart in grey; the same table gives the same bytes."""
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from sparsity_utils import paths
+from sparsity_utils.console import short_number
 
 STYLE = {
     "font.size": 9,
@@ -25,12 +28,17 @@ STYLE = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "lines.markersize": 4,
-    "svg.hashsalt": "activation-sparsity",  # the same table gives the same bytes
 }
 SCREEN_DPI, PRINT_DPI = 100, 150
 COLOURS = sns.color_palette("colorblind").as_hex()
 MARKERS = "osD^vP"
 LINES = ("-", "--", "-.", ":")
+AXIS = "Active neurons (% of d_ff)"
+# In an SVG: numbers of a path or a place, to the hundredth of a point, so that no rounding of a processor shows; and
+# names of markers and clips, which matplotlib makes from all digits of theirs, in the order of their appearance.
+PLACES = re.compile(r'(?<=[\s(">MLCQ])-?\d+\.\d{3,}(?=[\s)"<])')
+PLACED = re.compile(r'(?:\s(?:d|x|y|width|height|points)="[^"]*"|translate\([^)]*\))')
+NAMED = re.compile(r'(?<=[#"])[a-z][0-9a-f]{10}(?=[")])')
 
 
 @dataclass(frozen=True)
@@ -60,28 +68,39 @@ class ShownFigure(Figure):
         self.savefig(stream, format="png", metadata={"Software": None}, dpi=SCREEN_DPI, bbox_inches="tight")
         return stream.getvalue()
 
+    def save(self, target: Path) -> list[Path]:
+        """Write `target`.png and `target`.svg, free of dates and versions; return the files."""
+        files = [target.with_suffix(suffix) for suffix in (".png", ".svg")]
+        with paths.written_aside(files[0]) as aside:
+            self.savefig(aside, format="png", metadata={"Software": None}, dpi=PRINT_DPI, bbox_inches="tight")
+        stream = io.StringIO()
+        self.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+        with paths.written_aside(files[1]) as aside:
+            aside.write_text(_steady(stream.getvalue()), encoding="utf-8")
+        return files
 
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+
+def _steady(svg: str) -> str:
+    """An SVG whose coordinates are rounded and whose names are counted, so that redrawing changes no byte."""
+    names: dict[str, str] = {}
+    for name in NAMED.findall(svg):
+        names.setdefault(name, f"{name[0]}{len(names)}")
+    svg = NAMED.sub(lambda found: names[found[0]], svg)
+    return PLACED.sub(lambda place: PLACES.sub(lambda number: f"{float(number[0]):.2f}", place[0]), svg)
+
+
+def styled(draw: Callable[..., ShownFigure]) -> Callable[..., ShownFigure]:
     """Draw under STYLE, whatever style the caller's session has."""
 
     @wraps(draw)
-    def drawn(*tables: Any, **options: Any) -> Figure:
+    def drawn(*tables: Any, **options: Any) -> ShownFigure:
         with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
             return draw(*tables, **options)
 
     return drawn
 
 
-def save_figure(figure: Figure, target: Path) -> list[Path]:
-    """Write `target`.png and `target`.svg, free of dates and versions; return the files."""
-    files = [target.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for file, metadata in zip(files, ({"Software": None}, {"Date": None, "Creator": None}), strict=True):
-        with paths.written_aside(file) as aside, mpl.rc_context({"svg.hashsalt": STYLE["svg.hashsalt"]}):
-            figure.savefig(aside, format=file.suffix[1:], metadata=metadata, dpi=PRINT_DPI, bbox_inches="tight")
-    return files
-
-
-def side_by_side(count: int, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+def side_by_side(count: int, share_y: bool = False) -> tuple[ShownFigure, list[Axes]]:
     """A figure of `count` panels side by side."""
     figure = ShownFigure(figsize=(3.7 * count, 3.4), layout="constrained")
     return figure, list(figure.subplots(1, count, sharey=share_y, squeeze=False)[0])
@@ -95,6 +114,29 @@ def token_axis(axes: Axes) -> None:
     axes.minorticks_off()
 
 
-def captioned(figure: Figure, text: str) -> Figure:
+def captioned(figure: ShownFigure, text: str) -> ShownFigure:
     figure.supxlabel(text, fontsize=8, x=0.01, ha="left", color="dimgrey")
     return figure
+
+
+def price_name(checkpoints: pd.DataFrame) -> str:
+    """`CETT-PPL-1%`."""
+    return f"CETT-PPL-{checkpoints['p'].iloc[0]:g}%"
+
+
+def shape_name(rows: pd.DataFrame) -> str:
+    """`48x3`, of the first row."""
+    first = rows.iloc[0]
+    return f"{first['d_model']:g}x{first['n_layers']:g}"
+
+
+def parameters_name(rows: pd.DataFrame) -> str:
+    """`45k parameters`, or the mean where shapes differ a little."""
+    return f"{short_number(rows.drop_duplicates(['d_model', 'n_layers'])['parameters'].mean())} parameters"
+
+
+def seeds_name(rows: pd.DataFrame) -> str:
+    """`2 seeds`, or `1 to 3 seeds` where shapes have unequally many."""
+    counts = rows.groupby(["activation", "d_model", "n_layers"])["seed"].nunique()
+    few, many = counts.min(), counts.max()
+    return f"{few} to {many} seeds" if few < many else f"{many} seed{'s' if many > 1 else ''}"

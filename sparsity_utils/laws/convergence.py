@@ -13,29 +13,27 @@ import numpy as np
 import pandas as pd
 
 from sparsity_utils.laws.data_law import Fit, fit_data_law
-from sparsity_utils.laws.limits import SHAPE, check_checkpoints, fit_points, published_form
+from sparsity_utils.laws.limits import SHAPE, Curves, fit_points
 
 SHARES = {"halfway": 0.5, "ninety": 0.9}  # of the change within the window
 GRID = 1001  # log-spaced points between which the fitted curve is interpolated
 
 
-def convergence_table(checkpoints: pd.DataFrame) -> pd.DataFrame:
+def convergence_table(curves: Curves) -> pd.DataFrame:
     """One row per run: where in the common window it has done half, and 90%, of its change.
 
     Columns: run, activation, d_model, n_layers, parameters, width_depth_ratio, seed, first and last (ends of the
     window, tokens per parameter), halfway and ninety (training tokens), halfway_per_parameter and ninety_per_parameter,
-    reason (empty, or why the numbers are NaN: no trend to speak of, or no window that all runs share). Raises
-    InputError for missing columns, duplicates and NaN.
+    reason (empty, or why the numbers are NaN: no trend to speak of, or no window that all runs share).
     """
-    check_checkpoints(checkpoints)
+    checkpoints = curves.checkpoints
     about = ["run", *SHAPE, "parameters", "width_depth_ratio", "seed"]
     points = fit_points(checkpoints)
     seen = (points["tokens"] / points["parameters"]).groupby(points["run"]).agg(["min", "max"])
     first, last = seen["min"].max(), seen["max"].min()  # tokens per parameter; NaN without any fitted point
     rows = []
     for run in checkpoints[about].drop_duplicates().sort_values(about[1:]).to_dict("records"):
-        own = points[points["run"] == run["run"]]
-        fit = fit_data_law(own["tokens"], own["activation_ratio"], published_form(run["activation"]))
+        fit = curves.runs[run["run"]]
         reason = _no_change(fit) if first < last else "no window of tokens per parameter that all runs share"
         ends = np.array([first, last]) * run["parameters"]
         tokens = dict.fromkeys(SHARES, float("nan")) if reason else _tokens_at(fit, *ends)

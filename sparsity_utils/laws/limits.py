@@ -1,11 +1,12 @@
 """One limit per shape and activation, from a table of checkpoints: extrapolated (A0), and measured beside it."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import pandas as pd
 
 from sparsity_utils.console import InputError
-from sparsity_utils.laws.data_law import RESAMPLES, Fit, bootstrap_limit, fit_data_law
+from sparsity_utils.laws.data_law import Fit, fit_data_law
 from sparsity_utils.models.config import LAST_CHECKPOINTS
 
 # The published form of each activation (arXiv 2411.02335, section 4.1); GELU, smooth, and ReLU^2, with exact zeros,
@@ -63,7 +64,29 @@ def fit_points(checkpoints: pd.DataFrame) -> pd.DataFrame:
     return checkpoints[(checkpoints["role"] == "stable") & checkpoints["fit"].astype(bool)]
 
 
-def limits_table(checkpoints: pd.DataFrame, seed_intervals: bool = False) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Curves:
+    """The published form of the data law, fitted once to every run of a table and to the seeds of a size together."""
+
+    checkpoints: pd.DataFrame
+    runs: dict[str, Fit]  # by run
+    sizes: dict[tuple[str, int, int], Fit]  # by activation, d_model and n_layers; seeds share the curve
+
+
+def fit_curves(checkpoints: pd.DataFrame) -> Curves:
+    """Fit the curves of a table of checkpoints. Raises InputError for missing columns, duplicates and NaN."""
+    check_checkpoints(checkpoints)
+    points, runs, sizes = fit_points(checkpoints), {}, {}
+    for shape, members in checkpoints[["run", *SHAPE]].drop_duplicates().groupby(SHAPE, sort=True):
+        form, curve = published_form(shape[0]), points[points["run"].isin(members["run"])]
+        for run in members["run"]:
+            own = curve[curve["run"] == run]
+            runs[run] = fit_data_law(own["tokens"], own["activation_ratio"], form)
+        sizes[shape] = fit_data_law(curve["tokens"], curve["activation_ratio"], form, curve["seed"])
+    return Curves(checkpoints, runs, sizes)
+
+
+def limits_table(curves: Curves, seed_intervals: bool = False) -> pd.DataFrame:
     """Limit activation ratio of every shape and activation, one row per seed and one, "all", for the common curve.
 
     Columns: activation, d_model, n_layers, parameters, width_depth_ratio, seed ("all" or the seed as text), limit (A0
@@ -71,20 +94,16 @@ def limits_table(checkpoints: pd.DataFrame, seed_intervals: bool = False) -> pd.
     smallest sound limit of the seeds; "all" only), last_five_mean (measured, nothing extrapolated), last_five_spread
     (the same over the seeds; "all" only), sound, reason. A limit is sound when its fit is and, for "all", its interval
     is at most 6 points wide. Bootstrapping every seed takes up to a second each, so only `seed_intervals` asks for it;
-    without it low and high are NaN but for "all". Raises InputError for missing columns, duplicates and NaN.
+    without it low and high are NaN but for "all".
     """
-    check_checkpoints(checkpoints)
-    means, points, rows = last_means(checkpoints), fit_points(checkpoints), []
-    for shape, runs in means.groupby([*SHAPE, "parameters", "width_depth_ratio"], sort=True):
-        about = dict(zip([*SHAPE, "parameters", "width_depth_ratio"], shape, strict=True))
-        form, curve = published_form(about["activation"]), points[points["run"].isin(runs["run"])]
-        seeds = []
+    rows, size = [], [*SHAPE, "parameters", "width_depth_ratio"]
+    for shape, runs in last_means(curves.checkpoints).groupby(size, sort=True):
+        about, seeds = dict(zip(size, shape, strict=True)), []
         for run in runs.sort_values("seed").itertuples():
-            own = curve[curve["run"] == run.run]
-            fit = fit_data_law(own["tokens"], own["activation_ratio"], form)
+            fit = curves.runs[run.run]
             entry = _with_interval(fit) if seed_intervals else _entry(fit)
             seeds.append({**about, "seed": str(run.seed), **entry, "last_five_mean": run.last_five_mean})
-        common = _common(fit_data_law(curve["tokens"], curve["activation_ratio"], form, curve["seed"]))
+        common = _common(curves.sizes[shape[: len(SHAPE)]])
         common |= {"spread": _spread(row["limit"] for row in seeds if row["sound"])}
         measured = runs["last_five_mean"]
         common |= {"last_five_mean": measured.mean(), "last_five_spread": _spread(measured)}
@@ -110,8 +129,7 @@ def _entry(fit: Fit) -> dict[str, object]:
 
 
 def _with_interval(fit: Fit) -> dict[str, object]:
-    interval = bootstrap_limit(fit, RESAMPLES)
-    return {**_entry(fit), "low": interval.low, "high": interval.high}
+    return {**_entry(fit), "low": fit.interval.low, "high": fit.interval.high}
 
 
 def _common(fit: Fit) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """One number per run for each claim about lines of sizes, and its mean and slope over the sizes of every line.
 
 Verdicts, figures and the power table all read their numbers here. A line is the runs at one width-depth ratio; `lines`
-is {name of the line: its table of checkpoints}, "" being the main one.
+is {name of the line: its table of checkpoints}, the names being MAIN and SECOND.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from sparsity_utils.laws.limits import SHAPE, check_checkpoints, fit_points, last_means, limits_table, require
+from sparsity_utils.laws.limits import SHAPE, check_checkpoints, fit_points, last_means, require
 from sparsity_utils.laws.pooled import line_at, pooled_means, pooled_slopes, size_means
-from sparsity_utils.laws.trends import Estimate, no_estimate, run_slopes
+from sparsity_utils.laws.trends import Estimate, run_slopes
 
 SAME_TRAINING = 1.1  # largest ratio of tokens per parameter between sizes that are compared as measured
 SIZE = [*SHAPE[1:], "parameters", "width_depth_ratio"]
+
+MAIN, SECOND = "main", "second"
 
 Lines = dict[str, pd.DataFrame]
 
@@ -119,16 +121,6 @@ def slopes_on_lines(runs: pd.DataFrame) -> dict[str, OverSizes]:
     return _by_line(sizes, sloping, pooled_slopes(np.log10(sizes["parameters"]), sizes["value"], sizes["line"]))
 
 
-def no_sizes(reason: str) -> OverSizes:
-    """What a line without a size that could be used comes to."""
-    return OverSizes(no_estimate(0, np.nan, reason), pd.DataFrame({"parameters": [], "value": [], "runs": []}), 0, 0)
-
-
-def limits_on_lines(lines: Lines) -> pd.DataFrame:
-    """`limits_table` of every line, in one table with the column `line`."""
-    return pd.concat([limits_table(table).assign(line=where) for where, table in lines.items()], ignore_index=True)
-
-
 def one_value_per_run(limits: pd.DataFrame, activation: str) -> tuple[pd.DataFrame, str]:
     """The rows of `limits_table` per seed with the `value` that verdicts rest on, and a sentence that says what it is.
 
@@ -165,10 +157,15 @@ def last_checkpoints(checkpoints: pd.DataFrame) -> pd.DataFrame:
     return checkpoints.sort_values("tokens").groupby("run", sort=True).tail(1)
 
 
-def check_lines(lines: Lines) -> None:
-    """Raise InputError for a line whose table misses columns, gives a checkpoint or a run twice, or has gaps."""
+def lines_of(main: pd.DataFrame, second: pd.DataFrame | None = None) -> Lines:
+    """The tables of checkpoints of the lines that a study has, by name.
+
+    Raises InputError for a table that lacks columns, gives a checkpoint or a run twice, or has gaps.
+    """
+    lines = {MAIN: main} if second is None else {MAIN: main, SECOND: second}
     for table in lines.values():
         check_checkpoints(table)
+    return lines
 
 
 def _by_line(sizes: pd.DataFrame, pooled: pd.DataFrame, estimates: dict[str, Estimate]) -> dict[str, OverSizes]:

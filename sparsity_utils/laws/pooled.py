@@ -5,8 +5,8 @@ and all of its seeds share them, so runs are averaged over the seeds of a size f
 the line of a line of sizes then holds both what a size has of its own and what seeds leave in its mean. Few sizes tell
 little about that spread, so it is taken to be equal on every line and estimated from all of them together:
 
-    means:   value of a size = level of its line + residual                     degrees of freedom: sizes - lines
-    slopes:  value of a size = level of its line + slope of its line * x + residual                 sizes - 2 lines
+    means:   value of a size = intercept of its line + residual                 degrees of freedom: sizes - lines
+    slopes:  value of a size = intercept of its line + slope of its line * x + residual             sizes - 2 lines
 
 The residuals of all lines share one variance; ordinary least squares then gives t intervals. They are exact where every
 size has as many seeds, and nearly so elsewhere, where the mean of fewer seeds scatters a little more (simulated in
@@ -46,7 +46,7 @@ def pooled_means(values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> d
 
 
 def pooled_slopes(x: ArrayLike, values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> dict[Hashable, Estimate]:
-    """{line: slope of `values` on `x` over its sizes}, each line with a level of its own; intervals as `pooled_means`.
+    """{line: slope of `values` on `x` over its sizes}, each line with its own intercept; intervals as `pooled_means`.
 
     A line whose sizes share one `x` has no slope and tells nothing about the spread around one: it gets a reason.
     """
@@ -62,7 +62,7 @@ def pooled_slopes(x: ArrayLike, values: ArrayLike, lines: ArrayLike, level: floa
     design = np.column_stack(columns) if columns else np.empty((0, 0))
     found = _estimates(design, values[kept], dict(enumerate(spread)), labels[kept], level)
     reason = "sizes at one position have no slope"
-    nothing = {name: no_estimate(int(np.sum(labels == name)), level, reason) for name in names}
+    nothing = {name: no_estimate(reason, int(np.sum(labels == name)), level) for name in names}
     return nothing | found
 
 
@@ -86,7 +86,7 @@ def _estimates(
     if dof < SMALLEST_DOF:
         reason = f"too few sizes: {values.size} on {len(sizes)} line{'s' * (len(sizes) != 1)} leave {max(dof, 0)} "
         reason += "degrees of freedom"
-        return {name: no_estimate(count, level, reason) for name, count in sizes.items()}
+        return {name: no_estimate(reason, count, level) for name, count in sizes.items()}
     found, ends = coefficients(design, values, level)
     return {
         name: Estimate(float(found[column]), float(ends[column, 0]), float(ends[column, 1]), level, sizes[name])

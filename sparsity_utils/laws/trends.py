@@ -1,4 +1,4 @@
-"""Trends across runs: lines, breakpoints, smooth bends, optima, and the tests that turn an interval into a verdict.
+"""Trends across runs: lines, breakpoints, smooth bends and optima, their intervals, and the verdict on an interval.
 
 The unit of every test here is a run (one shape, one seed): checkpoints along a run are correlated and never counted as
 independent. Tests whose unit is a size are in `pooled`. Runs of one seed share initialisation and data order, so seeds
@@ -7,6 +7,7 @@ errors, both of which would come out too small; the fixed effects cost one degre
 is an exact t interval.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,16 +41,6 @@ class Estimate:
     level: float
     n: int
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class Equivalence:
-    """Two one-sided tests: is `estimate` inside +-margin? `p_value` is the larger of the two."""
-
-    estimate: Estimate
-    margin: float
-    p_value: float
-    verdict: str
 
 
 @dataclass(frozen=True)
@@ -100,38 +91,24 @@ class Saturation:
         return self.plateau - self.rise * np.exp((self.start - np.asarray(x, dtype=float)) / self.scale.value)
 
 
-def supports_positive(estimate: Estimate) -> str:
-    """Verdict of the one-sided claim "> 0": the whole interval above 0 supports it, the whole below speaks against."""
-    if estimate.low > 0:
-        return SUPPORTED
-    return NOT_SUPPORTED if estimate.high < 0 else INCONCLUSIVE
+def decide(estimate: Estimate, low: float = 0.0, high: float = math.inf) -> str:
+    """The verdict on the claim that a quantity lies between `low` and `high`: its whole interval must.
 
-
-def supports_within(estimate: Estimate, margin: float) -> str:
-    """Verdict of an equivalence claim: interval inside +-margin, wholly outside, or neither (also when NaN)."""
-    if -margin < estimate.low and estimate.high < margin:
+    An interval wholly outside speaks against the claim; anything else, an unknown interval too, is inconclusive.
+    """
+    if low < estimate.low and estimate.high < high:
         return SUPPORTED
-    return NOT_SUPPORTED if estimate.low > margin or estimate.high < -margin else INCONCLUSIVE
+    return NOT_SUPPORTED if estimate.low > high or estimate.high < low else INCONCLUSIVE
 
 
 def mean_over_runs(values: ArrayLike, level: float = LEVEL) -> Estimate:
     """Mean of one value per run (or per pair of runs) with its t interval; fewer than two runs give a reason."""
     values = finite(values, "values")
     if values.size < SMALLEST_DOF + 1:
-        return no_estimate(values.size, level, f"only {values.size} runs; at least {SMALLEST_DOF + 1} are needed")
+        return no_estimate(f"only {values.size} runs; at least {SMALLEST_DOF + 1} are needed", values.size, level)
     described = DescrStatsW(values)
     low, high = described.tconfint_mean(1 - level)
     return Estimate(float(described.mean), float(low), float(high), level, values.size)
-
-
-def equivalence_of_pairs(differences: ArrayLike, margin: float, level: float = LEVEL) -> Equivalence:
-    """Paired equivalence: is the mean difference, one per pair of runs of equal size and seed, inside +-margin?"""
-    estimate = mean_over_runs(differences, level)
-    if estimate.reason:
-        return Equivalence(estimate, margin, float("nan"), INCONCLUSIVE)
-    with np.errstate(divide="ignore", invalid="ignore"):  # equal differences have no spread
-        p_value = float(DescrStatsW(np.asarray(differences, dtype=float)).ttost_mean(-margin, margin)[0])
-    return Equivalence(estimate, margin, p_value, supports_within(estimate, margin))
 
 
 def fit_line(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Line:
@@ -140,7 +117,7 @@ def fit_line(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level:
     blocks, dof = _blocks(x.size, groups), _dof(x.size, groups)
     if np.unique(x).size < 2 or dof < SMALLEST_DOF:
         reason = f"too few runs: {x.size} at {np.unique(x).size} positions leave {max(dof, 0)} degrees of freedom"
-        return Line(no_estimate(x.size, level, reason), np.nan, np.nan, np.nan)
+        return Line(no_estimate(reason, x.size, level), np.nan, np.nan, np.nan)
     design = np.column_stack([x, blocks])  # (n, 1 + groups)
     result = sm.OLS(y, design).fit()
     low, high = result.conf_int(1 - level)[0]
@@ -173,7 +150,7 @@ def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
     positions = np.unique(x)
     reason = _too_few(positions, x.size, groups, extra=1)
     if reason:
-        return Segments(no_estimate(x.size, level, reason), *[np.nan] * 4)
+        return Segments(no_estimate(reason, x.size, level), *[np.nan] * 4)
     grid = np.linspace(positions[1], positions[-1], GRID)
     found, coefficients, rss = _profile(lambda at: np.minimum(x - at, 0), y, grid, groups, level)
     aicc = information(rss, x.size, coefficients.size + 1)[1]
@@ -203,7 +180,7 @@ def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, 
     positions = np.unique(x)
     reason = _too_few(positions, x.size, groups, extra=1)
     if reason:
-        return Saturation(no_estimate(x.size, level, reason), *[np.nan] * 5)
+        return Saturation(no_estimate(reason, x.size, level), *[np.nan] * 5)
     start, span = positions[0], positions[-1] - positions[0]
     grid = np.geomspace(SCALES[0] * span, SCALES[1] * span, GRID)
     found, coefficients, rss = _profile(lambda scale: np.exp((start - x) / scale), y, grid, groups, level)
@@ -245,7 +222,7 @@ def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, lev
     positions = np.unique(x)
     reason = _too_few(positions, x.size, groups, extra=1)
     if reason:
-        return no_estimate(x.size, level, reason)
+        return no_estimate(reason, x.size, level)
     grid = np.geomspace(positions[0], positions[-1], GRID)
     found, coefficients, _ = _profile(lambda at: np.log(x / at) ** 2, y, grid, groups, level)
     if coefficients[0] <= 0:
@@ -313,6 +290,6 @@ def finite(values: ArrayLike, name: str) -> Array:
     return array
 
 
-def no_estimate(n: int, level: float, reason: str) -> Estimate:
+def no_estimate(reason: str, n: int = 0, level: float = LEVEL) -> Estimate:
     """No number, and why."""
     return Estimate(float("nan"), float("nan"), float("nan"), level, n, reason)
