@@ -210,8 +210,7 @@ def write_results(measured: Measured, folder: Path) -> list[Path]:
     tokens.csv has one row per token, its entry of the vocabulary beside its id. The heatmap shows the first tokens of
     the text. Nothing is written before everything is computed, and each file is renamed into place when complete.
     """
-    from sparsity_utils.findings.model_plots import layer_bars, token_heatmap, token_texts
-    from sparsity_utils.findings.style import save_figure
+    from sparsity_utils.findings.quickstart import layer_bars, token_heatmap, token_texts
 
     report, tokenizer = measured.report, measured.tokenizer
     tokens = report.per_token.copy()
@@ -229,7 +228,7 @@ def write_results(measured: Measured, folder: Path) -> list[Path]:
     for name, text in texts.items():
         with paths.written_aside(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
-    drawn = [file for name, figure in figures.items() for file in save_figure(figure, folder / name)]
+    drawn = [file for name, figure in figures.items() for file in figure.save(folder / name)]
     return [*(folder / name for name in texts), *drawn]
 
 

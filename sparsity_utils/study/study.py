@@ -150,6 +150,11 @@ class Study:
         origin = "the recorded study" if self.profile is None else f"profile {self.name}: {self.profile.about}"
         return f"{versions}, {device}. Numbers from {origin}."
 
+    def keep_figure(self, name: str, figure) -> None:
+        """Store a notebook's figure beside its study's tables; those of the recorded study are drawn by `make figures`."""
+        if self.profile is not None:
+            figure.save(self.folder.parent / "figures" / name)
+
     def keep_verdicts(self, notebook: str, verdicts: pd.DataFrame) -> None:
         """Store a notebook's verdict table for the closing table of `make reproduce`; a recorded study keeps none."""
         if self.profile is not None:
