@@ -163,11 +163,7 @@ def _on_line(claim: Claim, means: dict, line: str, lines: Lines) -> Verdict:
 
 
 def _form_verdict(forms: pd.DataFrame, activation: str) -> Verdict:
-    """Forms are compared run by run: runs are independent, the points of one run are not.
-
-    AICc on a dozen points prefers a simpler form even where the published one is true: that a simpler form does well
-    is not evidence against it. Against it counts a form that fits better before parameters are counted.
-    """
+    """Forms are compared run by run: runs are independent, the points of one run are not."""
     form, rows = published_form(activation), forms[forms["activation"] == activation]
     aicc = rows.pivot(index="run", columns="form", values="aicc").reindex(columns=[form, *RIVAL_FORMS])
     rmse = rows.pivot(index="run", columns="form", values="rmse").reindex(columns=[form, *RIVAL_FORMS])
