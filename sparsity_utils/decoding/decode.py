@@ -18,6 +18,7 @@ from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import FFN, Projection, bypassed, check_not_bypassed, find_ffns, widened
 from sparsity_utils.neurons.hooks import check_layers
 from sparsity_utils.neurons.modes import evaluating, forward_replaced
+from sparsity_utils.neurons.rules import RULES
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.neurons.trace import Inputs, tiny_inputs
 
@@ -90,18 +91,15 @@ def kernel_of(ffn: FFN, thresholds: Thresholds | None, certified: bool = False) 
 def kernel_rule(ffn: FFN, thresholds: Thresholds | None) -> tuple[str, Tensor | float]:
     """The kernels' rule and threshold with which the same neurons of `ffn` are active; None: all of them.
 
-    "fat" keeps |s| >= value, the kernels' "gate" |s| > t: the next smaller float32.
+    On the gate a rule keeps |s| >= limit, the kernels |s| > t: t is the next smaller float32.
     """
     if thresholds is None:
         return "gate", -1.0
-    value = thresholds.values[ffn.layer]
-    if thresholds.rule == "relu":
-        return "gate", 0.0
-    if thresholds.rule == "fat":
-        return "gate", torch.nextafter(torch.tensor(value), torch.tensor(0.0)).item()
-    if thresholds.rule == "cett":
-        return "neuron", thresholds.per_neuron(ffn)
-    raise InputError(f"The kernels have no rule {thresholds.rule!r}; use thresholds of the rules relu, fat or cett.")
+    rule = RULES[thresholds.rule]
+    limit = rule.limit(ffn, thresholds.values[ffn.layer])
+    if rule.decided_on == "gate":
+        limit = torch.nextafter(torch.tensor(limit), torch.tensor(0.0)).item()
+    return rule.decided_on, limit
 
 
 def _named_errors(ffn: FFN, make: Callable[[], SparseFFN]) -> SparseFFN:

@@ -15,9 +15,8 @@ from sparsity_utils.findings.style import Look, ShownFigure, captioned, save_fig
 from sparsity_utils.laws.cost import with_weights_read
 from sparsity_utils.laws.design import CURVES, MORE_CURVES
 from sparsity_utils.models.config import ACTIVATIONS
+from sparsity_utils.neurons.rules import METRICS
 from sparsity_utils.study.study import Study
-
-METRIC_NAMES = {"top-k": "Top-k", "fat": "FAT-ε", "cett": "CETT"}
 
 
 @styled
@@ -47,12 +46,12 @@ def _price_curves(axes: Axes, rows: pd.DataFrame, column: str) -> None:
         for seed, curve in rows[rows["metric"] == metric].groupby("seed"):
             curve = curve.sort_values(column)
             style = {"color": look.colour, "marker": look.marker, "linestyle": look.line}
-            label = METRIC_NAMES[metric] if seed == rows["seed"].min() else None
+            label = METRICS[metric].label if seed == rows["seed"].min() else None
             axes.plot(100 * curve[column], _rise(curve), label=label, **style)
     price = rows.loc[rows["metric"] == "cett-ppl", "setting"].iloc[0]
-    for metric, marker, label in (("cett-ppl", "*", f"CETT-PPL-{price:g}%"), ("relu", "X", "non-zero")):
+    for metric, marker, end in (("cett-ppl", "*", f"-{price:g}%"), ("relu", "X", "")):
         point = rows[(rows["metric"] == metric) & (rows["activation_ratio"] < 0.99)]  # smooth ones have no zeros
-        shown = {"marker": marker, "s": 90, "color": "black", "zorder": 5, "label": label}
+        shown = {"marker": marker, "s": 90, "color": "black", "zorder": 5, "label": f"{METRICS[metric].label}{end}"}
         axes.scatter(100 * point[column], _rise(point), **shown)
     axes.axhline(price, color="grey", linewidth=0.8, linestyle=":")
     axes.set_yscale("symlog", linthresh=0.5)
