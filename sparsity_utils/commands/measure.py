@@ -59,7 +59,7 @@ def measure_checkpoint(
     """Open `model` (a folder or a model of the hub) and measure it on the documents of `text`, behind progress bars.
 
     Args:
-        metric, knobs: as for `measure_sparsity`; p, too, may be given to its own metric alone.
+        metric, knobs: as for `measure_sparsity`, where p is one of the knobs: only the metric's own may be given.
         length: tokens of a window; by default 256, or the model's context if that is shorter.
         calibration: text to solve thresholds on; by default a third of the documents of `text`, which are then not
             measured. A metric that solves nothing is measured on all of them.

@@ -40,7 +40,7 @@ def sparse_kernels(
     Before the block begins, kernels that skip nothing are held against the model's own FFNs on a tiny input.
 
     Args:
-        thresholds: of the rules "relu", "fat" or "cett"; None: nothing is skipped.
+        thresholds: of a rule with a `limit`: "relu", "fat", "cett"; None: nothing is skipped.
         certified: also keep an 8-bit copy of each gate that proves neurons inactive (`kernels.certified`; CPU).
         inputs: as `find_ffns` takes them, for models that need it.
 
@@ -49,8 +49,8 @@ def sparse_kernels(
 
     Raises `InputError` when a FFN has routed experts, is computed without modules of its own, has another activation
     function than `kernels.naive.ACTIVATIONS`, or when more is made of its parts than its kernel computes; when
-    `thresholds` are for another number of layers or of rule "top-k"; when `certified` is asked for where it cannot
-    work; and inside the block when the model is in training mode or should give gradients.
+    `thresholds` are for another number of layers or of a rule without a limit, such as "top-k"; when `certified` is
+    asked for where it cannot work; and inside the block when the model is in training mode or should give gradients.
     """
     check_not_bypassed(model)
     ffns = replaceable_ffns(model, inputs)

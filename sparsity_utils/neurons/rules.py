@@ -50,7 +50,8 @@ class Rule:
 
         Raises `InputError` where it differs from token to token.
         """
-        raise InputError(f"The kernels have no rule {self.name!r}: its limit differs from token to token; use another.")
+        sentence = f"The kernels have no rule {self.name!r}, whose limit differs from token to token: use another rule."
+        raise InputError(sentence)
 
     def check_value(self, value: float, d_ff: float = math.inf) -> None:
         """Raises `InputError` unless the knob can be set to `value`, in FFNs of at least `d_ff` neurons."""
