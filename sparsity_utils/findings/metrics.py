@@ -13,12 +13,12 @@ from sparsity_utils.laws.cost import with_weights_read
 from sparsity_utils.laws.limits import require
 from sparsity_utils.laws.trends import mean_over_runs
 from sparsity_utils.models.config import ACTIVATIONS
+from sparsity_utils.neurons.rules import METRICS
 from sparsity_utils.study.study import Study
 
 USEFUL_PPL_RATIO = 2.0  # metrics are compared where CETT at most doubles perplexity, the largest p that is measured
 RIVALS = ("top-k", "fat")
 RATIO_GRID = 9  # activation ratios at which two metrics are compared, over the range both cover
-METRIC_NAMES = {"top-k": "Top-k", "fat": "FAT-ε", "cett": "CETT"}
 SMOOTH = 0.99  # a share of non-zero neurons above it says nothing: the activation function is smooth
 
 CETT_LOWEST = Claim(
@@ -94,12 +94,12 @@ def _price_curves(axes: Axes, rows: pd.DataFrame, column: str) -> None:
         for seed, curve in rows[rows["metric"] == metric].groupby("seed"):
             curve = curve.sort_values(column)
             style = {"color": look.colour, "marker": look.marker, "linestyle": look.line}
-            label = METRIC_NAMES[metric] if seed == rows["seed"].min() else None
+            label = METRICS[metric].label if seed == rows["seed"].min() else None
             axes.plot(100 * curve[column], _increase(curve), label=label, **style)
     price = rows.loc[rows["metric"] == "cett-ppl", "setting"].iloc[0]
-    for metric, marker, label in (("cett-ppl", "*", f"CETT-PPL-{price:g}%"), ("relu", "X", "non-zero")):
+    for metric, marker, end in (("cett-ppl", "*", f"-{price:g}%"), ("relu", "X", "")):
         point = rows[(rows["metric"] == metric) & (rows["activation_ratio"] < SMOOTH)]
-        shown = {"marker": marker, "s": 90, "color": "black", "zorder": 5, "label": label}
+        shown = {"marker": marker, "s": 90, "color": "black", "zorder": 5, "label": f"{METRICS[metric].label}{end}"}
         axes.scatter(100 * point[column], _increase(point), **shown)
     axes.axhline(price, color="grey", linewidth=0.8, linestyle=":")
     axes.set_yscale("symlog", linthresh=0.5)
