@@ -193,7 +193,7 @@ class Fit:
     @cached_property
     def interval(self) -> Interval:
         """`bootstrap_limit` with its defaults."""
-        return bootstrap_limit(self)
+        return bootstrap_limit(self, RESAMPLES)
 
     def predict(self, tokens: ArrayLike) -> Array:
         """Activation ratio after `tokens` training tokens; NaN if nothing could be fitted."""

@@ -151,7 +151,7 @@ class Study:
         return f"{versions}, {device}. Numbers from {origin}."
 
     def keep_figure(self, name: str, figure) -> None:
-        """Store a notebook's figure beside its study's tables; those of the recorded study are drawn by `make figures`."""
+        """Store a notebook's figure beside the tables; those of the recorded study are drawn by `make figures`."""
         if self.profile is not None:
             figure.save(self.folder.parent / "figures" / name)
 

@@ -3,12 +3,13 @@
 import numpy as np
 import pandas as pd
 import pytest
-from planted import by_claim, study
+from planted import by_claim, check_stated, study
 from scipy import stats
 
 from sparsity_utils.console import InputError
-from sparsity_utils.findings import claims, one_dimension
-from sparsity_utils.laws import limits
+from sparsity_utils.findings import one_dimension
+from sparsity_utils.laws import data_law
+from sparsity_utils.laws.outcomes import lines_of
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Estimate
 
 SHAPES = [
@@ -39,8 +40,8 @@ def made(slopes, shapes=SHAPES, seeds=(0, 1, 2), unit="decades", noise=1.0):
             value = share + 0.01 * (seed - np.mean(seeds))
             about = {
                 "run": f"{name}-{seed}", "activation": "relu", "d_model": shape[0], "n_layers": shape[1],
-                "d_ff": shape[2], "parameters": parameters(shape), "seed": seed, "width_depth_ratio": shape[0] / shape[1],
-                "role": "stable", "validation_loss": 3.0, "activation_ratio": 0.2, "fit": True,
+                "d_ff": shape[2], "parameters": parameters(shape), "width_depth_ratio": shape[0] / shape[1],
+                "seed": seed, "role": "stable", "validation_loss": 3.0, "activation_ratio": 0.2, "fit": True,
             }  # fmt: skip
             for step in range(5):
                 tokens = 190 * parameters(shape) * (step + 1) / 5
@@ -64,7 +65,7 @@ def lines(main=-0.03, second=-0.03):
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    monkeypatch.setattr(limits, "RESAMPLES", 20)
+    monkeypatch.setattr(data_law, "RESAMPLES", 20)
 
 
 def test_slopes_are_a_literal_regression():
@@ -101,7 +102,7 @@ def test_slopes_are_a_literal_regression():
     ],
 )
 def test_depth_drives_the_trend_of_non_zeros(slopes, verdict, shown):
-    row = by_claim(one_dimension.one_dimension(made(slopes), *lines()))[one_dimension.DEPTH_DRIVES.claim]
+    row = by_claim(one_dimension.verdicts(made(slopes), lines_of(*lines())))[one_dimension.DEPTH_DRIVES.claim]
     assert (row.verdict, row.here) == (verdict, pytest.approx(shown, abs=0.3))
     assert row.reason.startswith("8 shapes, 24 runs; width ") and ", depth " in row.reason
 
@@ -116,9 +117,9 @@ def test_depth_drives_the_trend_of_non_zeros(slopes, verdict, shown):
     ],
 )
 def test_the_weak_tail_shrinks_on_both_lines(main, second, verdict, shown):
-    row = by_claim(one_dimension.one_dimension(None, *lines(main, second)))[one_dimension.TAIL_SHRINKS.claim]
+    row = by_claim(one_dimension.verdicts(None, lines_of(*lines(main, second))))[one_dimension.TAIL_SHRINKS.claim]
     assert (row.verdict, row.here) == (verdict, pytest.approx(shown, abs=0.1))
-    assert row.reason.startswith("6 sizes on 2 lines; main line")  # without the size of one layer
+    assert row.reason.startswith("3 sizes; decides: ")  # without the size of one layer
 
 
 @pytest.mark.parametrize(
@@ -131,27 +132,26 @@ def test_the_weak_tail_shrinks_on_both_lines(main, second, verdict, shown):
     ],
 )
 def test_larger_is_sparser_per_doubling(slopes, verdicts):
-    rows = one_dimension.one_dimension(made(slopes, unit="doublings"), *lines())[2:]
+    rows = one_dimension.verdicts(made(slopes, unit="doublings"), lines_of(*lines()))[2:]
     assert [row.verdict for row in rows] == list(verdicts)
     assert [row.here for row in rows[:2]] == pytest.approx([100 * slopes[1], 100 * slopes[2]], abs=0.1)
 
 
 def test_the_count_of_non_zeros_rises_by_one_doubling_where_the_share_stays():
-    count = one_dimension.one_dimension(made((0, 0, 0), noise=0.1), *lines())[4]
+    count = one_dimension.verdicts(made((0, 0, 0), noise=0.1), lines_of(*lines()))[4]
     assert (count.verdict, count.here) == (SUPPORTED, pytest.approx(1, abs=1e-3))
-    assert count.unit == "doublings per doubling of d_ff"
+    assert count.claim.unit == "doublings per doubling of d_ff"
     falling = made((0, 0, 0), noise=0.1)
     falling["nonzero_share"] *= (falling["d_ff"] / 80) ** -1.2
-    count = one_dimension.one_dimension(falling, *lines())[4]
+    count = one_dimension.verdicts(falling, lines_of(*lines()))[4]
     assert (count.verdict, count.here) == (NOT_SUPPORTED, pytest.approx(-0.2, abs=1e-2))
 
 
 def test_claims_are_stated_before_their_verdicts():
-    stated = claims.claims_table("one_dimension")
-    rows = one_dimension.one_dimension(made((0, -0.1, -0.04)), *lines())
-    assert stated["question"].tolist() == [row.claim for row in rows]
-    assert stated["test"].tolist() == [row.test for row in rows] and set(stated["rank"]) == {"secondary"}
-    missing = one_dimension.one_dimension(None, lines()[0])
+    rows = one_dimension.verdicts(made((0, -0.1, -0.04)), lines_of(*lines()))
+    check_stated(one_dimension, rows)
+    assert set(one_dimension.claims()["rank"]) == {"secondary"}
+    missing = one_dimension.verdicts(None, lines_of(lines()[0]))
     assert [row.claim for row in missing] == [row.claim for row in rows]
     assert {row.verdict for row in missing} == {INCONCLUSIVE} and all(row.reason for row in missing)
 
@@ -159,7 +159,7 @@ def test_claims_are_stated_before_their_verdicts():
 def test_unequally_trained_shapes_are_inconclusive():
     shapes = made((0, -0.1, -0.04))
     shapes.loc[shapes["n_layers"] == 8, "tokens"] *= 2
-    rows = one_dimension.one_dimension(shapes, *lines())
+    rows = one_dimension.verdicts(shapes, lines_of(*lines()))
     assert {row.verdict for row in (rows[0], *rows[2:])} == {INCONCLUSIVE}
     assert "sizes differ in tokens per parameter, 190 to 380" in rows[0].reason
 
@@ -177,13 +177,13 @@ def test_one_dimension_alone_has_one_slope_from_any_centre():
     slopes = one_dimension.parameter_slopes(one_dimension.shape_means(deep))
     assert slopes["n_layers"].value == pytest.approx(-0.1, abs=1e-3) and not slopes["n_layers"].reason
     assert slopes["d_model"].reason == "no shape differs in d_model alone"
-    row = one_dimension.one_dimension(deep, *lines())[0]
+    row = one_dimension.verdicts(deep, lines_of(*lines()))[0]
     assert (row.verdict, "width none" in row.reason) == (INCONCLUSIVE, True)
 
 
 def test_too_few_shapes_are_inconclusive():
     few = made((0, -0.1, -0.04), [(32, 4, 80), (32, 2, 80), (64, 4, 80), (32, 4, 40)])
-    rows = one_dimension.one_dimension(few, *lines())
+    rows = one_dimension.verdicts(few, lines_of(*lines()))
     assert rows[0].verdict == rows[3].verdict == INCONCLUSIVE
     assert rows[0].reason.startswith("too few shapes: 4 leave 0 degrees of freedom")
 
@@ -193,7 +193,8 @@ def test_an_unknown_slope_decides_nothing():
     steep, flat = Estimate(-0.1, -0.11, -0.09, 0.9, 8), Estimate(0.0, -0.01, 0.01, 0.9, 8)
     assert one_dimension.depth_drives({"d_model": nothing, "n_layers": steep}) == (INCONCLUSIVE, nothing)
     assert one_dimension.depth_drives({"d_model": flat, "n_layers": nothing})[0] == INCONCLUSIVE
-    assert one_dimension.tail_shrinks([steep, nothing]) == (INCONCLUSIVE, nothing)
+    tail = one_dimension.TAIL_SHRINKS.judged_all({"main": steep, "second": nothing}, "sizes")
+    assert tail.verdict == INCONCLUSIVE and tail.reason.startswith("none; decides: second")
     assert one_dimension.share_falls(nothing) == INCONCLUSIVE
 
 
@@ -210,4 +211,4 @@ def test_an_unknown_slope_decides_nothing():
 )
 def test_unusable_tables_are_input_errors(spoil, message):
     with pytest.raises(InputError, match=message):
-        one_dimension.one_dimension(spoil(made((0, 0, 0))), *lines())
+        one_dimension.verdicts(spoil(made((0, 0, 0))), lines_of(*lines()))

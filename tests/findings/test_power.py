@@ -3,13 +3,14 @@
 import numpy as np
 import pandas as pd
 import pytest
-from planted import study
+from planted import AT_SECOND, study
 from scipy import stats
 from small import profile_content, write_profile, write_text
 
 from sparsity_utils.console import InputError
-from sparsity_utils.findings import claims, one_dimension, power
-from sparsity_utils.laws import limits, power_inputs
+from sparsity_utils.findings import one_dimension, power, relu_vs_silu, scale_insensitivity, width_depth_ratio
+from sparsity_utils.laws import data_law, power_inputs
+from sparsity_utils.laws.outcomes import MAIN, SECOND
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.study.profiles import read_profile
 
@@ -92,7 +93,7 @@ def test_a_negative_component_is_zero_and_single_seeds_leave_it_unknown():
 
 
 def test_inputs_of_a_study_with_planted_slopes(monkeypatch):
-    monkeypatch.setattr(limits, "RESAMPLES", 20)
+    monkeypatch.setattr(data_law, "RESAMPLES", 20)
     shapes = ((16, 1), (16, 2), (24, 3), (32, 4))
     main = study(
         shapes, noise=1e-4, limit=lambda a, ratio, size: 0.3 - 0.04 * np.log10(size / 1e5) + 0.1 * (a == "silu")
@@ -100,7 +101,7 @@ def test_inputs_of_a_study_with_planted_slopes(monkeypatch):
     second = study(((32, 2), (48, 3), (64, 4)), noise=1e-4)
     main["nonzero_share"] = np.where(main["n_layers"] > 1, 0.3, 0.9)
     wide = study(tuple((8 * d, 4) for d in range(2, 8)), ("relu",), limit=lambda a, ratio, size: 0.1 + 1e-3 * ratio)
-    table = power_inputs.power_inputs({"": main, "second": second}, wide).set_index(["outcome", "width_depth_ratio"])
+    table = power_inputs.power_inputs({MAIN: main, SECOND: second}, wide).set_index(["outcome", "width_depth_ratio"])
     assert list(table.reset_index().columns) == power_inputs.COLUMNS
     assert table.loc[("relu_ratio", 8), "first_effect"] == pytest.approx(-0.04, abs=2e-3)
     assert table.loc[("relu_ratio", 16), "first_effect"] == pytest.approx(0, abs=2e-3)
@@ -119,7 +120,7 @@ def table():
 def test_shares_of_means_agree_with_the_noncentral_t_distribution(table):
     """Three seeds a size: the mean of a size has variance sd_fit^2 + sd_seed^2 / 3, six sizes less two lines."""
     error = np.sqrt((0.005**2 + 0.01**2 / 3) / 3)
-    rows = by_effect(table, claims.RELU_FALLS.claim)
+    rows = by_effect(table, relu_vs_silu.RELU_FALLS.claim)
     for effect, value in (("zero", 0.0), ("first study", 0.02)):
         expected = one_sided_power(value, error, 4)
         assert rows.loc[effect, "supported"] == pytest.approx(
@@ -137,23 +138,24 @@ def test_nothing_is_supported_at_a_margin_more_often_than_promised(table):
 
 
 def test_published_effects_are_those_of_the_printed_laws(table):
-    falls = by_effect(table, claims.RELU_FALLS.claim).loc["published", "value"]
+    falls = by_effect(table, relu_vs_silu.RELU_FALLS.claim).loc["published", "value"]
     law = next(law for law in power.PUBLISHED_LAWS if (law.activation, law.model) == ("silu", "0.1B"))
     end = 190 * 11.5 * 16 * 768**2 / 1e9
     change = -0.102 / end**0.479 + 0.102 / (end / 10) ** 0.479
     assert float(law.predict(end * 1e9) - law.predict(end * 1e8)) == pytest.approx(change)
-    assert 0 < falls < 10 and by_effect(table, claims.RELU_SPARSER.claim).loc["published", "value"] == pytest.approx(
-        32.1
-    )
-    scale = [by_effect(table, claim.claim).loc["published", "value"] for claim in claims.line_claims()[:2]]
+    assert 0 < falls < 10 and by_effect(table, relu_vs_silu.RELU_SPARSER.claim).loc[
+        "published", "value"
+    ] == pytest.approx(32.1)
+    on_lines = list(scale_insensitivity.ON_LINES.values())
+    scale = [by_effect(table, claim.claim).loc["published", "value"] for claim in on_lines[:2]]
     assert scale == pytest.approx([1.6, -2.6])
-    assert "published" not in by_effect(table, claims.line_claims()[2].claim).index
+    assert "published" not in by_effect(table, on_lines[2].claim).index
 
 
 def test_the_first_study_counts_at_its_own_width_depth_ratio_only():
     table = power.simulated(LINES, inputs(ratios=(8,)), draws=20)
     first = table[table["effect"] == "first study"]
-    assert len(first) == 8 and not first["claim"].str.endswith(claims.SECOND_LINE).any()  # the tail needs both
+    assert len(first) == 8 and not first["claim"].str.endswith(AT_SECOND).any()  # the tail needs both
     assert one_dimension.TAIL_SHRINKS.claim not in set(first["claim"])
 
 
@@ -175,7 +177,7 @@ def test_large_effects_are_seen_and_small_spreads_decide():
 def test_the_ratio_is_simulated_with_the_rule_of_its_verdict():
     shapes = runs(*((d, n, 4, 2) for d, n in ((120, 1), (84, 2), (72, 3), (60, 4), (48, 6), (36, 11))))
     table = power.simulated({"width_depth_ratio": shapes}, inputs(first=1e-3), draws=60)
-    rows = by_effect(table, claims.RATIO_RISES.claim)
+    rows = by_effect(table, width_depth_ratio.RATIO_RISES.claim)
     assert rows.loc["first study", ["value", "supported"]].tolist() == [pytest.approx(10), 1]
     assert rows.loc["zero", "supported"] < 0.2 and rows["sizes"].tolist() == [6, 6]
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+AT_SECOND = ", at a second width-depth ratio"  # what a claim says of the second line of sizes
 SHAPES = ((40, 2), (60, 3), (80, 4), (100, 5))
 
 
@@ -35,4 +36,15 @@ def study(
 
 def by_claim(rows):
     """Verdicts by the sentence they judge."""
-    return {row.claim: row for row in rows}
+    return {row.claim.claim: row for row in rows}
+
+
+def check_stated(finding, rows):
+    """What a notebook prints first is word for word what its verdicts are judged by."""
+    stated, claims = finding.claims(), [row.claim for row in rows]
+    assert stated["question"].tolist() == [claim.claim for claim in claims]
+    assert stated["threshold"].tolist() == [claim.threshold for claim in claims]
+    assert stated["published"].tolist() == [claim.published for claim in claims]
+    assert stated["test"].tolist() == [claim.test for claim in claims]
+    name = finding.__name__.rpartition(".")[2]
+    assert {claim.question for claim in claims} == {name} and len({claim.key for claim in claims}) == len(claims)

@@ -7,7 +7,7 @@ from scipy import stats
 
 from sparsity_utils.console import InputError
 from sparsity_utils.laws.pooled import line_at, pooled_means, pooled_slopes, size_means
-from sparsity_utils.laws.trends import NOT_SUPPORTED, SUPPORTED, mean_over_runs, supports_positive, supports_within
+from sparsity_utils.laws.trends import NOT_SUPPORTED, SUPPORTED, decide, mean_over_runs
 
 LINES = np.array(["a"] * 4 + ["b"] * 3)
 X = np.array([3.8, 4.7, 5.2, 5.6, 4.4, 4.9, 5.3])
@@ -56,7 +56,7 @@ def test_published_limits_have_the_published_slopes_or_close(position):
         ([0.409, 0.390, 0.385, 0.383, 0.382], -0.0250, "inconclusive"),
     )[position]
     found = pooled_slopes(np.log10(sizes), limits, [0] * 5)[0]
-    assert (round(found.value, 4), supports_within(found, 0.03)) == (slope, verdict)
+    assert (round(found.value, 4), decide(found, -0.03, 0.03)) == (slope, verdict)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_seeds_that_share_what_a_size_has_of_its_own_do_not_raise_the_rate_of_er
     for _ in range(400):
         values = 2 * rng.normal(size=7)[size] + rng.normal(size=size.size)
         means = np.bincount(size, values) / np.bincount(size)
-        over_sizes += supports_positive(pooled_means(means, LINES)["a"]) == SUPPORTED
-        over_runs += supports_positive(mean_over_runs(values[size < 4])) == SUPPORTED
-        slopes += supports_within(pooled_slopes(X, means, LINES)["b"], 1e-9) == NOT_SUPPORTED
+        over_sizes += decide(pooled_means(means, LINES)["a"]) == SUPPORTED
+        over_runs += decide(mean_over_runs(values[size < 4])) == SUPPORTED
+        slopes += decide(pooled_slopes(X, means, LINES)["b"], -1e-9, 1e-9) == NOT_SUPPORTED
     assert over_sizes <= 32 and slopes <= 64  # 5% and, on two sides, 10%, by at most three standard errors
     assert over_runs > 60
 

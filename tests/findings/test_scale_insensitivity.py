@@ -1,12 +1,14 @@
 """Verdicts on size: planted slopes by both metrics, a second line of sizes, and who converges sooner."""
 
 import numpy as np
+import pandas as pd
 import pytest
-from planted import SHAPES, by_claim, study
+from planted import AT_SECOND, SHAPES, by_claim, check_stated, study
 from scipy import stats
 
-from sparsity_utils.findings import claims, scale_plots, verdicts
-from sparsity_utils.laws import limits
+from sparsity_utils.console import InputError
+from sparsity_utils.findings import scale_insensitivity
+from sparsity_utils.laws import data_law
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 from sparsity_utils.models.config import ACTIVATIONS
 
@@ -14,7 +16,11 @@ from sparsity_utils.models.config import ACTIVATIONS
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     """Intervals are tested with the laws; here they only need to be there."""
-    monkeypatch.setattr(limits, "RESAMPLES", 20)
+    monkeypatch.setattr(data_law, "RESAMPLES", 20)
+
+
+def judged(*tables):
+    return scale_insensitivity.verdicts(scale_insensitivity.analyse(*tables))
 
 
 @pytest.mark.parametrize(
@@ -22,10 +28,10 @@ def few_resamples(monkeypatch):
 )
 def test_scale_insensitivity_rests_on_sound_limits(slope, verdict):
     checkpoints = study(noise=1e-4, limit=lambda activation, ratio, size: 0.3 + slope * np.log10(size / 1e5))
-    rows = by_claim(verdicts.scale_insensitivity(checkpoints))
+    rows = by_claim(judged(checkpoints))
     for activation, published in (("relu", "+1.6 points per decade"), ("silu", "-2.6 points per decade")):
         row = rows[f"The {ACTIVATIONS[activation]} limit does not depend on scale"]
-        assert row.verdict == verdict and row.published == published
+        assert row.verdict == verdict and row.claim.published == published
         assert row.here == pytest.approx(100 * slope, abs=0.3)
         assert "rests on the limits A0 of the data law" in row.reason and row.reason.startswith("4 sizes, 8 runs")
     assert rows["The ReLU share of non-zero neurons does not depend on scale"].here == pytest.approx(0, abs=1e-9)
@@ -36,7 +42,7 @@ def test_scale_insensitivity_falls_back_to_measured_means_and_says_so():
     flat = checkpoints["run"] == "relu-60x3-1"
     checkpoints.loc[flat, "activation_ratio"] = 0.2
     checkpoints.loc[flat, "fit"] &= checkpoints.loc[flat, "step"] > 9  # the curve of both seeds keeps its trend
-    row = by_claim(verdicts.scale_insensitivity(checkpoints))["The ReLU limit does not depend on scale"]
+    row = by_claim(judged(checkpoints))["The ReLU limit does not depend on scale"]
     assert "rests on the mean of the last five stable checkpoints: 1 of 12 fits" in row.reason
     assert "first 60x3 seed 1, no trend" in row.reason
     assert row.here == pytest.approx(0, abs=0.5)
@@ -46,7 +52,7 @@ def test_measured_values_of_unequal_training_are_inconclusive():
     checkpoints = study(activations=("relu",), noise=0.0)
     equal = checkpoints.assign(tokens=checkpoints["tokens"] * checkpoints["parameters"] / 1e6)
     claim = "The ReLU share of non-zero neurons does not depend on scale"
-    rows = [by_claim(verdicts.scale_insensitivity(table))[claim] for table in (checkpoints, equal)]
+    rows = [by_claim(judged(table))[claim] for table in (checkpoints, equal)]
     assert [row.verdict for row in rows] == [INCONCLUSIVE, SUPPORTED]
     assert "sizes differ in tokens per parameter, 73 to 1141" in rows[0].reason and "differ" not in rows[1].reason
 
@@ -64,19 +70,19 @@ def planted_metrics(cett=0.0, nonzero=0.0, **kwargs):
     ("cett", "nonzero", "verdict"), [(0.0, -0.07, NOT_SUPPORTED), (-0.07, -0.07, SUPPORTED), (0.0, 0.0, SUPPORTED)]
 )
 def test_whether_the_metric_changes_the_dependence_on_scale(cett, nonzero, verdict):
-    row = by_claim(verdicts.scale_insensitivity(planted_metrics(cett, nonzero)))[
+    row = by_claim(judged(planted_metrics(cett, nonzero)))[
         "The gap between CETT-PPL and the share of non-zero ReLU neurons does not depend on scale"
     ]
     assert row.verdict == verdict and row.here == pytest.approx(100 * (cett - nonzero), abs=0.3)
 
 
 def test_a_second_line_has_verdicts_of_its_own():
-    rows = by_claim(verdicts.scale_insensitivity(planted_metrics(), planted_metrics(-0.07, 0.05)))
+    rows = by_claim(judged(planted_metrics(), planted_metrics(-0.07, 0.05)))
     shares = "The ReLU share of non-zero neurons does not depend on scale"
-    assert (rows[shares].here, rows[f"{shares}{claims.SECOND_LINE}"].here) == pytest.approx((0, 5), abs=0.1)
-    assert rows[f"The ReLU limit does not depend on scale{claims.SECOND_LINE}"].here == pytest.approx(-7, abs=0.5)
-    missing = verdicts.scale_insensitivity(planted_metrics())
-    assert [row.claim for row in missing] == list(rows)
+    assert (rows[shares].here, rows[f"{shares}{AT_SECOND}"].here) == pytest.approx((0, 5), abs=0.1)
+    assert rows[f"The ReLU limit does not depend on scale{AT_SECOND}"].here == pytest.approx(-7, abs=0.5)
+    missing = judged(planted_metrics())
+    assert [row.claim.claim for row in missing] == list(rows)
     assert {(row.verdict, row.reason) for row in missing[5:]} == {
         (INCONCLUSIVE, "this study has no sizes at a second width-depth ratio")
     }
@@ -88,7 +94,7 @@ def test_the_spread_of_sizes_is_pooled_over_the_lines():
     straight, bent = planted_metrics(shapes=shapes), planted_metrics(shapes=shapes)
     bent["nonzero_share"] += np.where(bent["d_model"] == 60, 0.02, 0.0)
     claim = "The ReLU share of non-zero neurons does not depend on scale"
-    row = by_claim(verdicts.scale_insensitivity(straight, bent))[claim]
+    row = by_claim(judged(straight, bent))[claim]
     x = np.log10([11.5 * layers * d**2 for d, layers in shapes])
     y = np.array([0.4, 0.42, 0.4])
     residuals = y - np.polyval(np.polyfit(x, y, 1), x)
@@ -101,11 +107,11 @@ def test_limits_of_one_line_are_not_pooled_with_measured_means_of_another():
     known = planted_metrics()
     flat = planted_metrics(activations=("relu",)).assign(activation_ratio=0.3)
     for lines in ((known, flat), (flat, known)):
-        rows = by_claim(verdicts.scale_insensitivity(*lines))
-        for where in ("", claims.SECOND_LINE):
+        rows = by_claim(judged(*lines))
+        for where in ("", AT_SECOND):
             row = rows[f"The ReLU limit does not depend on scale{where}"]
             assert "rests on the mean of the last five stable checkpoints: 12 of 24 fits" in row.reason
-    silu = rows[f"The SiLU limit does not depend on scale{claims.SECOND_LINE}"]
+    silu = rows[f"The SiLU limit does not depend on scale{AT_SECOND}"]
     assert "rests on the limits A0" in silu.reason
 
 
@@ -116,11 +122,11 @@ def legends(figure):
 def test_the_figures_print_the_slopes_of_the_verdicts():
     tables = [planted_metrics(0.01, -0.05), planted_metrics(-0.02, 0.03, shapes=SHAPES[:3])]
     main, second = (table.assign(p=1.0) for table in tables)
-    rows = by_claim(verdicts.scale_insensitivity(main, second))
-    of_both = legends(scale_plots.second_line(main, second))
-    of_main = legends(scale_plots.scale_insensitivity(main, second))
+    scale = scale_insensitivity.analyse(main, second)
+    rows = by_claim(scale_insensitivity.verdicts(scale))
+    of_both, of_main = legends(scale_insensitivity.second_line(scale)), legends(scale_insensitivity.figure(scale))
     for what in ("ReLU limit", "SiLU limit", "ReLU share of non-zero neurons"):
-        for where, labels in (("", of_main), ("", of_both), (claims.SECOND_LINE, of_both)):
+        for where, labels in (("", of_main), ("", of_both), (AT_SECOND, of_both)):
             row = rows[f"The {what} does not depend on scale{where}"]
             numbers = f"{row.here:+.1f} [{row.interval[0]:+.1f}, {row.interval[1]:+.1f}] points per decade"
             assert any(label.endswith(numbers) and label.startswith(what[:4]) for label in labels), (what, where)
@@ -136,8 +142,38 @@ def convergence_study(shift):
 @pytest.mark.parametrize(("shift", "verdict"), [(0.3, SUPPORTED), (-0.3, NOT_SUPPORTED)])
 def test_who_converges_faster(shift, verdict):
     checkpoints = convergence_study(shift)
-    row = by_claim(verdicts.scale_insensitivity(checkpoints))[claims.SMALL_CONVERGE_FASTER.claim]
+    row = by_claim(judged(checkpoints))[scale_insensitivity.SMALL_CONVERGE_FASTER.claim]
     assert row.verdict == verdict and 0 < row.here / shift < 1.1  # the window bounds the half-way point
     flat = checkpoints.assign(activation_ratio=0.3)
-    row = by_claim(verdicts.scale_insensitivity(flat))[claims.SMALL_CONVERGE_FASTER.claim]
+    row = by_claim(judged(flat))[scale_insensitivity.SMALL_CONVERGE_FASTER.claim]
     assert row.verdict == INCONCLUSIVE and "8 of 8 runs left out (first: no trend" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda t: t.drop(columns=["width_depth_ratio", "fit"]),
+            "checkpoints table lacks the columns width_depth_ratio, fit",
+        ),
+        (lambda t: t.head(0), "checkpoints table has no rows"),
+        (lambda t: pd.concat([t, t.head(1)]), "two rows for run relu-40x2-0, step 0"),
+        (
+            lambda t: pd.concat([t, t.assign(run=t["run"] + "b")]),
+            "two rows for activation relu, d_model 40, n_layers 2",
+        ),
+        (
+            lambda t: t.assign(activation_ratio=t["activation_ratio"].where(t["step"] != 3)),
+            "no activation_ratio .NaN. at",
+        ),
+        (lambda t: t.assign(validation_loss=np.nan), "no validation_loss .NaN."),
+        (lambda t: t.assign(activation=t["activation"].replace("silu", "tanh")), "is known for 'tanh'"),
+    ],
+)
+def test_unusable_checkpoint_tables_are_input_errors(spoil, message):
+    with pytest.raises(InputError, match=message):
+        judged(spoil(study(SHAPES[:1])))
+
+
+def test_claims_are_stated_before_their_verdicts():
+    check_stated(scale_insensitivity, judged(study(), study()))

@@ -1,12 +1,9 @@
-"""Costs of shapes: arithmetic against closed forms, rows in order, unusable input. No speed is asserted."""
+"""Times of training steps and forward passes: rows in order, unusable input. No speed is asserted."""
 
 import numpy as np
-import pandas as pd
 import pytest
-from planted import study
 
 from sparsity_utils.console import InputError
-from sparsity_utils.findings.depth_cost import cost_beside_sparsity
 from sparsity_utils.models.config import ModelConfig
 from sparsity_utils.study import step_times as module
 from sparsity_utils.study.step_times import PASSES, step_times
@@ -47,42 +44,12 @@ def test_a_step_trains_and_a_forward_pass_does_not():
     assert (model.lm_head.weight != before).any()
 
 
-def costs(shapes):
-    table = pd.DataFrame(shapes, columns=["d_model", "n_layers"])
-    return table.assign(
-        width_depth_ratio=table["d_model"] / table["n_layers"], flops_per_token=1e6 * table["n_layers"],
-        training_us=10.0 * table["n_layers"], training_low=9.0 * table["n_layers"],
-        training_high=12.0 * table["n_layers"], forward_us=4.0 + table["n_layers"],
-    )  # fmt: skip
-
-
-def test_costs_stand_beside_what_they_buy():
-    shapes = ((80, 4), (100, 2))
-    checkpoints = study(shapes, ("relu",), (0, 1, 2))
-    table = cost_beside_sparsity(checkpoints, costs([*shapes, (8, 8)]))
-    assert table["d_model"].tolist() == [100, 80] and (table["seeds"] == 3).all()  # the widest first
-    assert table["training"].tolist() == [1, 2] and table["flops"].tolist() == [1, 2]
-    assert table["training_low"].tolist() == pytest.approx([0.9, 1.8]) and table["forward"][1] == pytest.approx(8 / 6)
-    stable = checkpoints[(checkpoints["role"] == "stable") & (checkpoints["d_model"] == 80)]
-    means = stable.groupby("run")["activation_ratio"].apply(lambda values: values.tail(5).mean())
-    assert (table["activation_ratio"][1], table["spread"][1]) == pytest.approx((means.mean(), np.ptp(means)))
-    final = checkpoints[(checkpoints["role"] == "final") & (checkpoints["d_model"] == 80)]["validation_loss"]
-    assert (table["loss"][1], table["loss_spread"][1]) == pytest.approx((final.mean(), np.ptp(final)))
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: step_times([], 64, 5), "0 shapes and 5 rounds"),
         (lambda: step_times(CONFIGS, 64, 0), "2 shapes and 0 rounds"),
         (lambda: step_times(CONFIGS, 50, 1), "not a multiple of model.context"),
-        (lambda: cost_beside_sparsity(study(((80, 4),), ("relu",)), costs([(8, 8)])), "has no row for 80x4"),
-        (lambda: cost_beside_sparsity(study(((80, 4),), ("relu",)), costs([(80, 4)] * 2)), "two rows for d_model 80"),
-        (
-            lambda: cost_beside_sparsity(study(((80, 4),)), costs([(80, 4)]).assign(training_us=np.nan)),
-            "no training_us .NaN.",
-        ),
-        (lambda: cost_beside_sparsity(study(((80, 4),)), costs([(80, 4)]).drop(columns="forward_us")), "lacks the col"),
     ],
 )
 def test_unusable_input_is_an_input_error(call, message):
