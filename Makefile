@@ -58,7 +58,8 @@ lab: $(ENV)  ## open JupyterLab on the notebooks
 lock: $(ENV)  ## resolve the dependencies of pyproject.toml, adding what is new to requirements.lock
 	$(PY) -m venv build/lock && build/lock/bin/python -m pip install --quiet uv
 	cp requirements.lock build/requirements.lock
-	build/lock/bin/uv pip compile --quiet --universal --no-annotate --no-header pyproject.toml -o build/requirements.lock
+	build/lock/bin/uv pip compile --quiet --universal --no-annotate --no-header --all-extras \
+	  pyproject.toml -o build/requirements.lock
 	{ echo "# Made from pyproject.toml by 'make lock'."; \
 	  sed "s/ ; sys_platform == 'darwin' or sys_platform == 'linux'$$//" build/requirements.lock; } > build/lock/new
 	mv build/lock/new requirements.lock

@@ -128,8 +128,8 @@ def reproduce(profile: str, numbers: Iterable[str] = ()) -> int:
             failures.append(failure)
             tables.append(_one_row(notebook, "failed", minutes=""))
     _report(folder, pd.concat(tables, ignore_index=True))
-    for failure in failures:
-        print(failure, file=sys.stderr)
+    for failed in failures:
+        print(failed, file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -1,6 +1,7 @@
 """One limit per shape and activation, from a table of checkpoints: extrapolated (A0), and measured beside it."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 
@@ -106,16 +107,16 @@ def published_form(activation: str) -> str:
     return PUBLISHED_FORM[activation]
 
 
-def _entry(fit: Fit) -> dict[str, object]:
+def _entry(fit: Fit) -> dict[str, Any]:
     return {"limit": float("nan") if fit.limit is None else fit.limit, "sound": fit.sound, "reason": fit.reason}
 
 
-def _with_interval(fit: Fit) -> dict[str, object]:
+def _with_interval(fit: Fit) -> dict[str, Any]:
     interval = bootstrap_limit(fit, RESAMPLES)
     return {**_entry(fit), "low": interval.low, "high": interval.high}
 
 
-def _common(fit: Fit) -> dict[str, object]:
+def _common(fit: Fit) -> dict[str, Any]:
     entry = _with_interval(fit)
     width = entry["high"] - entry["low"]
     if fit.sound and width > WIDEST_INTERVAL:

@@ -9,6 +9,7 @@ is an exact t interval.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -222,7 +223,7 @@ def compare_trends(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) 
     delta_aicc (to the best). A form with too few points has NaN and comes last.
     """
     effects = _blocks(np.size(x), groups).shape[1]
-    forms = {
+    forms: dict[str, tuple[Callable[..., Any], int]] = {
         "straight line": (fit_line, effects + 1),
         "slope, then flat": (fit_two_segments, effects + 2),
         "smooth saturation": (fit_saturation, effects + 2),
@@ -272,8 +273,8 @@ def _profile(
     best = int(np.argmin(rss))
     dof = y.size - blocks.shape[1] - 2
     accepted = np.flatnonzero(rss <= rss[best] * (1 + stats.f.ppf(level, 1, dof) / dof))
-    ends = max(accepted[0] - 1, 0), min(accepted[-1] + 1, grid.size - 1)  # rounded outwards to the grid
-    found = Estimate(float(grid[best]), *(float(grid[end]) for end in ends), level, y.size)
+    first, last = max(accepted[0] - 1, 0), min(accepted[-1] + 1, grid.size - 1)  # rounded outwards to the grid
+    found = Estimate(float(grid[best]), float(grid[first]), float(grid[last]), level, y.size)
     effects = within.T @ (y - slopes[best] * columns[best])
     return found, np.append(slopes[best], effects), float(rss[best])
 
