@@ -117,6 +117,7 @@ def test_packed_text_that_is_cut_or_of_another_profile_is_refused(tmp_path, text
         unpack_text(config, packed)
 
 
+@pytest.mark.slow
 def test_a_sitting_needs_only_what_a_bare_gpu_image_has(tmp_path, text):
     profile, packed, archive = one_run(tmp_path, text), tmp_path / "text.jsonl.xz", tmp_path / "runs"
     assert main(["corpus", "--profile", profile, "--pack", str(packed)]) == 0
