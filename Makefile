@@ -9,7 +9,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce figures notebooks test bench lab lock clean
+.PHONY: help env reproduce test figures lab bench check test-slow notebooks lock clean
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
@@ -22,43 +22,57 @@ PY := .venv/bin/python
 ENV := .venv/.installed
 endif
 
+## To read and reproduce
+
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^## /{printf "%s%s\n", sep, substr($$0, 4); sep = "\n"} \
+	  /^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 env: $(ENV)  ## bring up the environment alone; every other target does so by itself
 
 reproduce: $(ENV)  ## train, measure and answer the questions of every notebook, or NOTEBOOKS="02 03"; PROFILE=smoke is the quick proof
 	$(PY) -m sparsity_utils reproduce $(if $(PROFILE),--profile "$(PROFILE)") $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
 
-figures: $(ENV)  ## redraw figures/ from results/, or FROM=build/laptop from your own run
-	$(PY) -m sparsity_utils figures $(if $(FROM),--from "$(FROM)")
-
-notebooks: $(ENV)  ## execute every notebook at its defaults and store its outputs
-	$(PY) -m sparsity_utils notebooks
-
 # A worker per core; a file stays with one, so that what it trains is trained once.
 SIDE_BY_SIDE := --numprocesses auto --dist loadfile
 
 test: export CI := 1
-test: $(ENV)  ## ruff, a smoke run of all notebooks, pytest, and nbval over their stored outputs
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+test: $(ENV) check  ## prove the collection: check, a smoke run of all notebooks, pytest, and nbval over their stored outputs
 	$(PY) -m sparsity_utils reproduce --profile smoke
-	$(PY) -m pytest $(SIDE_BY_SIDE)
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow"
 	$(PY) -m pytest $(SIDE_BY_SIDE) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
+
+figures: $(ENV)  ## redraw figures/ from results/, or FROM=build/laptop from your own run
+	$(PY) -m sparsity_utils figures $(if $(FROM),--from "$(FROM)")
+
+lab: $(ENV)  ## open JupyterLab on the notebooks
+	$(PY) -m jupyterlab notebooks $(LAB)
 
 bench: $(ENV)  ## measure training and measurement speed on this machine
 	$(PY) -m sparsity_utils.commands.bench
 
-lab: $(ENV)  ## open JupyterLab on the notebooks
-	$(PY) -m jupyterlab notebooks $(LAB)
+## To carry on
+
+check: $(ENV)  ## ruff, mypy, and the rules of notebooks, refreshed outputs among them; seconds, the hook of pre-commit
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest --quiet tests/commands/test_notebooks.py -k keeps_the_rule
+
+test-slow: export CI := 1
+test-slow: $(ENV)  ## the tests marked slow: whole processes, installation, the package index
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m slow
+
+notebooks: $(ENV)  ## execute every notebook at its defaults and store its outputs
+	$(PY) -m sparsity_utils notebooks
 
 # Versions that are locked stay: the text of a study under way is the source of its packages. To upgrade one, delete its
 # line from requirements.lock first.
 lock: $(ENV)  ## resolve the dependencies of pyproject.toml, adding what is new to requirements.lock
 	$(PY) -m venv build/lock && build/lock/bin/python -m pip install --quiet uv
 	cp requirements.lock build/requirements.lock
-	build/lock/bin/uv pip compile --quiet --universal --no-annotate --no-header pyproject.toml -o build/requirements.lock
+	build/lock/bin/uv pip compile --quiet --universal --no-annotate --no-header --all-extras \
+	  pyproject.toml -o build/requirements.lock
 	{ echo "# Made from pyproject.toml by 'make lock'."; \
 	  sed "s/ ; sys_platform == 'darwin' or sys_platform == 'linux'$$//" build/requirements.lock; } > build/lock/new
 	mv build/lock/new requirements.lock

@@ -116,7 +116,7 @@ def median_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 def speedups(over_dense: np.ndarray, over_fastest: np.ndarray) -> dict[str, float]:
     """The columns speedup and strict_speedup of a table with their intervals, from the ratios of single rounds."""
-    columns = {}
+    columns: dict[str, float] = {}
     for name, ratios in (("speedup", over_dense), ("strict_speedup", over_fastest)):
         low, median, high = median_interval(ratios)
         columns |= {name: median, f"low_{name}": low, f"high_{name}": high}
@@ -230,8 +230,8 @@ def _check(case: Case, way: str, y: Tensor, problem: Problem) -> None:
     """Raises `RuntimeError` unless `y` is the rule's output; dense ways are held against the rule without threshold."""
     ffn = problem.ffn
     threshold = ffn.threshold if way in ("sparse", "certified") else 0.0
-    weights = (weight.float() for weight in (ffn.w_gate, ffn.w_up, ffn.w_down_t))
-    expected = naive.sparse_ffn(problem.x.float(), *weights, threshold, ffn.act, ffn.rule)
+    gate, up, down = (weight.float() for weight in (ffn.w_gate, ffn.w_up, ffn.w_down_t))
+    expected = naive.sparse_ffn(problem.x.float(), gate, up, down, threshold, ffn.act, ffn.rule)
     error, size = ((part.square().mean().sqrt()).item() for part in (y.float() - expected, expected))
     if not error <= size * AGREE[case.dtype] * (3 if way.startswith("dense") else 1):  # those round s and h as well
         raise RuntimeError(f"No speed is reported: {way} at {case.shape} is off by {error:.2g} of {size:.2g}.")

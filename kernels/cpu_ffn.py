@@ -82,7 +82,7 @@ class Quantised(NamedTuple):
     region: np.ndarray
 
 
-NOT_QUANTISED = Quantised(np.empty((0, 0), np.int8), *[np.empty(0)] * 4, np.empty((0, 0)))
+NOT_QUANTISED = Quantised(np.empty((0, 0), np.int8), *(np.empty(0),) * 4, np.empty((0, 0)))
 
 
 def arrays(ffn: SparseFFN) -> tuple[Rows, Rows, Rows, Quantised, np.ndarray]:

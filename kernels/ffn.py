@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class SparseFFN:
     w_gate: Tensor  # (d_ff, d); of a plain FFN, the one matrix before the activation function
     w_up: Tensor | None  # (d_ff, d); None: a plain FFN
     w_down_t: Tensor  # (d_ff, d_out): the down projection transposed, so that a neuron is one contiguous row
-    threshold: Tensor | float  # one for all neurons, or (d_ff,); below zero all are active under the rule "gate"
+    threshold: Any  # a number or (d_ff,), stored as the latter; below zero all are active under the rule "gate"
     act: str = "relu"  # one of naive.ACTIVATIONS
     rule: str = "gate"  # one of naive.RULES
     b_gate: Tensor | None = None  # (d_ff,)

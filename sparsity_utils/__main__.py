@@ -25,6 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:  # only the core group is installed
+        if error.name.partition(".")[0] in ("sparsity_utils", "kernels"):
+            raise
+        print(f"Error: {error}; install this project with its extras notebooks and dev.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would print the traceback of the stopped kernel
         print(f"\nInterrupted. {options.interrupted}", file=sys.stderr)

@@ -24,8 +24,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def build() -> Path:
-    """The folder of everything generated and large; `SPARSITY_BUILD` moves it to another disk."""
-    return ROOT / os.environ.get("SPARSITY_BUILD", "build")  # an absolute value stands for itself
+    """The folder of everything generated and large; `SPARSITY_BUILD` moves it to another disk.
+
+    It lies in the checkout, or in the current folder where the package is installed without one.
+    """
+    home = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()
+    return home / os.environ.get("SPARSITY_BUILD", "build")  # an absolute value stands for itself
 
 
 def corpora() -> Path:

@@ -104,6 +104,7 @@ def _wait(lab: Server, process: subprocess.Popen, log: Path) -> None:
     pytest.fail(f"JupyterLab did not come up:\n{log.read_text()}")
 
 
+@pytest.mark.slow
 def test_lab_serves_the_notebooks_and_runs_a_cell_in_its_kernel(server: Server):
     served = {item["name"] for item in server.ask("GET", "contents")["content"]}
     assert {path.name for path in notebooks.collection()} <= served

@@ -1,5 +1,6 @@
-"""The environment: its three lists agree, and the Makefile brings it up once."""
+"""The environment: its lists and groups agree, each room needs its own group alone, the Makefile brings it up once."""
 
+import ast
 import os
 import re
 import shlex
@@ -7,10 +8,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
+import readme
 import yaml
+from blocked import block
 from make import dry, make, targets
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
@@ -32,6 +37,17 @@ def by_name(lines: list[str]) -> dict[str, Requirement]:
 
 def project() -> dict:
     return tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+
+
+def groups() -> dict[str, dict[str, Requirement]]:
+    """The dependencies by group: `core` is what `pip install .` takes, the others are its extras."""
+    found = {"core": project()["dependencies"], **project()["optional-dependencies"]}
+    return {group: by_name(lines) for group, lines in found.items()}
+
+
+def dependencies() -> dict[str, Requirement]:
+    """Of all groups, each in one group alone."""
+    return by_name([str(line) for group in groups().values() for line in group.values()])
 
 
 def lock_lines() -> list[str]:
@@ -63,7 +79,7 @@ def test_the_pattern_of_a_pin_refuses(line):
 
 def test_the_lock_file_pins_every_dependency_within_its_range():
     lock = by_name(lock_lines())
-    for name, wanted in by_name(project()["dependencies"]).items():
+    for name, wanted in dependencies().items():
         (pin,) = lock[name].specifier
         assert pin.version in wanted.specifier, f"{wanted} is pinned to {pin.version}"
         assert str(lock[name].marker) == str(wanted.marker)
@@ -83,7 +99,7 @@ def test_environment_yml_installs_the_lock_file_and_names_the_dependencies():
     options = [line for line in pip if line.startswith("-")]
     named = by_name([line for line in pip if not line.startswith("-")])
     assert options == ["-r requirements.lock", "-e ."]
-    assert set(named) == set(by_name(project()["dependencies"]))
+    assert set(named) == set(dependencies())
     lock = by_name(lock_lines())
     assert {name: str(line) for name, line in named.items()} == {name: str(lock[name]) for name in named}
     assert f"python {project()['requires-python']}" in packages
@@ -97,11 +113,114 @@ def test_the_python_range_is_the_same_everywhere():
 
 def test_this_environment_holds_the_pinned_versions():
     """What runs here is what the lock file names, up to a local version such as +cpu."""
-    from importlib.metadata import version
-
     wanted = {name: pin for name, pin in by_name(lock_lines()).items() if not pin.marker or pin.marker.evaluate()}
-    other = {name: found for name, pin in wanted.items() if (found := version(name).split("+")[0]) not in pin.specifier}
+    other = {
+        name: found
+        for name, pin in wanted.items()
+        if (found := distribution(name).version.split("+")[0]) not in pin.specifier
+    }
     assert other == {}
+
+
+# The groups
+
+CORE_ROOMS = ("neurons", "text", "models", "sparsity", "decoding", "study")
+OURS = {"sparsity_utils", "kernels"}
+
+
+def imports(files: Iterable[Path]) -> set[str]:
+    """The packages that Python files import, the standard library and this project left out."""
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - OURS
+
+
+def undeclared(modules: set[str], declared: Iterable[str]) -> set[str]:
+    """The modules that no declared package holds."""
+    holders = packages_distributions()
+    return {name for name in modules if not {canonicalize_name(of) for of in holders.get(name, [])} & set(declared)}
+
+
+def closure(names: Iterable[str]) -> set[str]:
+    """The packages with all that they need, as they are installed here."""
+    found, left = set(), list(names)
+    while left:
+        if (name := canonicalize_name(left.pop())) in found:
+            continue
+        found.add(name)
+        needed = [Requirement(line) for line in distribution(name).requires or []]
+        left += [line.name for line in needed if not line.marker or line.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_core_rooms_and_kernels_import_only_the_core_group():
+    package = paths.ROOT / "sparsity_utils"
+    files = [*package.glob("*.py"), *(paths.ROOT / "kernels").glob("*.py")]
+    files += [file for room in CORE_ROOMS for file in (package / room).glob("*.py")]
+    found = imports(files)
+    assert {"torch", "numba", "pyarrow"} <= found
+    assert undeclared(found, groups()["core"]) == set()
+
+
+def test_everything_that_is_imported_is_declared():
+    rooms = imports((paths.ROOT / "sparsity_utils").rglob("*.py"))
+    assert undeclared(rooms, [*groups()["core"], *groups()["notebooks"]]) == set()
+    tests = imports((paths.ROOT / "tests").rglob("*.py"))
+    helpers = {file.stem for file in (paths.ROOT / "tests" / "helpers").glob("*.py")}
+    assert undeclared(tests - helpers, dependencies()) == set()
+
+
+def test_the_core_group_comes_without_jupyter_and_pytest():
+    core = closure(name for name, line in groups()["core"].items() if not line.marker or line.marker.evaluate())
+    assert "torch" in core and "kiwisolver" in core
+    unwanted = (
+        "jupyter",
+        "ipython",
+        "ipykernel",
+        "nb",
+        "papermill",
+        "notebook",
+        "pytest",
+        "statsmodels",
+        "ruff",
+        "mypy",
+    )
+    assert [name for name in core if name.startswith(unwanted)] == []
+
+
+@pytest.mark.slow
+def test_installed_with_the_core_group_alone_it_measures_and_decodes(tmp_path):
+    """The wheel outside the checkout, every package hidden that the core group does not bring."""
+    source, installed, folder = (tmp_path / name for name in ("source", "installed", "elsewhere"))
+    for name in OURS:
+        shutil.copytree(paths.ROOT / name, source / name)
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(paths.ROOT / name, source)
+    run([sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", installed, source])
+    core = closure(name for name, line in groups()["core"].items() if not line.marker or line.marker.evaluate())
+    holders = packages_distributions().items()
+    hidden = {name for name, of in holders if not {canonicalize_name(one) for one in of} & core} - OURS
+    assert {"accelerate", "statsmodels", "papermill", "IPython", "pytest"} <= hidden
+    block(installed, hidden)
+    folder.mkdir()
+    environment = {key: value for key, value in os.environ.items() if key != "SPARSITY_BUILD"}
+    environment["PYTHONPATH"] = str(installed)
+    python = [sys.executable, "-m", "sparsity_utils"]
+    model, text = paths.RECORDED_MODELS / "relu", paths.ROOT / "README.md"
+    run([*python, "measure", model, "--text", text], cwd=folder, env=environment)
+    assert (folder / "build" / "measure" / "relu" / "heatmap.png").exists()
+    (decode,) = [block.code for block in readme.read(text) if "sparse_kernels" in block.code]
+    code = decode.replace('paths.RECORDED_MODELS / "relu"', repr(str(model)))
+    run([sys.executable, "-c", f"{code}\nassert paths.ROOT.name == 'installed'"], cwd=folder, env=environment)
+    done = subprocess.run([*python, "notebooks"], cwd=folder, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "Error: No module named 'nbformat'; install this project with its extras notebooks and dev.\n"
+
+
+def run(command: list, **options) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
 
 
 # The Makefile
@@ -126,10 +245,13 @@ def stamp(folder: Path, age: float) -> None:
 
 
 def test_help_explains_every_target():
-    printed = make("help").stdout.splitlines()
-    assert {line.split()[1] for line in printed} == targets()
-    assert all(len(line.split()) > 3 for line in printed)
-    assert make().stdout.splitlines() == printed
+    printed = make("help").stdout
+    told = [line.split() for line in printed.splitlines() if line.startswith("  ")]
+    assert sorted(words[1] for words in told) == sorted(targets())
+    assert all(len(words) > 3 for words in told)
+    readers, others = printed.split("\n\n")
+    assert "make reproduce " in readers and "make test " in readers and "make lock " in others
+    assert make().stdout == printed
 
 
 def test_every_target_brings_up_the_environment(copy):
@@ -190,16 +312,43 @@ def test_targets_call_commands_that_exist(arguments, expected):
     _parser().parse_args(shlex.split(command))
 
 
-def test_test_runs_all_four_proofs():
-    commands = dry("test", "ENV=", "PY=python").splitlines()
-    assert [command.split()[2] for command in commands] == ["ruff", "ruff", "sparsity_utils", "pytest", "pytest"]
-    assert "reproduce --profile smoke" in commands[2] and "--nbval-lax" in commands[4]
+def test_test_runs_all_proofs_and_with_test_slow_every_test():
+    checks, (smoke, tests, stored) = (lines := dry("test", "ENV=", "PY=python").splitlines())[:-3], lines[-3:]
+    assert checks == dry("check", "ENV=", "PY=python").splitlines()
+    assert [check.split()[2] for check in checks] == ["ruff", "ruff", "mypy", "pytest"]
+    assert "reproduce --profile smoke" in smoke and "--nbval-lax" in stored
+    assert dry("test-slow", "ENV=", "PY=python").strip() == tests.replace('"not slow"', "slow")
 
 
-def test_ci_calls_make_test():
+@pytest.mark.slow
+def test_the_lock_file_is_what_make_lock_writes(copy):
+    """From the package index: nothing to add, and what is locked stays."""
+    run(["make", "lock", "ENV=", f"PY={sys.executable}"], cwd=copy)
+    assert (copy / "requirements.lock").read_text() == paths.LOCK.read_text()
+
+
+# Who calls the Makefile
+
+TWO_PROOFS = ["make test", "make test-slow"]
+
+
+def test_ci_calls_both_proofs():
     script = paths.ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().splitlines()[-1] == "exec make test"
+    assert script.read_text().splitlines()[-2:] == TWO_PROOFS
+
+
+def test_the_workflow_calls_both_proofs_on_every_python():
+    (job,) = yaml.safe_load((paths.ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == TWO_PROOFS
+    assert job["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+    assert job["env"]["PYTHON"] == "python${{ matrix.python }}"
+
+
+def test_pre_commit_fetches_nothing_and_calls_make_check():
+    (local,) = yaml.safe_load((paths.ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert local["repo"] == "local"
+    assert [(hook["language"], hook["entry"]) for hook in local["hooks"]] == [("system", "make --silent check")]
 
 
 def test_help_and_a_wrong_argument_answer_without_loading_torch():

@@ -42,25 +42,32 @@ def test_no_placeholder_is_left():
     assert "@@" not in README.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.code.splitlines()[0][:40])
-def test_block(block: readme.Block, tmp_path: Path):
+def first_line(block: readme.Block) -> str:
+    return block.code.splitlines()[0][:40]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=first_line)
+def test_block_names_what_exists(block: readme.Block):
     if block.language == "bash":
         for command in block.commands():
             check_command(command)
-        shell = ["bash", "-euo", "pipefail", "-c", block.code]
     elif block.language == "python":
         check_imports(block.code)
-        shell = [sys.executable, "-c", block.code]
     else:
         assert not block.run, f"a block of {block.language or 'no language'} cannot be executed"
-        return
-    if block.run:
-        if "build/smoke" in block.code and not (paths.ROOT / "build" / "smoke" / "results").exists():
-            pytest.skip("there is no build/smoke; make test runs the smoke profile before the tests")
-        here = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        environment = os.environ | {"PATH": here, "SPARSITY_BUILD": str(tmp_path)}
-        done = subprocess.run(shell, cwd=paths.ROOT, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.run], ids=first_line)
+def test_block_runs(block: readme.Block, tmp_path: Path):
+    if "build/smoke" in block.code and not (paths.ROOT / "build" / "smoke" / "results").exists():
+        pytest.skip("there is no build/smoke; make test, which comes before make test-slow, runs the smoke profile")
+    shell = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}[block.language]
+    here = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": here, "SPARSITY_BUILD": str(tmp_path)}
+    command = [*shell, block.code]
+    done = subprocess.run(command, cwd=paths.ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def check_imports(code: str) -> None:

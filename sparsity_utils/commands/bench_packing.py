@@ -57,6 +57,9 @@ def _side_by_side(runs: int, study: Study, model: ModelConfig, settings: TrainCo
         return sum(job.result() for job in jobs)
 
 
+_together: threading.Barrier  # of a worker process
+
+
 def _prepare(together: threading.Barrier, threads: int) -> None:
     global _together
     _together = together

@@ -8,6 +8,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,10 @@ def search(study: Study) -> pd.DataFrame:
     for name, model in _models(study):
         batches = measurement_batches(study.corpus.tokens("validation"), 256, "evaluation", TOKENS)
         subsample = measurement_batches(study.corpus.tokens("validation"), 256, "calibration", SUBSAMPLE)
-        ways = {
-            "forward": lambda model=model, batches=batches: _forward(model, batches),
-            "all tokens": lambda model=model, batches=batches: measure_sparsity(model, batches),
-            "subsample": lambda model=model, batches=batches, part=subsample: measure_sparsity(
-                model, batches, calibration=part
-            ),
+        ways: dict[str, Callable[[], Any]] = {
+            "forward": partial(_forward, model, batches),
+            "all tokens": partial(measure_sparsity, model, batches),
+            "subsample": partial(measure_sparsity, model, batches, calibration=subsample),
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         reports = {}
@@ -50,7 +49,7 @@ def search(study: Study) -> pd.DataFrame:
             for way, work in ways.items():
                 reports[way], taken = _timed(work)
                 seconds[way].append(taken)
-        reports["literal"], taken = _timed(lambda model=model, batches=batches: bisect_cett_ppl(model, batches))
+        reports["literal"], taken = _timed(partial(bisect_cett_ppl, model, batches))
         seconds["literal"] = [taken]
         tables.append(_rows(name, reports, {way: statistics.median(values) for way, values in seconds.items()}))
     return pd.concat(tables, ignore_index=True)

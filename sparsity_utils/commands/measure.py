@@ -91,8 +91,8 @@ def measure_checkpoint(
     if solved_on:
         solved_on = thinned(solved_on, round(CALIBRATION_SHARE * max_tokens))
         max_tokens -= round(CALIBRATION_SHARE * max_tokens)
-    how = {"calibration": solved_on, "per_token": True, "show_progress": True}
-    report = measure_sparsity(network, thinned(evaluation, max_tokens), metric, **how, **setting)
+    chosen, how = thinned(evaluation, max_tokens), {"calibration": solved_on, **setting}
+    report = measure_sparsity(network, chosen, metric, per_token=True, show_progress=True, **how)
     settings = {
         "model": model,
         "architecture": type(network).__name__,
@@ -110,7 +110,7 @@ def window_length(model: PreTrainedModel, wanted: int | None = None) -> int:
 
     Raises `InputError` when `wanted` is longer than the context or shorter than two tokens.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if wanted is None:
         return min(WINDOW, context)
     if not 2 <= wanted <= context:

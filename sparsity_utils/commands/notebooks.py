@@ -1,5 +1,7 @@
 """The notebooks as programs: execute them with parameters, collect their verdicts, refresh their stored outputs."""
 
+import hashlib
+import json
 import os
 import re
 import sys
@@ -128,8 +130,8 @@ def reproduce(profile: str, numbers: Iterable[str] = ()) -> int:
             failures.append(failure)
             tables.append(_one_row(notebook, "failed", minutes=""))
     _report(folder, pd.concat(tables, ignore_index=True))
-    for failure in failures:
-        print(failure, file=sys.stderr)
+    for failed in failures:
+        print(failed, file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -169,12 +171,17 @@ def refresh_one(notebook: Path) -> None:
 
 
 def strip(content: nbformat.NotebookNode) -> None:
-    """Reduce metadata in place to what every machine would write: no timings, versions or random cell ids."""
+    """Reduce metadata in place to what every machine would write: no timings, versions or random cell ids.
+
+    `refreshed` there is a digest of the code cells with their outputs: it tells a later change of either.
+    """
+    code = [[cell.source, cell.outputs] for cell in content.cells if cell.cell_type == "code"]
     content.nbformat_minor = 5
     content.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+            "refreshed": hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest(),
         }
     )
     for number, cell in enumerate(content.cells, start=1):

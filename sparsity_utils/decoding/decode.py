@@ -8,6 +8,7 @@ for every model whose FFNs `find_ffns` finds as modules of their own.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def sparse_kernels(
     ffns = replaceable_ffns(model, inputs)
     if thresholds is not None:
         check_layers(thresholds, ffns)
-    kernels = [_named_errors(ffn, lambda ffn=ffn: kernel_of(ffn, thresholds, certified)) for ffn in ffns]
+    kernels = [_named_errors(ffn, partial(kernel_of, ffn, thresholds, certified)) for ffn in ffns]
     _check_outputs(model, ffns, inputs)
     with _bypass(model, ffns, kernels):
         yield kernels
@@ -147,7 +148,7 @@ def _check_outputs(model: nn.Module, ffns: list[FFN], inputs: Inputs | None) -> 
         for ffn in ffns:
             _watch(stack, ffn, given)
         expected = _output(model, inputs)
-    kernels = [_named_errors(ffn, lambda ffn=ffn: kernel_of(ffn, None)) for ffn in ffns]
+    kernels = [_named_errors(ffn, partial(kernel_of, ffn, None)) for ffn in ffns]
     for ffn, kernel in zip(ffns, kernels, strict=True):
         if ffn in given:
             x, y = given[ffn]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -53,7 +54,7 @@ def decode_speeds(
         with block():
             return greedy(model, prompts, new_tokens)
 
-    ways = {
+    ways: dict[str, Callable[[], Any]] = {
         "dense": nullcontext,
         "all rows": lambda: sparse_kernels(model, None),
         "sparse": lambda: sparse_kernels(model, thresholds),

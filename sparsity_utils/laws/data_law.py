@@ -266,8 +266,10 @@ def bootstrap_limit(
     tails = [(1 - level) / 2, (1 + level) / 2]
     low, high = np.quantile(thetas[:, -1], tails)
     published = pd.DataFrame([shape.publish(theta, fit.reference / TOKEN_UNIT) for theta in thetas])
-    params = {name: tuple(float(end) for end in np.quantile(values, tails)) for name, values in published.items()}
-    return Interval(float(low), float(high), level, thetas[:, -1], grid, *np.quantile(curves, tails, axis=0), params)
+    ends = {name: np.quantile(values, tails) for name, values in published.items()}
+    params = {name: (float(first), float(last)) for name, (first, last) in ends.items()}
+    below, above = np.quantile(curves, tails, axis=0)
+    return Interval(float(low), float(high), level, thetas[:, -1], grid, below, above, params)
 
 
 def compare_forms(tokens: ArrayLike, activation_ratio: ArrayLike, forms: Sequence[str] = tuple(FORMS)) -> pd.DataFrame:
@@ -290,9 +292,10 @@ def information(rss: float, n: int, parameters: int) -> tuple[float, float]:
     """AIC and AICc of a least-squares fit with normal errors; the error variance counts as one more parameter."""
     variance = max(rss / n, 1e-16)  # an exact fit would have minus infinity
     log_likelihood = -n / 2 * (np.log(2 * np.pi * variance) + 1)
+    aic = float(eval_measures.aic(log_likelihood, n, parameters + 1))
     if n <= parameters + 2:
-        return float(eval_measures.aic(log_likelihood, n, parameters + 1)), float("nan")
-    return tuple(float(f(log_likelihood, n, parameters + 1)) for f in (eval_measures.aic, eval_measures.aicc))
+        return aic, float("nan")
+    return aic, float(eval_measures.aicc(log_likelihood, n, parameters + 1))
 
 
 def _points(tokens: ArrayLike, ratio: ArrayLike, groups: ArrayLike | None) -> tuple[Array, Array, NDArray]:

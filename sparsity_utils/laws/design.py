@@ -287,7 +287,7 @@ def _weighted(x: Array, y: Array, weights: Array) -> Array | None:
     """Coefficients of weighted least squares; None where the points do not determine them."""
     roots = np.sqrt(weights)
     solution, _, rank, _ = np.linalg.lstsq(x * roots[:, None], y * roots, rcond=None)
-    return solution if rank == x.shape[1] else None
+    return np.asarray(solution, float) if rank == x.shape[1] else None
 
 
 def _beyond(name: str, value: float, low: float, high: float) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -124,15 +125,15 @@ def published_form(activation: str) -> str:
     return PUBLISHED_FORM[activation]
 
 
-def _entry(fit: Fit) -> dict[str, object]:
+def _entry(fit: Fit) -> dict[str, Any]:
     return {"limit": float("nan") if fit.limit is None else fit.limit, "sound": fit.sound, "reason": fit.reason}
 
 
-def _with_interval(fit: Fit) -> dict[str, object]:
+def _with_interval(fit: Fit) -> dict[str, Any]:
     return {**_entry(fit), "low": fit.interval.low, "high": fit.interval.high}
 
 
-def _common(fit: Fit) -> dict[str, object]:
+def _common(fit: Fit) -> dict[str, Any]:
     entry = _with_interval(fit)
     width = entry["high"] - entry["low"]
     if fit.sound and width > WIDEST_INTERVAL:

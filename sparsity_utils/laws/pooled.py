@@ -14,6 +14,7 @@ tests/laws/test_pooled.py).
 """
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,7 +34,7 @@ def size_means(runs: pd.DataFrame, keys: Sequence[str] = ("line", "d_model", "n_
     return groups.mean(numeric_only=True).assign(runs=groups.size()).reset_index()
 
 
-def pooled_means(values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> dict[Hashable, Estimate]:
+def pooled_means(values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> dict[Any, Estimate]:
     """{line: mean over its sizes}, with t intervals from the residual variance that all lines share.
 
     values: one per size; lines: the line of each. `n` of an estimate counts the sizes of its line.
@@ -45,7 +46,7 @@ def pooled_means(values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> d
     return _estimates(design, values, dict(enumerate(names)), labels, level)
 
 
-def pooled_slopes(x: ArrayLike, values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> dict[Hashable, Estimate]:
+def pooled_slopes(x: ArrayLike, values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> dict[Any, Estimate]:
     """{line: slope of `values` on `x` over its sizes}, each line with its own intercept; intervals as `pooled_means`.
 
     A line whose sizes share one `x` has no slope and tells nothing about the spread around one: it gets a reason.
@@ -66,7 +67,7 @@ def pooled_slopes(x: ArrayLike, values: ArrayLike, lines: ArrayLike, level: floa
     return nothing | found
 
 
-def line_at(x: ArrayLike, values: ArrayLike, slope: float, at: ArrayLike) -> Array:
+def line_at(x: Array, values: Array, slope: float, at: ArrayLike) -> Array:
     """Height at `at` of the least-squares line of that slope: it passes through the mean of the points."""
     return np.mean(values) + slope * (np.asarray(at, dtype=float) - np.mean(x))
 
@@ -79,7 +80,7 @@ def coefficients(design: Array, values: Array, level: float = LEVEL) -> tuple[Ar
 
 def _estimates(
     design: Array, values: Array, named: dict[int, Hashable], labels: NDArray, level: float
-) -> dict[Hashable, Estimate]:
+) -> dict[Any, Estimate]:
     """The coefficients of the named columns, or why there are none."""
     sizes = {name: int(np.sum(labels == name)) for name in named.values()}
     dof = values.size - design.shape[1]

@@ -5,6 +5,7 @@ Every function takes any curves of those columns; what was printed for a model i
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,19 @@ CURVE = ["activation", "model"]
 SAME = 0.01  # relative difference up to which a coefficient counts as the printed one; three digits are printed
 MOST_DROPPED = 8  # first points of a curve left out in search of the printed coefficients
 PRINTED, SCRIPTS, WITHOUT = "printed in the paper", "in the authors' scripts", "without the first "
+
+
+def _without_first(k: int, d: Array) -> NDArray[np.bool_]:
+    return np.arange(d.size) >= k
+
+
 # Which points of a curve a limit is fitted to; (tokens,) -> (tokens,) of bool
 PARTS: dict[str, Callable[[Array], NDArray[np.bool_]]] = {
     "all points": lambda d: d > 0,
     "first half of the tokens": lambda d: d <= 0.50 * d[-1],
     "first 75% of the tokens": lambda d: d <= 0.75 * d[-1],
     "first 90% of the tokens": lambda d: d <= 0.90 * d[-1],
-    **{f"{WITHOUT}{k}": lambda d, k=k: np.arange(d.size) >= k for k in range(1, MOST_DROPPED + 1)},
+    **{f"{WITHOUT}{k}": partial(_without_first, k) for k in range(1, MOST_DROPPED + 1)},
 }
 
 

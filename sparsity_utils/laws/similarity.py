@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,10 +37,10 @@ def spearman(x: ArrayLike, y: ArrayLike) -> Array | np.float64:
     """Spearman's rank correlation along the last axis; equal values share their mean rank. NaN for constant values."""
     if np.shape(x)[-1] == 0:
         return np.full(np.shape(x)[:-1], np.nan)[()]
-    x, y = (stats.rankdata(values, axis=-1) for values in (x, y))
-    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
+    ranked = (stats.rankdata(values, axis=-1) for values in (x, y))
+    one, other = (ranks - ranks.mean(-1, keepdims=True) for ranks in ranked)
     with np.errstate(invalid="ignore"):
-        return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+        return (one * other).sum(-1) / np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
 
 
 def overlap(x: ArrayLike, y: ArrayLike, share: float = MOST_ACTIVE) -> float:
@@ -129,7 +130,7 @@ def size_correlations(patterns: pd.DataFrame, part: str, draws: NDArray | slice 
     `draws`, (resamples, tokens): positions of the tokens of each bootstrap resample; the correlations are then
     (resamples,).
     """
-    correlations = {}
+    correlations: dict[tuple, Any] = {}
     for activation, one, other in size_pairs(patterns, part):
         x, y = (patterns[activation, *size, part].to_numpy()[draws] for size in (one, other))
         correlations[activation, one, other] = spearman(x, y)
@@ -145,7 +146,7 @@ def seed_correlations(vocabulary: pd.DataFrame, often: int, part: str) -> dict[t
         seed: token_patterns(rows.assign(seed=0), often).xs(part, axis=1, level=3)
         for seed, rows in vocabulary.groupby("seed", sort=True)
     }
-    correlations = {}
+    correlations: dict[tuple, Any] = {}
     for one, other in combinations(models, 2):
         common = models[one].index.intersection(models[other].index)
         for model in models[one].columns.intersection(models[other].columns):

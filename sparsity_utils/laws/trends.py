@@ -252,8 +252,8 @@ def _profile(
     best = int(np.argmin(rss))
     dof = y.size - blocks.shape[1] - 2
     accepted = np.flatnonzero(rss <= rss[best] * (1 + stats.f.ppf(level, 1, dof) / dof))
-    ends = max(accepted[0] - 1, 0), min(accepted[-1] + 1, grid.size - 1)  # rounded outwards to the grid
-    found = Estimate(float(grid[best]), *(float(grid[end]) for end in ends), level, y.size)
+    first, last = max(accepted[0] - 1, 0), min(accepted[-1] + 1, grid.size - 1)  # rounded outwards to the grid
+    found = Estimate(float(grid[best]), float(grid[first]), float(grid[last]), level, y.size)
     effects = within.T @ (y - slopes[best] * columns[best])
     return found, np.append(slopes[best], effects), float(rss[best])
 

@@ -74,7 +74,7 @@ def _folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     with _explained(f"There is no folder {name}, nor can the hub give such a model", "check the name and the network"):
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns="*/*"))
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def _architecture(folder: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]
     model_class = getattr(transformers, name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise _not_native(file, f"the model class {name}")
-    if not isinstance(config, model_class.config_class or ()):
+    if not isinstance(config, getattr(model_class, "config_class", None) or ()):
         raise InputError(f"{file} names the model class {name}, which is not of its model type {kind}; correct it.")
     return config, model_class
 

@@ -102,7 +102,9 @@ class Training:
         # On a CPU core compiling took 4 to 18 s and changed the speed little (24x2: 92,000 against 85,000 tokens/s,
         # 48x4: 31,000 against 32,000), less than it costs in runs of a minute, so it is left to GPUs.
         self.backbone = torch.compile(self.model.model) if self.device.type == "cuda" else self.model.model
-        self.step, self.rows, self.losses, self.first_loss = 0, [], [], None
+        self.step, self.rows, self.losses = 0, [], []
+        self.first_loss: float | None = None
+        self.recent_loss: float | None = None
         self.seconds = 0.0  # of `clock`, spent in training steps, without checkpoints and validation
 
     def finish(self) -> list[dict]:

@@ -190,7 +190,7 @@ def _ffns(model: nn.Module, uses: list[Use]) -> list[FFN]:
             key = (container.name, use.x)  # layers of a decoder, unlike experts, are applied to different vectors
         layers.setdefault(key, []).append(use)
     ran = {use.matrix.parameter for use in first.values()}
-    encoder = set(model.get_encoder().modules()) if _is_encoder_decoder(model) else set()
+    encoder = set(model.get_encoder().modules()) if _is_encoder_decoder(model) else set()  # type: ignore[operator]
     ffns: list[FFN] = []
     for layer, members in enumerate(layers.values()):
         ffns += _layer(model, layer, members, ran, encoder)

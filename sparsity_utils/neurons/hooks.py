@@ -25,7 +25,10 @@ Visit = Callable[[FFN, Tensor, Tensor, Tensor], Tensor | None]
 class Mask(Protocol):
     """What `sparse_neurons` needs; `thresholds.Thresholds` is one."""
 
-    values: tuple[float, ...]  # one entry per layer
+    @property
+    def values(self) -> tuple[float, ...]:
+        """One entry per layer."""
+        ...
 
     def active(self, ffn: FFN, s: Tensor, h: Tensor) -> Tensor:
         """True where a neuron stays, bool, the shape of `h`."""

@@ -163,7 +163,7 @@ def tiny_inputs(model: nn.Module) -> dict[str, Tensor]:
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if config is not None and main == "input_ids":
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # of a transformers model
         padding = getattr(config, "pad_token_id", None)
         usable = [token for token in range(min(vocabulary, TEXTS * TOKENS + 1)) if token != padding] or [0]
         ids = torch.tensor([usable[i % len(usable)] for i in range(TEXTS * TOKENS)], device=device)

@@ -21,7 +21,7 @@ class DocumentBootstrap:
         self.seed, self.replicates = seed, np.zeros((REPLICATES, columns))
         self._seen: set[int] = set()
         self._last: int | None = None
-        self._weights = np.empty(0)
+        self._weights: np.ndarray = np.empty(0)
 
     def add(self, document: int, values: np.ndarray) -> None:
         """Add a part of `document`: `values`, (columns,)."""

@@ -44,7 +44,8 @@ class KeptTokens:
         """Runs one dense pass, keeping `every`-th token; with the language-model head only if `with_loss`."""
         self.model, self.batches, self.tolerance = model, batches, tolerance
         self.solved: dict[tuple[float, ...], Thresholds] = {}
-        self.dense, self.sparse = Losses(), {}  # of the windows; at each CETT tried
+        self.dense = Losses()  # of the windows
+        self.sparse: dict[float, Losses] = {}  # at each CETT tried
         ffns = {(ffn.layer, ffn.expert): ffn for ffn in find_ffns(model)}
         kept: dict[tuple[int, int], list[Tensor]] = {place: [] for place in ffns}  # (tokens of a batch, d_ff) each
         for batch in batches:

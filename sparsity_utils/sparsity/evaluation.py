@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from sparsity_utils.console import InputError
 from sparsity_utils.neurons.hooks import FFN, check_layers, find_ffns, layer_count, observe_neurons, sparse_neurons
@@ -58,7 +59,7 @@ class LayerTally:
 class Evaluation:
     """What a pass over the evaluation batches adds up."""
 
-    model: nn.Module
+    model: PreTrainedModel
     thresholds: Thresholds
     per_token: bool = False
     layers: list[LayerTally] = field(init=False)
@@ -121,7 +122,8 @@ class _Windows:
     """The sums of one batch, by window."""
 
     def __init__(self, evaluation: Evaluation, batch: Batch) -> None:
-        self.evaluation, self.batch, self.seen = evaluation, batch, set()
+        self.evaluation, self.batch = evaluation, batch
+        self.seen: set[int] = set()
         device, layers = next(iter(batch.inputs.values())).device, len(evaluation.layers)
         self.active = torch.zeros(layers, batch.windows, dtype=torch.int64, device=device)
         self.rows = torch.zeros(layers, batch.windows, dtype=torch.int64, device=device)

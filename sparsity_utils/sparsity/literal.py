@@ -55,7 +55,8 @@ def bisect_cett_ppl(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], p
 
 def _dense_pass(model: nn.Module, batches: list[Batch]) -> tuple[float, list[tuple[FFN, Tensor]]]:
     """The dense loss, and h of every layer over all real tokens."""
-    losses, kept = Losses(), [[] for _ in find_ffns(model)]
+    losses = Losses()
+    kept: list[list[Tensor]] = [[] for _ in find_ffns(model)]
     for batch in batches:
 
         def keep(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor, batch: Batch = batch) -> None:

@@ -178,7 +178,8 @@ def _shift(solver: Calibration, solved: SolvedCett, own: bool) -> np.ndarray:
     sums = bootstrap.replicates.T
     with np.errstate(invalid="ignore", divide="ignore"):
         times = np.clip((sums[1] - sums[0]) / sums[2] / rise, *TIMES)
-    steps = np.linspace(*np.log(TIMES), CETT_STEPS)
+    low, high = np.log(TIMES)
+    steps = np.linspace(low, high, CETT_STEPS)
     ratios = [solver.activation_ratio(min(1.0, cett * math.exp(-step / solved.exponent))) for step in steps]
     return np.interp(np.log(times), steps, ratios) - solver.activation_ratio(cett)
 

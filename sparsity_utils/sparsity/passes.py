@@ -6,9 +6,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sparsity_utils.console import InputError
 from sparsity_utils.neurons.hooks import FFN, widened
@@ -141,12 +143,12 @@ def checked(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], role: str
         raise InputError(f"The {role} batches hold no token to predict: give at least one text of two tokens.")
 
 
-def _unusable(documents: object, windows: int) -> bool:
+def _unusable(documents: Any, windows: int) -> bool:
     is_whole = isinstance(documents, Tensor) and not documents.is_floating_point()
     return not is_whole or documents.shape != (windows,) or int(documents.min()) < 0
 
 
-def _text_parts(model: nn.Module, batch: Mapping[str, Tensor], where: str) -> dict:
+def _text_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], where: str) -> dict:
     ids = _tensor(batch, "input_ids", where)
     _check_ids(model, ids, where)
     mask = _tensor(batch, "attention_mask", where, ids)
@@ -174,7 +176,7 @@ def _text_parts(model: nn.Module, batch: Mapping[str, Tensor], where: str) -> di
     return {"inputs": inputs, **parts}
 
 
-def _other_inputs(model: nn.Module, batch: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def _other_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """What else in a batch of text the model takes: token_type_ids, position_ids, pixel_values."""
     taken = inspect.signature(model.base_model.forward).parameters.keys() - {"input_ids", "attention_mask"}
     found = {name: batch[name] for name in batch if name in taken and batch[name] is not None}
@@ -205,7 +207,7 @@ def _classes(batch: Mapping[str, Tensor], windows: int, where: str) -> Tensor | 
     return labels.long()
 
 
-def _check_ids(model: nn.Module, ids: Tensor, where: str) -> None:
+def _check_ids(model: PreTrainedModel, ids: Tensor, where: str) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     if ids.dim() != 2 or ids.numel() == 0 or ids.shape[1] < 2:
         raise InputError(f"{where} has input_ids of shape {tuple(ids.shape)}; give at least one row of two tokens.")
@@ -247,7 +249,7 @@ def _tensor(batch: Mapping[str, Tensor], key: str, where: str, like: Tensor | No
     return value
 
 
-def predicts_next_token(model: nn.Module) -> bool:
+def predicts_next_token(model: PreTrainedModel) -> bool:
     """Whether position t of the logits predicts token t + 1, as in every decoder that generates text."""
     return model.can_generate() and not model.config.is_encoder_decoder
 
@@ -330,6 +332,6 @@ def forward(model: nn.Module, batch: Batch) -> object:
     return model(**batch.inputs, **no_cache)
 
 
-def run_backbone(model: nn.Module, batch: Batch) -> None:
+def run_backbone(model: PreTrainedModel, batch: Batch) -> None:
     """Run all layers but not the language-model head, for hooks to see the activations."""
     forward(model.base_model, batch)

@@ -10,7 +10,8 @@ from functools import partial
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from sparsity_utils.console import InputError
 from sparsity_utils.neurons.hooks import FFN, check_layers, find_ffns, layer_count, observe_neurons
@@ -38,7 +39,7 @@ class Patterns:
     vocabulary: pd.DataFrame
 
 
-def activation_patterns(model: nn.Module, domains: Mapping[str, Batches], thresholds: Thresholds) -> Patterns:
+def activation_patterns(model: PreTrainedModel, domains: Mapping[str, Batches], thresholds: Thresholds) -> Patterns:
     """Activation frequency of every neuron in every domain, activation ratio of every vocabulary token.
 
     Args:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import pandas as pd
 import torch
@@ -49,7 +50,9 @@ def sparsity_curve(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.Data
         solved = solve_stabilised_cett([run.load(step) for step in last], calibration, settings.p)
     rows = []
     for step in run.checkpoints["step"]:
-        how = {"metric": "cett", "cett": solved.cett} if solved else {"metric": "cett-ppl", "p": settings.p}
+        how: dict[str, Any] = (
+            {"metric": "cett", "cett": solved.cett} if solved else {"metric": "cett-ppl", "p": settings.p}
+        )
         report = measure_sparsity(run.load(step), evaluation, calibration=calibration, **how)
         rows.append(
             {
@@ -75,7 +78,7 @@ def metric_comparison(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.D
     model = run.load(step)
     calibration, evaluation = study_batches(run, corpus, settings)
     d_ff = model.config.intermediate_size
-    plan = [("relu", {})]
+    plan: list[tuple[str, dict]] = [("relu", {})]
     plan += [("top-k", {"k": max(1, round(ratio * d_ff))}) for ratio in RATIOS]
     plan += [("fat", {"eps": eps}) for eps in _gate_quantiles(model, calibration)]
     plan += [("cett", {"cett": cett}) for cett in CETTS] + [("cett-ppl", {"p": settings.p})]
@@ -103,7 +106,7 @@ def stable_steps(run: Run) -> list[int]:
     return run.checkpoints.query("role == 'stable'")["step"].tolist()
 
 
-def study_batches(run: Run, corpus: Corpus, settings: MeasureConfig) -> tuple[list, list]:
+def study_batches(run: Run, corpus: Corpus, settings: MeasureConfig) -> tuple[list, ...]:
     """Calibration and evaluation batches of a study: all domains mixed, as the validation text has them."""
     tokens, context = corpus.tokens("validation"), run.manifest["config"]["model"]["context"]
     wanted = {"calibration": settings.calibration_tokens, "evaluation": settings.evaluation_tokens}

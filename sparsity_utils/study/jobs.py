@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -127,6 +128,9 @@ def _watch(futures: list[Future], shares, costs: list[float], deadline: float, o
             bar.update(100 * share - bar.n)
             if pending and time.monotonic() > deadline:
                 raise OutOfTime(f"{len(futures) - len(pending)} of {len(futures)} runs done")
+
+
+_shares: Any  # of a worker process: the finished share of every job, seen by the parent
 
 
 def _start_worker(shares, threads: int, parent: int) -> None:

@@ -59,15 +59,15 @@ def dead_curve(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFram
     which are the first two by the zero threshold.
     """
     calibration, evaluation = study_batches(run, corpus, settings)
-    cett, zero = {}, {}  # step -> frequency of each (layer, neuron)
+    judged: tuple[dict, dict] = {}, {}  # by the run's CETT, by zero: step -> frequency of each (layer, neuron)
     for step in stable_steps(run):
         model = run.load(step)
         thresholds = _thresholds(model, calibration, _cett(run, corpus, settings, step))
         layers = len(thresholds.values)
-        for found, rule in ((cett, thresholds), (zero, Thresholds("relu", (0.0,) * layers))):
+        for found, rule in zip(judged, (thresholds, Thresholds("relu", (0.0,) * layers)), strict=True):
             table = activation_patterns(model, {"all": evaluation}, rule).frequencies
             found[step] = table.set_index(["layer", "neuron"])["frequency"]
-    cett, zero = pd.DataFrame(cett), pd.DataFrame(zero)  # (neurons, steps)
+    cett, zero = (pd.DataFrame(found) for found in judged)  # (neurons, steps)
     dying = cett.iloc[:, -1] < DEAD
     columns = {
         "neurons": cett.notna().groupby("layer").sum(),

@@ -249,7 +249,7 @@ def _check_shared(content: dict, cls: type, from_study: set[str], where: str) ->
 
 def _value(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint`: a dataclass, tuple, dict, int, float, str or None."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _read(hint, _as_mapping(value, where), where + ".")
     if typing.get_origin(hint) is tuple:
         check(isinstance(value, list), f"{where} is {value!r}; it should be a list.")

@@ -1,6 +1,7 @@
 """Which tokens a training step or a measurement sees: pure functions of the corpus, the seed and the step."""
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,7 +78,8 @@ def domain_batches(
     All domains get the same number of tokens, the wanted one rounded down to whole windows.
     Raises InputError when no domain has that many on both sides.
     """
-    wanted, sides = (calibration_tokens // context, evaluation_tokens // context), {}
+    wanted = calibration_tokens // context, evaluation_tokens // context
+    sides: dict[str, Any] = {}
     sized = documents.assign(size=documents["stop"] - documents["start"])
     order = sized.groupby("domain")["size"].sum().sort_values(ascending=False, kind="stable").index
     for domain in order:

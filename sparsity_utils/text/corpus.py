@@ -196,7 +196,7 @@ class Collected:
 def collect(source: Source, config: CorpusConfig) -> Collected:
     """Read documents until `max_megabytes` are kept; leave out empty ones and duplicates, and count them."""
     seen, parts, total = Duplicates(), [], 0
-    removed = Counter()
+    removed: Counter = Counter()
     for part in progress(_parts(source), "Reading text, removing duplicates"):
         kind = seen.kind(part.document.text)
         if kind is not None:

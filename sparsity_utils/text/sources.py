@@ -88,9 +88,9 @@ def open_source(config: CorpusConfig) -> Source:
         return Source(identity, _python_documents(files, skipped), skipped)
     if config.source == "path":
         root = Path(config.path).expanduser()
-        files = _text_files(root)
-        documents = _path_documents(root, files, config.text_field, skipped)
-        return Source({"files": _file_hashes(root, files)}, documents, skipped)
+        texts = _text_files(root)
+        documents = _path_documents(root, texts, config.text_field, skipped)
+        return Source({"files": _file_hashes(root, texts)}, documents, skipped)
     root = Path(config.path)
     identity = {"path": config.path, "revision": config.revision}
     if root.is_dir():  # a local data set has no revision of its own
@@ -165,7 +165,8 @@ def package_documents(package: str) -> list[str]:
     """
     if package in _packages():
         raise InputError(f"The package {package} is part of the training text; name one that is not in FAMILIES.")
-    files, skipped = sorted(_sources_of(package), key=lambda file: file.as_posix()), Counter()
+    skipped: Counter = Counter()
+    files = sorted(_sources_of(package), key=lambda file: file.as_posix())
     texts = [text for file in files if (text := _package_text(file, skipped))]
     if skipped["changed since it was installed"]:
         raise InputError(f"The package {package} was changed since it was installed; install it again.")

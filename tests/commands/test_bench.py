@@ -33,6 +33,7 @@ def test_the_search_is_set_beside_the_literal_algorithm(monkeypatch):
     assert table["points_from_literal"].tolist() == pytest.approx(apart.tolist(), abs=0.011)
 
 
+@pytest.mark.slow
 def test_packing_sums_the_runs_and_compares_with_one_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
     monkeypatch.setattr(bench_packing, "ROUNDS", 1)

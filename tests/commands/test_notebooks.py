@@ -36,6 +36,7 @@ def executed() -> nbformat.NotebookNode:
     for count, cell in enumerate(notebook_checks.code_cells(content), start=1):
         cell.execution_count = count
     content.cells[-1].outputs = [new_output("stream", text="verdict: supported\n")]
+    notebooks.strip(content)
     return content
 
 
@@ -102,6 +103,13 @@ BAD = {
     "other kernel": (lambda content: content.metadata.kernelspec.update(name="mine"), "the kernelspec is not python3"),
     "no language": (lambda content: content.metadata.kernelspec.pop("language"), "the kernelspec is not python3"),
     "out of order": (lambda content: content.cells[2].update(execution_count=7), "the execution counts are [1, 7, 3]"),
+    "source changed": (lambda content: content.cells[2].update(source="x = 2"), "changed after the last refresh"),
+    "output changed": (
+        lambda content: content.cells[-1].outputs[0].update(text="verdict: not supported\n"),
+        "changed after the last refresh",
+    ),
+    "timings": (lambda content: content.cells[2].metadata.update(execution={}), "changed after the last refresh"),
+    "never refreshed": (lambda content: content.metadata.pop("refreshed"), "changed after the last refresh"),
     "no title": (lambda content: content.cells.pop(0), "the first cell is not a title"),
     "no verdict": (lambda content: content.cells[-1].update(source="1"), "does not mention the verdict"),
     "error": (

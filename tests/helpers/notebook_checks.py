@@ -1,11 +1,12 @@
 """The rules that every notebook of the collection keeps, each a function: notebook in, problems out."""
 
 import ast
+import copy
 from collections.abc import Iterator
 
 from nbformat import NotebookNode
 
-from sparsity_utils.commands.notebooks import output_problems
+from sparsity_utils.commands.notebooks import output_problems, strip
 
 MAX_LINES = 10
 
@@ -80,6 +81,14 @@ def executed_in_order(content: NotebookNode) -> Iterator[str]:
         yield f"the execution counts are {counts}; run `make notebooks`"
 
 
+def refreshed(content: NotebookNode) -> Iterator[str]:
+    """As `make notebooks` left it: no code cell, output or metadata was changed since."""
+    again = copy.deepcopy(content)
+    strip(again)
+    if again != content:
+        yield "a code cell, an output or metadata was changed after the last refresh; run `make notebooks`"
+
+
 def anatomy(content: NotebookNode) -> Iterator[str]:
     """A title first, and a verdict near the end."""
     first, last = content.cells[0], content.cells[len(content.cells) * 2 // 3 :]
@@ -96,4 +105,7 @@ def finished_prose(content: NotebookNode) -> Iterator[str]:
             yield f"a placeholder is left: {cell.source[:40]!r}"
 
 
-ALL = (parameters, short_cells, checked_cells, kernel, executed_in_order, anatomy, finished_prose, output_problems)
+ALL = (
+    *(parameters, short_cells, checked_cells, kernel, executed_in_order, refreshed, anatomy, finished_prose),
+    output_problems,
+)

@@ -9,6 +9,7 @@ import sys
 import zipfile
 
 import pytest
+from blocked import block
 from small import one_size, profile_content, write_profile, write_text
 
 from sparsity_utils import paths
@@ -116,21 +117,13 @@ def test_packed_text_that_is_cut_or_of_another_profile_is_refused(tmp_path, text
         unpack_text(config, packed)
 
 
+@pytest.mark.slow
 def test_a_sitting_needs_only_what_a_bare_gpu_image_has(tmp_path, text):
     profile, packed, archive = one_run(tmp_path, text), tmp_path / "text.jsonl.xz", tmp_path / "runs"
     assert main(["corpus", "--profile", profile, "--pack", str(packed)]) == 0
     blocked = ("scipy", "statsmodels", "matplotlib", "seaborn", "datasketch", "datasets", "papermill", "nbformat")
     blocked += ("pooch", "numba")
-    (tmp_path / "sitecustomize.py").write_text(f"""
-import importlib.util, sys
-class Blocker:  # in the worker processes too
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked}:
-            raise ModuleNotFoundError(name)
-find = importlib.util.find_spec  # libraries ask it what is installed
-importlib.util.find_spec = lambda name, *args: None if name.split(".")[0] in {blocked} else find(name, *args)
-sys.meta_path.insert(0, Blocker())
-""")
+    block(tmp_path, blocked)
     (tmp_path / "sit.py").write_text(f"""
 if __name__ == "__main__":
     from pathlib import Path
