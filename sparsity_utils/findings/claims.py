@@ -67,7 +67,71 @@ class Claim:
             return self
         return replace(self, key=f"{self.key}_{line}", claim=f"{self.claim}, at a second width-depth ratio")
 
-    def _rounded(value: float) -> str:
+    def decide(self, estimate: Estimate) -> str:
+        """The verdict of an estimate by the region; inconclusive where there is none."""
+        return decide(estimate, *self.region)
+
+    def judged(self, estimate: Estimate, *reasons: str, word: str = "") -> Verdict:
+        """The verdict on this claim, `word` where the region alone does not decide, with the reasons not empty."""
+        here, *interval = (self.scale * value for value in (estimate.value, estimate.low, estimate.high))
+        reason = "; ".join(filter(None, reasons))
+        return Verdict(self, here, tuple(interval), word or self.decide(estimate), reason)
+
+    def counted(self, estimate: Estimate, unit: str, *notes: str) -> Verdict:
+        """`judged`, the reason being what the estimate rests on: `9 runs`, or why there is none."""
+        return self.judged(estimate, estimate.reason or f"{estimate.n} {unit}", *notes)
+
+    def undecided(self, reason: str) -> Verdict:
+        """Inconclusive, without a number, and why."""
+        return self.judged(no_estimate(reason), reason)
+
+    def judged_all(
+        self, estimates: Mapping[str, Estimate], unit: str, *notes: str, words: Mapping[str, str] | None = None
+    ) -> Verdict:
+        """True of every estimate, an intersection-union test: each at the full level, no correction needed.
+
+        The row shows the estimate that decides: of those with the worst verdict, one without a number, else that whose
+        interval reaches furthest out of the region. words: the verdict on each where the region alone does not decide.
+        """
+        words = words or {name: self.decide(estimate) for name, estimate in estimates.items()}
+        word = next(word for word in (NOT_SUPPORTED, INCONCLUSIVE, SUPPORTED) if word in words.values())
+        low, high = self.region
+        inside = {
+            name: (not estimate.reason, min(estimate.low - low, high - estimate.high))
+            for name, estimate in estimates.items()
+            if words[name] == word
+        }
+        name = min(inside, key=inside.__getitem__)
+        estimate = estimates[name]
+        return self.judged(estimate, estimate.reason or f"{estimate.n} {unit}", f"decides: {name}", *notes, word=word)
+
+
+class Verdicts(list[Verdict]):
+    """The verdicts of a notebook, in the order of its claims."""
+
+    def table(self) -> pd.DataFrame:
+        """The closing table as rounded text: question, published, here, interval, verdict."""
+        rows = []
+        for v in self:
+            known = bool(np.isfinite([v.here, *v.interval]).all())
+            here = f"{_rounded(v.here)} {v.claim.unit}" if known else "none"
+            interval = f"{_rounded(v.interval[0])} to {_rounded(v.interval[1])}" if known else "none"
+            rows.append((v.claim.claim, v.claim.published, here, interval, v.verdict))
+        return pd.DataFrame(rows, columns=["question", "published", "here", "interval", "verdict"])
+
+    def details(self) -> pd.DataFrame:
+        """How each verdict came about: question, test, threshold, reason."""
+        rows = [(v.claim.claim, v.claim.test, v.claim.threshold, v.reason) for v in self]
+        return pd.DataFrame(rows, columns=["question", "test", "threshold", "reason"])
+
+
+def stated(claims: Iterable[Claim]) -> pd.DataFrame:
+    """What a notebook states before its results: question, published, test, threshold, rank."""
+    rows = [(claim.claim, claim.published, claim.test, claim.threshold, claim.rank) for claim in claims]
+    return pd.DataFrame(rows, columns=["question", "published", "test", "threshold", "rank"])
+
+
+def _rounded(value: float) -> str:
     """About three significant digits, without a negative zero."""
     text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
     return text[1:] if text.startswith("-") and not text.strip("-0.") else text
