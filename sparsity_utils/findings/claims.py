@@ -71,11 +71,11 @@ class Claim:
         """The verdict of an estimate by the region; inconclusive where there is none."""
         return decide(estimate, *self.region)
 
-    def judged(self, estimate: Estimate, *reasons: str, word: str = "") -> Verdict:
-        """The verdict on this claim, `word` where the region alone does not decide, with the reasons not empty."""
+    def judged(self, estimate: Estimate, *reasons: str, verdict: str | None = None) -> Verdict:
+        """What an estimate says: `verdict` where the region alone does not decide, and the reasons not empty."""
         here, *interval = (self.scale * value for value in (estimate.value, estimate.low, estimate.high))
         reason = "; ".join(filter(None, reasons))
-        return Verdict(self, here, tuple(interval), word or self.decide(estimate), reason)
+        return Verdict(self, here, tuple(interval), verdict or self.decide(estimate), reason)
 
     def counted(self, estimate: Estimate, unit: str, *notes: str) -> Verdict:
         """`judged`, the reason being what the estimate rests on: `9 runs`, or why there is none."""
@@ -94,16 +94,17 @@ class Claim:
         interval reaches furthest out of the region. words: the verdict on each where the region alone does not decide.
         """
         words = words or {name: self.decide(estimate) for name, estimate in estimates.items()}
-        word = next(word for word in (NOT_SUPPORTED, INCONCLUSIVE, SUPPORTED) if word in words.values())
+        verdict = next(word for word in (NOT_SUPPORTED, INCONCLUSIVE, SUPPORTED) if word in words.values())
         low, high = self.region
         inside = {
             name: (not estimate.reason, min(estimate.low - low, high - estimate.high))
             for name, estimate in estimates.items()
-            if words[name] == word
+            if words[name] == verdict
         }
         name = min(inside, key=inside.__getitem__)
         estimate = estimates[name]
-        return self.judged(estimate, estimate.reason or f"{estimate.n} {unit}", f"decides: {name}", *notes, word=word)
+        counted = estimate.reason or f"{estimate.n} {unit}"
+        return self.judged(estimate, counted, f"decides: {name}", *notes, verdict=verdict)
 
 
 class Verdicts(list[Verdict]):

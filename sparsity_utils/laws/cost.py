@@ -5,6 +5,9 @@ import math
 import numpy as np
 import pandas as pd
 
+# What one row of the table of the speeds of single FFNs, and of that of decoding, is the speed of.
+FFN_CASE = ["shape", "dtype", "tokens", "pattern", "activation", "rule", "sparsity", "way"]
+DECODING_CASE = ["model", "activation", "shape", "rule", "setting", "sequences", "way"]
 NEURON_RULES = ("cett", "cett-ppl")  # decided on h = s * (W_in x), the others on the gate s alone
 
 
@@ -27,6 +30,23 @@ def decoding_limit(ffn_share_read: float, ffn_ratio: float = 2.5) -> float:
     """
     attention, ffn = 4.0, 3 * ffn_ratio
     return (attention + ffn) / (attention + ffn * ffn_share_read)
+
+
+def decoding_limits(sparsity: float) -> pd.DataFrame:
+    """Largest speed-up of decoding a study shape at that sparsity of a ReLU model, rule "gate", by what FFNs read.
+
+    The certified gate is counted at its best, with nothing undecided but the needed rows, for weights of 4 and 2 bytes.
+    """
+    active = 1 - sparsity
+    read = {
+        "gate in full, then active rows": (1 + 2 * active) / 3,
+        "8-bit gate beside float32": (1 / 4 + 3 * active) / 3,
+        "8-bit gate beside 16-bit weights": (1 / 2 + 3 * active) / 3,
+        "a perfect predictor: active rows alone": active,
+        "nothing": 0.0,
+    }
+    limits = {name: (1 / share if share else np.inf, decoding_limit(share)) for name, share in read.items()}
+    return pd.DataFrame(limits, index=["FFN alone", "whole model, no head"]).T.rename_axis("what the FFNs read")
 
 
 def with_weights_read(table: pd.DataFrame) -> pd.DataFrame:

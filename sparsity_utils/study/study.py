@@ -156,6 +156,11 @@ class Study:
             with paths.written_aside(self.folder.parent / "verdicts" / f"{notebook}.csv") as aside:
                 verdicts.to_csv(aside, index=False)
 
+    def keep_figure(self, name: str, figure) -> None:
+        """Store a notebook's figure beside its study's tables; those of the recorded study are drawn by `make figures`."""
+        if self.profile is not None:
+            figure.save(self.folder.parent / "figures" / name)
+
     def speeds(self, question: str) -> pd.DataFrame:
         """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s."""
         if question == "depth_cost":
