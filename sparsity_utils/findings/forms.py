@@ -1,8 +1,10 @@
 """The claim that the published form of the data law describes curves better than its rivals, of any set of curves."""
 
+import numpy as np
 import pandas as pd
 
 from sparsity_utils.findings.claims import Claim, Verdict
+from sparsity_utils.laws.data_law import RIVAL_FORMS
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, mean_over_runs
 from sparsity_utils.models.config import ACTIVATIONS
 
@@ -23,14 +25,27 @@ def form_claim(activation: str, form: str, question: str = "relu_vs_silu") -> Cl
     )
 
 
+def form_gaps(forms: pd.DataFrame, form: str, curve: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """AICc, and log of the root mean square residual, of each rival less that of `form`.
+
+    forms: form, aicc and rmse of every curve, named in the column `curve`. One row per curve and one column per rival;
+    NaN where a form could not be fitted.
+    """
+    gaps = []
+    for values in (forms["aicc"], np.log(forms["rmse"].clip(lower=1e-9))):
+        wide = forms.assign(value=values).pivot(index=curve, columns="form", values="value")
+        wide = wide.reindex(columns=[form, *RIVAL_FORMS])
+        gaps.append(wide[[*RIVAL_FORMS]].sub(wide[form], axis=0))
+    return gaps[0], gaps[1]
+
+
 def form_verdict(claim: Claim, aicc_gaps: pd.DataFrame, fit_gaps: pd.DataFrame) -> Verdict:
     """Is the published form better than every rival?
 
     AICc on a dozen points prefers a simpler form even where the published one is true: that a simpler form does well
     is not evidence against it. Against it counts a form that fits better before parameters are counted.
 
-    aicc_gaps, fit_gaps: AICc, and log of the residuals, of each rival less that of the published form. One row per
-    run or curve, one column per rival; NaN where a form could not be fitted.
+    aicc_gaps, fit_gaps: as `form_gaps` gives them, one row per run or published curve.
     """
     aicc, fit = (
         {rival: mean_over_runs(gaps[rival].dropna().astype(float)) for rival in gaps} for gaps in (aicc_gaps, fit_gaps)

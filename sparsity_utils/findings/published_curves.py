@@ -11,9 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
-from sparsity_utils.findings.forms import form_claim, form_verdict
+from sparsity_utils.findings.forms import form_claim, form_gaps, form_verdict
 from sparsity_utils.findings.style import AXIS, COLOURS, Look, ShownFigure, captioned, side_by_side, styled
-from sparsity_utils.laws.data_law import LEVEL, RIVAL_FORMS, TOKEN_UNIT
+from sparsity_utils.laws.data_law import LEVEL, TOKEN_UNIT
 from sparsity_utils.laws.forecasts import LAST_VALUE
 from sparsity_utils.laws.limits import published_form, require
 from sparsity_utils.laws.published_laws import PublishedLaw
@@ -72,9 +72,9 @@ LAW_FORECASTS = Claim(
     "fitted up to half of the tokens; t interval over curves of the log ratio of the root mean square errors beyond it",
     scale=1.0,
 )
-REFITTED = {activation: refit_claim(activation) for activation in ("relu", "silu")}
-FORMS = {name: form_claim(name, published_form(name), "published_curves") for name in ("relu", "silu")}
-ALL = (PRINTED_LAWS, *REFITTED.values(), SPARSITY_KNOWN, *FORMS.values(), LAW_FORECASTS)
+REFITTED = {name: refit_claim(name) for name in ("relu", "silu")}
+FORM_CLAIMS = {name: form_claim(name, published_form(name), "published_curves") for name in REFITTED}
+ALL = (PRINTED_LAWS, *REFITTED.values(), SPARSITY_KNOWN, *FORM_CLAIMS.values(), LAW_FORECASTS)
 CLAIMS = {claim.key: claim for claim in ALL}
 
 
@@ -92,12 +92,13 @@ def verdicts(refit: pd.DataFrame, forms: pd.DataFrame, forecasts: pd.DataFrame, 
     require(forms, [*CURVE, "form", "aicc", "rmse"], [*CURVE, "form"], [], "forms")
     require(forecasts, [*CURVE, "form", "rmse"], [*CURVE, "form"], [], "forecasts")
     require(stability, [*CURVE, "source", "limit"], [*CURVE, "source"], [], "stability")
+    gaps = {name: form_gaps(forms[forms["activation"] == name], published_form(name), "model") for name in FORM_CLAIMS}
     return Verdicts(
         [
             _printed_laws(refit),
             *(_limits_again(refit[refit["activation"] == name], claim) for name, claim in REFITTED.items()),
             _sparsity_known(refit, stability),
-            *(_best_form(forms[forms["activation"] == name], name) for name in FORMS),
+            *(form_verdict(claim, *gaps[name]) for name, claim in FORM_CLAIMS.items()),
             _forecast(forecasts),
         ]
     )
@@ -154,17 +155,6 @@ def _sparsity_known(refit: pd.DataFrame, stability: pd.DataFrame) -> Verdict:
     from_part = f"{100 * (1 - early):.2f}%" if np.isfinite(early) else "no limit"
     reasons = f"interval {100 * width:.1f} points wide", f"{FIRST_PART}: {from_part}", "" if sound else row["reason"]
     return SPARSITY_KNOWN.judged(estimate, *reasons, verdict=verdict)
-
-
-def _best_form(forms: pd.DataFrame, activation: str) -> Verdict:
-    """The test of notebook 02, on curves instead of runs."""
-    form, misfit = published_form(activation), np.log(forms["rmse"].clip(lower=1e-9))
-    gaps = []
-    for values in (forms["aicc"], misfit):
-        wide = forms.assign(value=values).pivot(index="model", columns="form", values="value")
-        wide = wide.reindex(columns=[form, *RIVAL_FORMS])
-        gaps.append(wide[[*RIVAL_FORMS]].sub(wide[form], axis=0))
-    return form_verdict(FORMS[activation], *gaps)
 
 
 def _forecast(forecasts: pd.DataFrame) -> Verdict:

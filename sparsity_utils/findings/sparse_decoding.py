@@ -218,6 +218,23 @@ def undecided_rows(decoding: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns=names).reset_index(drop=True)
 
 
+def decoding_limits(sparsity: float) -> pd.DataFrame:
+    """Largest speed-up of decoding a study shape at that sparsity of a ReLU model, rule "gate", by what FFNs read.
+
+    The certified gate is counted at its best, with nothing undecided but the needed rows, for weights of 4 and 2 bytes.
+    """
+    active = 1 - sparsity
+    read = {
+        "gate in full, then active rows": (1 + 2 * active) / 3,
+        "8-bit gate beside float32": (1 / 4 + 3 * active) / 3,
+        "8-bit gate beside 16-bit weights": (1 / 2 + 3 * active) / 3,
+        "a perfect predictor: active rows alone": active,
+        "nothing": 0.0,
+    }
+    limits = {name: (1 / share if share else np.inf, decoding_limit(share)) for name, share in read.items()}
+    return pd.DataFrame(limits, index=["FFN alone", "whole model, no head"]).T.rename_axis("what the FFNs read")
+
+
 def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
     """Every figure that a study has the tables for, with its name."""
     if study.answers("sparse_ffn"):

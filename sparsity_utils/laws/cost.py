@@ -32,23 +32,6 @@ def decoding_limit(ffn_share_read: float, ffn_ratio: float = 2.5) -> float:
     return (attention + ffn) / (attention + ffn * ffn_share_read)
 
 
-def decoding_limits(sparsity: float) -> pd.DataFrame:
-    """Largest speed-up of decoding a study shape at that sparsity of a ReLU model, rule "gate", by what FFNs read.
-
-    The certified gate is counted at its best, with nothing undecided but the needed rows, for weights of 4 and 2 bytes.
-    """
-    active = 1 - sparsity
-    read = {
-        "gate in full, then active rows": (1 + 2 * active) / 3,
-        "8-bit gate beside float32": (1 / 4 + 3 * active) / 3,
-        "8-bit gate beside 16-bit weights": (1 / 2 + 3 * active) / 3,
-        "a perfect predictor: active rows alone": active,
-        "nothing": 0.0,
-    }
-    limits = {name: (1 / share if share else np.inf, decoding_limit(share)) for name, share in read.items()}
-    return pd.DataFrame(limits, index=["FFN alone", "whole model, no head"]).T.rename_axis("what the FFNs read")
-
-
 def with_weights_read(table: pd.DataFrame) -> pd.DataFrame:
     """The table of question "metrics" with a column weights_read; a run's row "relu" holds its share of non-zeros."""
     nonzero = table[table["metric"] == "relu"].set_index("run")["activation_ratio"]
