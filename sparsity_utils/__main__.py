@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from sparsity_utils import paths
-from sparsity_utils.choices import DTYPES, MEASURED_TOKENS, METRICS
+from sparsity_utils.choices import DTYPES, MEASURED_TOKENS
 from sparsity_utils.console import InputError
+from sparsity_utils.neurons.rules import METRICS
 from sparsity_utils.study.profiles import read_profile
 
 TIME_OVER = 75  # EX_TEMPFAIL: try again
@@ -120,10 +121,9 @@ def _measure_options(command: argparse.ArgumentParser) -> None:
     add("model", "a folder with config.json, safetensors and a tokenizer, or owner/name on the hub", metavar="MODEL")
     add("--text", "a file or folder of .txt, .md, .jsonl, .parquet", type=Path, required=True, metavar="FILE")
     add("--metric", "which neurons count as active (default: %(default)s)", choices=METRICS, default="cett-ppl")
-    add("--p", "cett-ppl: accepted rise of perplexity in percent (default: 1)", type=float)
-    add("--k", "top-k: neurons kept per token and layer", type=int)
-    add("--eps", "fat: threshold on the size of a gate's output", type=float)
-    add("--cett", "cett: accepted relative error of a layer's output, 0 to 1", type=float)
+    for name, knob in ((name, rule.knob) for name, rule in METRICS.items() if rule.knob):
+        about = f"{name}: {knob.about}" + (f" (default: {knob.default:g})" if knob.default else "")
+        add(f"--{knob.name}", about, type=knob.kind)
     add("--length", "tokens of a window (default: 256, or the model's context if shorter)", type=int)
     about = "solve thresholds on this text and measure all of --text (default: solve on a third of its documents)"
     add("--calibration", about, type=Path, metavar="FILE")
@@ -219,7 +219,7 @@ def _notebooks(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from sparsity_utils.findings.plots import draw_all
+    from sparsity_utils.commands.figures import draw_all
     from sparsity_utils.study.study import Study
 
     for file in draw_all(Study.recorded(options.folder / "results"), options.folder / "figures"):

@@ -18,6 +18,7 @@ from sparsity_utils import paths
 from sparsity_utils.choices import DTYPES, MEASURED_TOKENS
 from sparsity_utils.console import InputError
 from sparsity_utils.models.pretrained import open_checkpoint
+from sparsity_utils.neurons.rules import METRICS, metric_named
 from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
 from sparsity_utils.sparsity.passes import predicts_next_token
 from sparsity_utils.text.texts import read_documents, split_documents, text_batches
@@ -26,7 +27,6 @@ WINDOW = 256  # tokens, unless the model's context is shorter
 CALIBRATION_SHARE = 1 / 3
 HEATMAP_TOKENS = 48
 FAR = 0.5  # of the promised price: how far the price may be from it without a note
-KNOBS = ("p", "k", "eps", "cett")
 NUMBERS = (
     "activation_ratio", "standard_error", "interval", "ratio_of_all_neurons", "nonzero_share", "ppl_ratio",
     "ppl_ratio_interval", "loss_dense", "loss_sparse", "cett", "target_cett", "tokens", "documents", "skipped_tokens",
@@ -50,20 +50,16 @@ def measure_checkpoint(
     text: Path,
     metric: str = "cett-ppl",
     *,
-    p: float | None = None,
-    k: int | None = None,
-    eps: float | None = None,
-    cett: float | None = None,
     length: int | None = None,
     calibration: Path | None = None,
     dtype: str | None = None,
     max_tokens: int = MEASURED_TOKENS,
+    **knobs: float | None,
 ) -> Measured:
     """Open `model` (a folder or a model of the hub) and measure it on the documents of `text`, behind progress bars.
 
     Args:
-        metric, k, eps, cett: as for `measure_sparsity`.
-        p: accepted rise of perplexity in percent, 1 by default; of metric "cett-ppl" alone.
+        metric, knobs: as for `measure_sparsity`, where p is one of the knobs: only the metric's own may be given.
         length: tokens of a window; by default 256, or the model's context if that is shorter.
         calibration: text to solve thresholds on; by default a third of the documents of `text`, which are then not
             measured. A metric that solves nothing is measured on all of them.
@@ -72,10 +68,9 @@ def measure_checkpoint(
 
     Raises `InputError` for whatever cannot be opened, read or measured.
     """
-    if p is not None and metric != "cett-ppl":
-        raise InputError(f"--p was given, and metric {metric!r} does not use it: leave it out.")
-    p = 1.0 if p is None else p
-    if calibration and not metric.startswith("cett"):
+    rule = metric_named(metric)
+    setting = rule.setting(knobs)
+    if calibration and not rule.solved:
         raise InputError(f"--calibration was given, and metric {metric!r} solves nothing on it: leave it out.")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"The dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
@@ -91,13 +86,13 @@ def measure_checkpoint(
     evaluation, solved_on = text_batches(tokenizer, documents, length), None
     if others:
         solved_on = text_batches(tokenizer, others, length)
-    elif metric.startswith("cett"):
+    elif rule.solved:
         solved_on, evaluation = split_documents(evaluation, CALIBRATION_SHARE)
     if solved_on:
         solved_on = thinned(solved_on, round(CALIBRATION_SHARE * max_tokens))
         max_tokens -= round(CALIBRATION_SHARE * max_tokens)
-    how = {"calibration": solved_on, "k": k, "eps": eps, "cett": cett, "per_token": True, "show_progress": True}
-    report = measure_sparsity(network, thinned(evaluation, max_tokens), metric, p, **how)
+    how = {"calibration": solved_on, "per_token": True, "show_progress": True}
+    report = measure_sparsity(network, thinned(evaluation, max_tokens), metric, **how, **setting)
     settings = {
         "model": model,
         "architecture": type(network).__name__,
@@ -107,8 +102,7 @@ def measure_checkpoint(
         "length": length,
         "metric": metric,
     }
-    knobs = {"p": p if metric == "cett-ppl" else None, "k": k, "eps": eps, "cett": cett}
-    return Measured(report, tokenizer, settings | knobs)
+    return Measured(report, tokenizer, settings | knobs | setting)
 
 
 def window_length(model: PreTrainedModel, wanted: int | None = None) -> int:
@@ -170,7 +164,7 @@ def summary(measured: Measured) -> str:
 
 def _price_note(measured: Measured) -> str:
     """A warning where the thresholds cost something else than promised."""
-    report, p = measured.report, measured.settings["p"]
+    report, p = measured.report, measured.settings.get("p")
     if p is None or abs(math.log(report.ppl_ratio) / math.log1p(p / 100) - 1) <= FAR:
         return ""
     return (
@@ -182,12 +176,13 @@ def _price_note(measured: Measured) -> str:
 def _basis(measured: Measured) -> str:
     """Metric and sample size in one sentence."""
     settings, report = measured.settings, measured.report
-    knobs = [f", {name} = {settings[name]:g}" for name in KNOBS if settings[name] is not None]
+    knob = METRICS[report.metric].knob
+    knobs = f", {knob.name} = {settings[knob.name]:g}" if knob else ""
     count = f"{report.tokens:,} tokens of {report.documents} document{'s' if report.documents > 1 else ''}"
     solved = (
         "" if report.calibrated_on == "none" else f"; thresholds solved on {settings['calibration'] or 'other text'}"
     )
-    return f"Metric {settings['metric']}{''.join(knobs)}; {count}{solved}."
+    return f"Metric {report.metric}{knobs}; {count}{solved}."
 
 
 def _layer_lines(report: SparsityReport) -> str:
@@ -210,8 +205,7 @@ def write_results(measured: Measured, folder: Path) -> list[Path]:
     tokens.csv has one row per token, its entry of the vocabulary beside its id. The heatmap shows the first tokens of
     the text. Nothing is written before everything is computed, and each file is renamed into place when complete.
     """
-    from sparsity_utils.findings.model_plots import layer_bars, token_heatmap, token_texts
-    from sparsity_utils.findings.style import save_figure
+    from sparsity_utils.findings.quickstart import layer_bars, token_heatmap, token_texts
 
     report, tokenizer = measured.report, measured.tokenizer
     tokens = report.per_token.copy()
@@ -229,7 +223,7 @@ def write_results(measured: Measured, folder: Path) -> list[Path]:
     for name, text in texts.items():
         with paths.written_aside(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
-    drawn = [file for name, figure in figures.items() for file in save_figure(figure, folder / name)]
+    drawn = [file for name, figure in figures.items() for file in figure.save(folder / name)]
     return [*(folder / name for name in texts), *drawn]
 
 

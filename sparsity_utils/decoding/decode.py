@@ -18,6 +18,7 @@ from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import FFN, Projection, bypassed, check_not_bypassed, find_ffns, widened
 from sparsity_utils.neurons.hooks import check_layers
 from sparsity_utils.neurons.modes import evaluating, forward_replaced
+from sparsity_utils.neurons.rules import RULES
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.neurons.trace import Inputs, tiny_inputs
 
@@ -39,7 +40,7 @@ def sparse_kernels(
     Before the block begins, kernels that skip nothing are held against the model's own FFNs on a tiny input.
 
     Args:
-        thresholds: of the rules "relu", "fat" or "cett"; None: nothing is skipped.
+        thresholds: of a rule with a `limit`: "relu", "fat", "cett"; None: nothing is skipped.
         certified: also keep an 8-bit copy of each gate that proves neurons inactive (`kernels.certified`; CPU).
         inputs: as `find_ffns` takes them, for models that need it.
 
@@ -48,8 +49,8 @@ def sparse_kernels(
 
     Raises `InputError` when a FFN has routed experts, is computed without modules of its own, has another activation
     function than `kernels.naive.ACTIVATIONS`, or when more is made of its parts than its kernel computes; when
-    `thresholds` are for another number of layers or of rule "top-k"; when `certified` is asked for where it cannot
-    work; and inside the block when the model is in training mode or should give gradients.
+    `thresholds` are for another number of layers or of a rule without a limit, such as "top-k"; when `certified` is
+    asked for where it cannot work; and inside the block when the model is in training mode or should give gradients.
     """
     check_not_bypassed(model)
     ffns = replaceable_ffns(model, inputs)
@@ -90,18 +91,15 @@ def kernel_of(ffn: FFN, thresholds: Thresholds | None, certified: bool = False) 
 def kernel_rule(ffn: FFN, thresholds: Thresholds | None) -> tuple[str, Tensor | float]:
     """The kernels' rule and threshold with which the same neurons of `ffn` are active; None: all of them.
 
-    "fat" keeps |s| >= value, the kernels' "gate" |s| > t: the next smaller float32.
+    On the gate a rule keeps |s| >= limit, the kernels |s| > t: t is the next smaller float32.
     """
     if thresholds is None:
         return "gate", -1.0
-    value = thresholds.values[ffn.layer]
-    if thresholds.rule == "relu":
-        return "gate", 0.0
-    if thresholds.rule == "fat":
-        return "gate", torch.nextafter(torch.tensor(value), torch.tensor(0.0)).item()
-    if thresholds.rule == "cett":
-        return "neuron", thresholds.per_neuron(ffn)
-    raise InputError(f"The kernels have no rule {thresholds.rule!r}; use thresholds of the rules relu, fat or cett.")
+    rule = RULES[thresholds.rule]
+    limit = rule.limit(ffn, thresholds.values[ffn.layer])
+    if rule.decided_on == "gate":
+        limit = torch.nextafter(torch.tensor(limit), torch.tensor(0.0)).item()
+    return rule.decided_on, limit
 
 
 def _named_errors(ffn: FFN, make: Callable[[], SparseFFN]) -> SparseFFN:

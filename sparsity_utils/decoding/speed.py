@@ -24,6 +24,7 @@ from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import FFN, find_ffns
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.neurons.rules import RULES
 from sparsity_utils.neurons.thresholds import Thresholds
 
 PARTS = ("ffn", "attention", "head")
@@ -219,16 +220,15 @@ def decode_pattern(name: str, model: nn.Module, thresholds: Thresholds, windows:
 
     The tokens belong to different texts, as those that are decoded side by side do.
     """
-    nonzero, active = [], []
+    rule, nonzero, active = RULES[thresholds.rule].decided_on, [], []
 
     def keep(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor) -> None:
         last = slice(windows.shape[1] - 1, None, windows.shape[1])
-        limit = 0.0 if thresholds.rule == "cett" else kernel_rule(ffn, thresholds)[1]
+        limit = kernel_rule(ffn, thresholds)[1] if rule == "gate" else 0.0
         nonzero.append((s[last].abs() > limit).cpu().numpy())
         active.append(thresholds.active(ffn, s[last], h[last]).cpu().numpy())
 
     with evaluating(model), observe_neurons(model, keep) as ffns:
         model(input_ids=windows, use_cache=False)
-    rule = "neuron" if thresholds.rule == "cett" else "gate"
     act = activation_name(ffns[0].activation)
     return Pattern(name, act, rule, np.concatenate(nonzero, axis=1), np.concatenate(active, axis=1))

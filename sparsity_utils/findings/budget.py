@@ -16,11 +16,12 @@ import torch
 from kernels.bench import ROUNDS, WEIGHTS, memory_works, timed
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.speed import DENSE
-from sparsity_utils.laws.cost import DECODING_CASE, FFN_CASE, weights_read
+from sparsity_utils.laws.cost import DECODING_CASE, FFN_CASE
 from sparsity_utils.laws.design import EXACT_ZEROS, NEAR, Design, Prediction
 from sparsity_utils.laws.limits import require
 from sparsity_utils.models.config import ACTIVATIONS
 from sparsity_utils.models.decoder import d_ff, default_device, non_embedding_parameters, solve_shape
+from sparsity_utils.neurons.rules import METRICS
 
 RATIOS = (2, 4, 8, 16, 32, 64, 128)  # d_model / n_layers; those without an integer shape are skipped
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a weight
@@ -226,7 +227,8 @@ def _speeds(on: Machine, expected: Prediction, about: dict, vocabulary: int) -> 
     shape = (about["d_model"], about["n_layers"], vocabulary)
 
     def sparse(end: str) -> float:
-        share = weights_read("cett", getattr(expected.activation_ratio, end), getattr(expected.nonzero_share, end))
+        active, nonzero = (getattr(estimate, end) for estimate in (expected.activation_ratio, expected.nonzero_share))
+        share = METRICS["cett"].weights_read(active, nonzero)
         return on.speeds(*shape, {"sparse": share})["sparse"]
 
     active, needed = expected.activation_ratio.value, expected.nonzero_share.value

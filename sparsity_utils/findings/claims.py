@@ -68,61 +68,65 @@ class Claim:
         return replace(self, key=f"{self.key}_{line}", claim=f"{self.claim}, at a second width-depth ratio")
 
     def decide(self, estimate: Estimate) -> str:
-        """The verdict of an estimate by the region; inconclusive where there is none."""
+        """Supported if the interval lies inside the region, not supported if wholly outside; else inconclusive."""
         return decide(estimate, *self.region)
 
-    def judged(self, estimate: Estimate, *reasons: str, verdict: str | None = None) -> Verdict:
-        """What an estimate says: `verdict` where the region alone does not decide, and the reasons not empty."""
-        here, *interval = (self.scale * value for value in (estimate.value, estimate.low, estimate.high))
-        reason = "; ".join(filter(None, reasons))
-        return Verdict(self, here, tuple(interval), verdict or self.decide(estimate), reason)
+    def judged(self, estimate: Estimate, *reasons: str, verdict: str = "") -> Verdict:
+        """The verdict on this claim, by `decide` unless one is given, with the reasons that are not empty."""
+        here, low, high = (self.scale * end for end in (estimate.value, estimate.low, estimate.high))
+        why = "; ".join(reason for reason in reasons if reason)
+        return Verdict(self, here, (low, high), verdict or self.decide(estimate), why)
 
-    def counted(self, estimate: Estimate, unit: str, *notes: str) -> Verdict:
-        """`judged`, the reason being what the estimate rests on: `9 runs`, or why there is none."""
-        return self.judged(estimate, estimate.reason or f"{estimate.n} {unit}", *notes)
+    def counted(self, estimate: Estimate, unit: str, *reasons: str) -> Verdict:
+        """`judged`, the first reason being how many units the estimate rests on, or why there is none."""
+        return self.judged(estimate, estimate.reason or f"{estimate.n} {unit}", *reasons)
 
     def undecided(self, reason: str) -> Verdict:
-        """Inconclusive, without a number, and why."""
+        """The verdict where there is nothing to estimate from."""
         return self.judged(no_estimate(reason), reason)
 
     def judged_all(
         self, estimates: Mapping[str, Estimate], unit: str, *notes: str, words: Mapping[str, str] | None = None
     ) -> Verdict:
-        """True of every estimate, an intersection-union test: each at the full level, no correction needed.
+        """The claim is true of every estimate: an intersection-union test, each at the full level, no correction.
 
-        The row shows the estimate that decides: of those with the worst verdict, one without a number, else that whose
-        interval reaches furthest out of the region. words: the verdict on each where the region alone does not decide.
+        The row shows the one that decides: of those with the verdict, one without a number, or else the one whose
+        interval comes nearest to the wrong side of the region.
+
+        Args:
+            estimates: by name; at least one.
+            unit: what an estimate counts, such as runs.
+            words: the verdict on each estimate where it is not `decide`.
         """
         words = words or {name: self.decide(estimate) for name, estimate in estimates.items()}
         verdict = next(word for word in (NOT_SUPPORTED, INCONCLUSIVE, SUPPORTED) if word in words.values())
+        deciding = {name: estimate for name, estimate in estimates.items() if words[name] == verdict}
+        name = min(deciding, key=lambda name: self._room(deciding[name]))
+        found = deciding[name]
+        return self.judged(found, found.reason or f"{found.n} {unit}", f"decides: {name}", *notes, verdict=verdict)
+
+    def _room(self, estimate: Estimate) -> float:
+        """Distance of the interval from the nearer end of the region; least where there is no number."""
         low, high = self.region
-        inside = {
-            name: (not estimate.reason, min(estimate.low - low, high - estimate.high))
-            for name, estimate in estimates.items()
-            if words[name] == verdict
-        }
-        name = min(inside, key=inside.__getitem__)
-        estimate = estimates[name]
-        counted = estimate.reason or f"{estimate.n} {unit}"
-        return self.judged(estimate, counted, f"decides: {name}", *notes, verdict=verdict)
+        return -math.inf if estimate.reason else min(estimate.low - low, high - estimate.high)
 
 
 class Verdicts(list[Verdict]):
-    """The verdicts of a notebook, in the order of its claims."""
+    """The verdicts of a finding, in the order of its claims."""
 
     def table(self) -> pd.DataFrame:
         """The closing table as rounded text: question, published, here, interval, verdict."""
         rows = []
-        for v in self:
-            known = bool(np.isfinite([v.here, *v.interval]).all())
-            here = f"{_rounded(v.here)} {v.claim.unit}" if known else "none"
-            interval = f"{_rounded(v.interval[0])} to {_rounded(v.interval[1])}" if known else "none"
-            rows.append((v.claim.claim, v.claim.published, here, interval, v.verdict))
+        for found in self:
+            known = bool(np.isfinite([found.here, *found.interval]).all())
+            here = f"{_rounded(found.here)} {found.claim.unit}" if known else "none"
+            interval = " to ".join(map(_rounded, found.interval)) if known else "none"
+            rows.append((found.claim.claim, found.claim.published, here, interval, found.verdict))
         return pd.DataFrame(rows, columns=["question", "published", "here", "interval", "verdict"])
 
     def details(self) -> pd.DataFrame:
         """How each verdict came about: question, test, threshold, reason."""
-        rows = [(v.claim.claim, v.claim.test, v.claim.threshold, v.reason) for v in self]
+        rows = [(found.claim.claim, found.claim.test, found.claim.threshold, found.reason) for found in self]
         return pd.DataFrame(rows, columns=["question", "test", "threshold", "reason"])
 
 

@@ -1,4 +1,4 @@
-"""The claim that the published form of the data law describes curves better than its rivals, of any set of curves."""
+"""Is the published form of the data law the best description of a curve? The claim that notebooks 02 and 07 test."""
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, mean_over_ru
 from sparsity_utils.models.config import ACTIVATIONS
 
 
-def form_claim(activation: str, form: str, question: str = "relu_vs_silu") -> Claim:
+def form_claim(activation: str, form: str, question: str) -> Claim:
     """Does the published form describe an activation's curves better than its rivals: ours, or the published ones?"""
     ours = question == "relu_vs_silu"
     name, unit = (ACTIVATIONS[activation], "runs") if ours else (f"its {ACTIVATIONS[activation]} curves", "curves")
@@ -26,7 +26,7 @@ def form_claim(activation: str, form: str, question: str = "relu_vs_silu") -> Cl
 
 
 def form_gaps(forms: pd.DataFrame, form: str, curve: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """AICc, and log of the root mean square residual, of each rival less that of `form`.
+    """AICc, and logarithm of the root mean square error, of each rival less that of `form`.
 
     forms: form, aicc and rmse of every curve, named in the column `curve`. One row per curve and one column per rival;
     NaN where a form could not be fitted.
@@ -39,19 +39,18 @@ def form_gaps(forms: pd.DataFrame, form: str, curve: str) -> tuple[pd.DataFrame,
     return gaps[0], gaps[1]
 
 
-def form_verdict(claim: Claim, aicc_gaps: pd.DataFrame, fit_gaps: pd.DataFrame) -> Verdict:
-    """Is the published form better than every rival?
+def form_verdict(claim: Claim, aicc: pd.DataFrame, misfit: pd.DataFrame) -> Verdict:
+    """The published form must be better than each rival.
 
     AICc on a dozen points prefers a simpler form even where the published one is true: that a simpler form does well
     is not evidence against it. Against it counts a form that fits better before parameters are counted.
 
-    aicc_gaps, fit_gaps: as `form_gaps` gives them, one row per run or published curve.
+    aicc, misfit: as `form_gaps` gives them for the published form, one row per run or published curve.
     """
-    aicc, fit = (
-        {rival: mean_over_runs(gaps[rival].dropna().astype(float)) for rival in gaps} for gaps in (aicc_gaps, fit_gaps)
-    )
+    estimates = {rival: mean_over_runs(aicc[rival].dropna().astype(float)) for rival in aicc}
     words = {}
-    for rival, estimate in aicc.items():
-        simpler = INCONCLUSIVE if claim.decide(estimate) == NOT_SUPPORTED else claim.decide(estimate)
-        words[rival] = NOT_SUPPORTED if claim.decide(fit[rival]) == NOT_SUPPORTED else simpler
-    return claim.judged_all(aicc, "runs", words=words)
+    for rival, estimate in estimates.items():
+        closer = claim.decide(mean_over_runs(misfit[rival].dropna().astype(float))) == NOT_SUPPORTED
+        word = claim.decide(estimate)
+        words[rival] = NOT_SUPPORTED if closer else INCONCLUSIVE if word == NOT_SUPPORTED else word
+    return claim.judged_all(estimates, "runs", words=words)

@@ -4,16 +4,18 @@ ReLU shapes that differ from a centre in one dimension each, and the two lines o
 training tokens per parameter. The claims are frozen before the runs: later results change neither tests nor margins.
 """
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
 from sparsity_utils.console import InputError
-from sparsity_utils.findings.judgement import Claim, Verdict
+from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
 from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.limits import COLUMNS, SHAPE, require
 from sparsity_utils.laws.outcomes import (
     Lines,
-    check_lines,
     nonzero_share,
     on_lines,
     slopes_on_lines,
@@ -28,7 +30,6 @@ from sparsity_utils.laws.trends import (
     SUPPORTED,
     Estimate,
     no_estimate,
-    supports_positive,
 )
 
 DIMENSIONS = ("d_model", "n_layers", "d_ff")
@@ -41,6 +42,7 @@ REGRESSION = (
 )
 REGRESSION += "of width, depth and d_ff (degrees of freedom: shapes less 4); "
 DEPTH_DRIVES = Claim(
+    "depth_drives",
     QUESTION,
     "Depth drives the trend of non-zero ReLU neurons with size",
     "none",
@@ -51,78 +53,76 @@ DEPTH_DRIVES = Claim(
     "below -3 or the second wholly above -5",
 )
 TAIL_SHRINKS = Claim(
+    "tail_shrinks",
     QUESTION,
     "The weak tail shrinks with size",
     "none",
     "points per decade of parameters",
     "slope, on log parameters, of the weak tail: the share of ReLU neurons that are non-zero but dropped by CETT-PPL; "
-    "means over the seeds of each size of two layers or more, own level and slope for each line of sizes, residual "
+    "means over the seeds of each size of two layers or more, own intercept and slope for each line of sizes, residual "
     "variance pooled over the lines (degrees of freedom: sizes less twice the lines); the line nearest to a rise is "
     "shown",
     "90% interval below 0 on both lines; not supported if wholly above 0 on either",
+    region=(-math.inf, 0.0),
 )
-
-
-def _doubling_claim(what: str, unit: str, of: str, threshold: str, scale: float) -> Claim:
-    return Claim(QUESTION, what, "sparser (2210.06313, Fig. 4)", unit, f"{REGRESSION}{of}", threshold, scale)
-
-
-SHARE_FALLS = "90% interval below -2 points; not supported if wholly above 0"
-DEEPER_SPARSER = _doubling_claim(
+DEEPER_SPARSER = Claim(
+    "deeper_sparser",
+    QUESTION,
     "Deeper is sparser, counted by non-zero ReLU neurons",
+    "sparser (2210.06313, Fig. 4)",
     "points per doubling of depth",
-    "of the share of non-zeros on log2 of each dimension",
-    SHARE_FALLS,
-    100.0,
+    f"{REGRESSION}of the share of non-zeros on log2 of each dimension",
+    "90% interval below -2 points; not supported if wholly above 0",
 )
-MORE_NEURONS_SPARSER = _doubling_claim(
-    "More neurons per layer are sparser, counted by non-zero ReLU neurons",
-    "points per doubling of d_ff",
-    "of the share of non-zeros on log2 of each dimension",
-    SHARE_FALLS,
-    100.0,
+MORE_NEURONS_SPARSER = replace(
+    DEEPER_SPARSER,
+    key="more_neurons_sparser",
+    claim="More neurons per layer are sparser, counted by non-zero ReLU neurons",
+    unit="points per doubling of d_ff",
 )
-COUNT_RISES = _doubling_claim(
+COUNT_RISES = Claim(
+    "count_rises",
+    QUESTION,
     "The number of non-zero ReLU neurons still rises with the neurons per layer",
+    "sparser (2210.06313, Fig. 4)",
     "doublings per doubling of d_ff",
-    "of log2 of the number of non-zeros, share times d_ff, on log2 of each dimension",
-    "90% interval above 0",
-    1.0,
+    f"{REGRESSION}of log2 of the number of non-zeros, share times d_ff, on log2 of each dimension",
+    scale=1.0,
 )
-ONE_DIMENSION = (DEPTH_DRIVES, TAIL_SHRINKS, DEEPER_SPARSER, MORE_NEURONS_SPARSER, COUNT_RISES)
+DOUBLINGS = (DEEPER_SPARSER, MORE_NEURONS_SPARSER, COUNT_RISES)
 
 
-def one_dimension(
-    shapes: pd.DataFrame | None, main: pd.DataFrame, second_line: pd.DataFrame | None = None
-) -> list[Verdict]:
+def claims() -> pd.DataFrame:
+    """The claims, tests and thresholds, as they were frozen before the runs."""
+    return stated([DEPTH_DRIVES, TAIL_SHRINKS, *DOUBLINGS])
+
+
+def verdicts(shapes: pd.DataFrame | None, lines: Lines) -> Verdicts:
     """Depth drives the trend of non-zeros, the weak tail shrinks, and larger is sparser by non-zeros.
 
     shapes: a table of checkpoints with the column d_ff, of ReLU shapes that differ from one of them in one dimension;
-    without it its claims are inconclusive. main, second_line: the tables of the two lines of sizes.
+    without it its claims are inconclusive. lines: the tables of the lines of sizes, as `outcomes.lines_of`.
     Raises InputError for missing columns, duplicates, NaN, and shapes without a centre.
     """
-    lines = {"": main} if second_line is None else {"": main, "second": second_line}
-    check_lines(lines)
     tail = _tail_verdict(lines)
     if shapes is None:
-        nothing, reason = no_estimate("", 0), "this study has no shapes that differ in one dimension"
-        depth, *doublings = (
-            claim.judged(nothing, INCONCLUSIVE, reason) for claim in ONE_DIMENSION if claim != TAIL_SHRINKS
-        )
-        return [depth, tail, *doublings]
+        reason = "this study has no shapes that differ in one dimension"
+        depth, *doublings = (claim.undecided(reason) for claim in (DEPTH_DRIVES, *DOUBLINGS))
+        return Verdicts([depth, tail, *doublings])
     means = shape_means(shapes)
     confounded = unequal_data(shapes)
     about = f"{len(means)} shapes, {means['runs'].sum()} runs"
     slopes = parameter_slopes(means)
     word, shown = depth_drives(slopes)
     both = ", ".join(f"{NAMES[name]} {_interval(slopes[name])}" for name in ("d_model", "n_layers"))
-    rows = [
-        DEPTH_DRIVES.judged(shown, INCONCLUSIVE if confounded else word, shown.reason or about, both, confounded),
-        tail,
+    depth = DEPTH_DRIVES.judged(
+        shown, shown.reason or about, both, confounded, verdict=INCONCLUSIVE if confounded else word
+    )
+    doublings = [
+        claim.judged(estimate, estimate.reason or about, confounded, verdict=INCONCLUSIVE if confounded else word)
+        for claim, (estimate, word) in doubling_verdicts(means).items()
     ]
-    for claim, (estimate, word) in doubling_verdicts(means).items():
-        rows.append(claim.judged(estimate, INCONCLUSIVE if confounded else word, estimate.reason or about, confounded))
-    return rows
+    return Verdicts([depth, tail, *doublings])
 
 
 def shape_means(shapes: pd.DataFrame) -> pd.DataFrame:
@@ -170,7 +170,7 @@ def _slopes(means: pd.DataFrame, middle: pd.Series, along: dict[str, pd.Series])
     """Slope along each dimension: value = intercept + sum over dimensions of slope * `along`, on its shapes alone."""
     columns = {name: np.where(means[name] != middle[name], x, 0.0) for name, x in along.items()}
     varied = [name for name in DIMENSIONS if np.any(columns[name])]
-    nothing = {name: no_estimate(f"no shape differs in {name} alone", 0) for name in DIMENSIONS}
+    nothing = {name: no_estimate(f"no shape differs in {name} alone") for name in DIMENSIONS}
     dof = len(means) - 1 - len(varied)
     if dof < SMALLEST_DOF:
         reason = f"too few shapes: {len(means)} leave {max(dof, 0)} degrees of freedom"
@@ -195,18 +195,6 @@ def depth_drives(slopes: dict[str, Estimate]) -> tuple[str, Estimate]:
     return INCONCLUSIVE, depth
 
 
-def tail_shrinks(estimates: list[Estimate]) -> tuple[str, Estimate]:
-    """Verdict of TAIL_SHRINKS from the slopes on the lines, and the one nearest to a rise."""
-    unknown = [estimate for estimate in estimates if estimate.reason]
-    if len(estimates) < 2 or unknown:
-        return INCONCLUSIVE, (unknown or estimates)[0]
-    risen = [estimate for estimate in estimates if estimate.low > 0]
-    nearest = max(risen or estimates, key=lambda estimate: estimate.high)
-    if risen:
-        return NOT_SUPPORTED, nearest
-    return SUPPORTED if nearest.high < 0 else INCONCLUSIVE, nearest
-
-
 def share_falls(estimate: Estimate) -> str:
     """Verdict of a share that falls by at least two points per doubling."""
     if estimate.high < FALL:
@@ -221,20 +209,19 @@ def doubling_verdicts(means: pd.DataFrame) -> dict[Claim, tuple[Estimate, str]]:
     return {
         DEEPER_SPARSER: (shares["n_layers"], share_falls(shares["n_layers"])),
         MORE_NEURONS_SPARSER: (shares["d_ff"], share_falls(shares["d_ff"])),
-        COUNT_RISES: (count, supports_positive(count)),
+        COUNT_RISES: (count, COUNT_RISES.decide(count)),
     }
 
 
 def _tail_verdict(lines: Lines) -> Verdict:
     found = slopes_on_lines(on_lines(lines, weak_tail))
     if len(found) < 2:
-        nothing = no_estimate("", 0)
-        return TAIL_SHRINKS.judged(nothing, INCONCLUSIVE, "this study has no ReLU sizes of two layers on two lines")
-    word, shown = tail_shrinks([line.estimate for line in found.values()])
+        return TAIL_SHRINKS.undecided("this study has no ReLU sizes of two layers on two lines")
+    estimates = {f"{name} line": line.estimate for name, line in found.items()}
+    both = ", ".join(f"{name} {_interval(estimate)}" for name, estimate in estimates.items())
     confounded = next(filter(None, map(unequal_data, lines.values())), "")
-    both = [f"{name or 'main'} line {_interval(line.estimate)}" for name, line in found.items()]
-    reason = shown.reason or f"{sum(len(line.sizes) for line in found.values())} sizes on 2 lines"
-    return TAIL_SHRINKS.judged(shown, INCONCLUSIVE if confounded else word, reason, ", ".join(both), confounded)
+    verdict = TAIL_SHRINKS.judged_all(estimates, "sizes", both, confounded)
+    return replace(verdict, verdict=INCONCLUSIVE) if confounded else verdict
 
 
 def _interval(estimate: Estimate) -> str:

@@ -17,18 +17,21 @@ from numpy.typing import NDArray
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError, progress
-from sparsity_utils.findings import claims, one_dimension, verdicts
-from sparsity_utils.findings.judgement import Claim
+from sparsity_utils.findings import one_dimension, relu_vs_silu, scale_insensitivity
+from sparsity_utils.findings.claims import SLOPE_MARGIN, Claim
+from sparsity_utils.findings.relu_vs_silu import LOSS_EQUAL, LOSS_MARGIN, RELU_FALLS, RELU_SPARSER, SILU_RISES
+from sparsity_utils.findings.width_depth_ratio import RATIO_RISES, ratio_slope
+from sparsity_utils.laws.outcomes import MAIN, SECOND
 from sparsity_utils.laws.pooled import pooled_means, pooled_slopes, size_means
 from sparsity_utils.laws.power_inputs import OUTCOMES, RATIO_OUTCOME
 from sparsity_utils.laws.published_laws import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
-from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, supports_positive, supports_within
+from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, fit_two_segments
 from sparsity_utils.models.decoder import d_ff, non_embedding_parameters
 from sparsity_utils.study.plan import Settings, planned
 from sparsity_utils.study.profiles import Profile
 
 DRAWS, SEED = 2000, 0
-LINES = {"relu_vs_silu": "", "second_line": claims.SECOND_LINE}
+LINES = {"relu_vs_silu": MAIN, "second_line": SECOND}
 SIZE = ("line", "d_model", "n_layers", "d_ff")
 SAME_RATIO = 0.05  # relative: up to here a line of the first study has the width-depth ratio of a planned one
 # Parameters grow as n_layers^3 at one width-depth ratio. If depth alone moves an outcome, then its slope per decade of
@@ -138,7 +141,7 @@ def simulated(designs: dict[str, list[Settings]], inputs: pd.DataFrame, draws: i
         raise InputError(
             f"The power inputs have no row for {', '.join(unknown)}; make them from a recorded study again."
         )
-    lines = _runs({where: designs.get(question, []) for question, where in LINES.items()})
+    lines = _runs({line: designs.get(question, []) for question, line in LINES.items()})
     ratios, dimensions = (_runs({"": designs.get(name, [])}) for name in ("width_depth_ratio", "one_dimension"))
     made = (
         (_of_means, lines),
@@ -156,12 +159,12 @@ def simulated(designs: dict[str, list[Settings]], inputs: pd.DataFrame, draws: i
 def _runs(lines: dict[str, list[Settings]]) -> pd.DataFrame:
     """One row per ReLU run of every line."""
     rows = []
-    for where, settings in lines.items():
+    for line, settings in lines.items():
         for model, train in settings:
             if model.activation == "relu":
                 size = (model.d_model, model.n_layers, d_ff(model.d_model, model.ffn_ratio))
                 parameters = non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio)
-                rows.append((where, *size, parameters, model.d_model / model.n_layers, train.seed))
+                rows.append((line, *size, parameters, model.d_model / model.n_layers, train.seed))
     return pd.DataFrame(rows, columns=[*SIZE, "parameters", "width_depth_ratio", "seed"])
 
 
@@ -173,19 +176,18 @@ def _per_line(runs: pd.DataFrame, spread: Spread) -> dict[str, float]:
 def _of_means(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
     """The claims on ReLU beside SiLU at the sizes of each line."""
     lines = _sizes(runs)["line"]
-    published = dict(
-        zip(claims.PAIRED, (0.0, _published_change("relu"), _published_change("silu"), 0.321), strict=True)
-    )
+    published = {LOSS_EQUAL: 0.0, RELU_SPARSER: 0.321}
+    published |= {RELU_FALLS: _published_change("relu"), SILU_RISES: _published_change("silu")}
     simulations = []
-    for claim, outcome in verdicts.PAIRED_OUTCOMES.items():
+    for claim, outcome in relu_vs_silu.ON_LINES.items():
         own = spread[outcome.__name__]
         effects = {ZERO: 0.0, PUBLISHED: published[claim], FIRST: _per_line(runs, own)}
-        effects |= {MARGIN: claims.LOSS_MARGIN} if claim == claims.LOSS_EQUAL else {}
-        stated = {where: claims.at_second_line(claim) if where else claim for where in lines.unique()}
+        effects |= {MARGIN: LOSS_MARGIN} if claim == LOSS_EQUAL else {}
+        stated = {line: claim.on(line) for line in lines.unique()}
 
-        def judge(means: Array, _: Array, claim: Claim = claim, stated: dict[str, Claim] = stated) -> dict[Claim, str]:
+        def judge(means: Array, _: Array, stated: dict[str, Claim] = stated) -> dict[Claim, str]:
             found = pooled_means(means, lines)
-            return {stated[where]: verdicts.judge(claim, estimate) for where, estimate in found.items()}
+            return {stated[line]: stated[line].decide(estimate) for line, estimate in found.items()}
 
         truths = [_truth(name, effect, stated, runs) for name, effect in effects.items()]
         simulations.append(Simulation(runs, own, truths, judge))
@@ -197,15 +199,16 @@ def _of_slopes(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation
     sizes = _sizes(runs)
     decades, lines = np.log10(sizes["parameters"]), sizes["line"]
     published, simulations = {"relu_ratio": 0.016, "silu_ratio": -0.026}, []
-    for number, outcome in enumerate(("relu_ratio", "silu_ratio", "nonzero_share", "metric_gap")):
+    outcomes = {"relu": "relu_ratio", "silu": "silu_ratio", "nonzero": "nonzero_share", "gap": "metric_gap"}
+    for name, outcome in outcomes.items():
         own = spread[outcome]
-        stated = {where: claims.line_claims(where)[number] for where in lines.unique()}
+        stated = {line: scale_insensitivity.ON_LINES[name].on(line) for line in lines.unique()}
         effects = {ZERO: 0.0, PUBLISHED: published.get(outcome, np.nan)}
-        effects |= {FIRST: _per_line(runs, own), MARGIN: claims.SLOPE_MARGIN}
+        effects |= {FIRST: _per_line(runs, own), MARGIN: SLOPE_MARGIN}
 
         def judge(means: Array, _: Array, stated: dict[str, Claim] = stated) -> dict[Claim, str]:
             found = pooled_slopes(decades, means, lines)
-            return {stated[where]: supports_within(found[where], claims.SLOPE_MARGIN) for where in stated}
+            return {claim: claim.decide(found[line]) for line, claim in stated.items()}
 
         truths = [_truth(name, effect, stated, runs, _decades(runs)) for name, effect in effects.items()]
         simulations.append(Simulation(runs, own, truths, judge))
@@ -223,7 +226,7 @@ def _of_tail(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
 
     def judge(means: Array, _: Array) -> dict[Claim, str]:
         found = pooled_slopes(np.log10(sizes["parameters"]), means, sizes["line"])
-        return {claim: one_dimension.tail_shrinks(list(found.values()))[0]}
+        return {claim: claim.judged_all(found, "sizes").verdict}
 
     planted = runs["line"].map(first).to_numpy(dtype=float) * _decades(runs)
     truths = [Truth(ZERO, {claim: 0.0}, np.zeros(len(runs))), Truth(FIRST, {claim: nearest}, planted)]
@@ -232,11 +235,12 @@ def _of_tail(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
 
 def _of_ratio(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
     """The rise with the width-depth ratio at one size."""
-    own, claim = spread[RATIO_OUTCOME], claims.RATIO_RISES
+    own, claim = spread[RATIO_OUTCOME], RATIO_RISES
     first = float(own.rows["first_effect"].iloc[0])
 
     def judge(_: Array, values: Array) -> dict[Claim, str]:
-        return {claim: supports_positive(verdicts.ratio_slope(runs.assign(value=values))[0])}
+        found = fit_two_segments(runs["width_depth_ratio"], values, runs["seed"]).breakpoint
+        return {claim: claim.decide(ratio_slope(runs.assign(value=values), found)[0])}
 
     truths = [
         Truth(name, {claim: slope}, slope * runs["width_depth_ratio"].to_numpy())
@@ -273,21 +277,20 @@ def _of_depth(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]
 def _of_doublings(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
     """Whether deeper and wider FFNs are sparser by non-zeros, one dimension at a time."""
     sizes, own = _sizes(runs), spread["nonzero_share"]
-    middle, level = one_dimension.centre(sizes), own.at_ratio(DEPTH_LINE, "mean")
-    if not np.isfinite(level):
+    middle, mean = one_dimension.centre(sizes), own.at_ratio(DEPTH_LINE, "mean")
+    if not np.isfinite(mean):
         return []
     deeper, more = (np.log2(runs[name] / middle[name]).to_numpy() for name in ("n_layers", "d_ff"))
-    claimed = (one_dimension.DEEPER_SPARSER, one_dimension.MORE_NEURONS_SPARSER, one_dimension.COUNT_RISES)
 
     def judge(means: Array, _: Array) -> dict[Claim, str]:
         found = one_dimension.doubling_verdicts(sizes.assign(value=means))
         return {claim: word for claim, (_, word) in found.items()}
 
     def truth(name: str, deep: float, wide: float) -> Truth:
-        share = level + deep * deeper + wide * more
+        share = mean + deep * deeper + wide * more
         without_noise = one_dimension.doubling_verdicts(_sizes(runs.assign(value=share)))
         count = without_noise[one_dimension.COUNT_RISES][0].value
-        return Truth(name, dict(zip(claimed, (deep, wide, count), strict=True)), share)
+        return Truth(name, dict(zip(one_dimension.DOUBLINGS, (deep, wide, count), strict=True)), share)
 
     fall, per_doubling = one_dimension.FALL, _slope_of_depth(own) * np.log10(2)
     truths = [
@@ -327,7 +330,7 @@ def _truth(
     """An effect, one for all lines or {line: effect}, on a mean or on the slope along x."""
     by_line = effect if isinstance(effect, dict) else dict.fromkeys(stated, effect)
     per_run = runs["line"].map(by_line).to_numpy(dtype=float)
-    values = {claim: by_line[where] for where, claim in stated.items()}
+    values = {claim: by_line[line] for line, claim in stated.items()}
     return Truth(name, values, per_run if along is None else per_run * along)
 
 

@@ -5,21 +5,11 @@ import math
 import numpy as np
 import pandas as pd
 
+from sparsity_utils.neurons.rules import METRICS
+
 # What one row of the table of the speeds of single FFNs, and of that of decoding, is the speed of.
 FFN_CASE = ["shape", "dtype", "tokens", "pattern", "activation", "rule", "sparsity", "way"]
 DECODING_CASE = ["model", "activation", "shape", "rule", "setting", "sequences", "way"]
-NEURON_RULES = ("cett", "cett-ppl")  # decided on h = s * (W_in x), the others on the gate s alone
-
-
-def weights_read(metric: str, activation_ratio: float, nonzero_share: float) -> float:
-    """Share of the weights of a gated FFN that one token needs, 1 for the dense FFN.
-
-    W_gate is read in full, since it decides. A rule on the gate then needs the active rows of W_in and the active
-    columns of W_out. A rule on the neuron's output needs W_in wherever s is not zero, to know h, and W_out for active
-    neurons. All three matrices are of one size.
-    """
-    up = nonzero_share if metric in NEURON_RULES else activation_ratio
-    return (1 + up + activation_ratio) / 3
 
 
 def decoding_limit(ffn_share_read: float, ffn_ratio: float = 2.5) -> float:
@@ -36,7 +26,7 @@ def with_weights_read(table: pd.DataFrame) -> pd.DataFrame:
     """The table of question "metrics" with a column weights_read; a run's row "relu" holds its share of non-zeros."""
     nonzero = table[table["metric"] == "relu"].set_index("run")["activation_ratio"]
     read = [
-        weights_read(row.metric, row.activation_ratio, nonzero[row.run])
+        METRICS[row.metric].weights_read(row.activation_ratio, nonzero[row.run])
         for row in table[["run", "metric", "activation_ratio"]].itertuples(index=False)
     ]
     return table.assign(weights_read=read)

@@ -51,6 +51,7 @@ class Line:
     intercept: float
     rmse: float
     aicc: float
+    parameters: int  # fitted, the groups' effects among them
 
     def predict(self, x: ArrayLike) -> Array:
         return self.intercept + self.slope.value * np.asarray(x, dtype=float)
@@ -68,6 +69,7 @@ class Segments:
     plateau: float  # mean over the groups' effects
     rmse: float
     aicc: float
+    parameters: int
 
     def predict(self, x: ArrayLike) -> Array:
         return self.plateau + self.slope * np.minimum(np.asarray(x, dtype=float) - self.breakpoint.value, 0)
@@ -75,20 +77,24 @@ class Segments:
 
 @dataclass(frozen=True)
 class Saturation:
-    """y = plateau - rise exp(-(x - start) / scale): no breakpoint anywhere; `start` is the smallest x.
+    """y = plateau - gap exp(-(x - start) / scale): no breakpoint anywhere; `start` is the smallest x.
 
     `scale` is the x over which the distance to the plateau falls to 1/e; it has the profile interval of a breakpoint.
     """
 
     scale: Estimate
-    rise: float
+    gap: float
     plateau: float  # mean over the groups' effects
     start: float
     rmse: float
     aicc: float
+    parameters: int
 
     def predict(self, x: ArrayLike) -> Array:
-        return self.plateau - self.rise * np.exp((self.start - np.asarray(x, dtype=float)) / self.scale.value)
+        return self.plateau - self.gap * np.exp((self.start - np.asarray(x, dtype=float)) / self.scale.value)
+
+
+Trend = Line | Segments | Saturation
 
 
 def decide(estimate: Estimate, low: float = 0.0, high: float = math.inf) -> str:
@@ -117,14 +123,14 @@ def fit_line(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level:
     blocks, dof = _blocks(x.size, groups), _dof(x.size, groups)
     if np.unique(x).size < 2 or dof < SMALLEST_DOF:
         reason = f"too few runs: {x.size} at {np.unique(x).size} positions leave {max(dof, 0)} degrees of freedom"
-        return Line(no_estimate(reason, x.size, level), np.nan, np.nan, np.nan)
+        return Line(no_estimate(reason, x.size, level), np.nan, np.nan, np.nan, blocks.shape[1] + 1)
     design = np.column_stack([x, blocks])  # (n, 1 + groups)
     result = sm.OLS(y, design).fit()
     low, high = result.conf_int(1 - level)[0]
     rss = float(np.sum(np.asarray(result.resid) ** 2))
     slope = Estimate(float(result.params[0]), float(low), float(high), level, x.size)
     aicc = information(rss, x.size, design.shape[1])[1]
-    return Line(slope, float(result.params[1:].mean()), float(np.sqrt(rss / x.size)), aicc)
+    return Line(slope, float(result.params[1:].mean()), float(np.sqrt(rss / x.size)), aicc, design.shape[1])
 
 
 def run_slopes(tokens: ArrayLike, values: ArrayLike, runs: ArrayLike) -> dict[object, float]:
@@ -150,7 +156,7 @@ def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
     positions = np.unique(x)
     reason = _too_few(positions, x.size, groups, extra=1)
     if reason:
-        return Segments(no_estimate(reason, x.size, level), *[np.nan] * 4)
+        return Segments(no_estimate(reason, x.size, level), *[np.nan] * 4, _blocks(x.size, groups).shape[1] + 2)
     grid = np.linspace(positions[1], positions[-1], GRID)
     found, coefficients, rss = _profile(lambda at: np.minimum(x - at, 0), y, grid, groups, level)
     aicc = information(rss, x.size, coefficients.size + 1)[1]
@@ -168,7 +174,7 @@ def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
         reason = f"only one position lies beyond {found.value:.3g}: that the trend changes there is not seen"
     estimate = Estimate(found.value, found.low, found.high, level, x.size, reason)
     plateau, rmse = float(coefficients[1:].mean()), float(np.sqrt(rss / x.size))
-    return Segments(estimate, float(coefficients[0]), plateau, rmse, aicc)
+    return Segments(estimate, float(coefficients[0]), plateau, rmse, aicc, coefficients.size + 1)
 
 
 def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Saturation:
@@ -180,7 +186,7 @@ def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, 
     positions = np.unique(x)
     reason = _too_few(positions, x.size, groups, extra=1)
     if reason:
-        return Saturation(no_estimate(reason, x.size, level), *[np.nan] * 5)
+        return Saturation(no_estimate(reason, x.size, level), *[np.nan] * 5, _blocks(x.size, groups).shape[1] + 2)
     start, span = positions[0], positions[-1] - positions[0]
     grid = np.geomspace(SCALES[0] * span, SCALES[1] * span, GRID)
     found, coefficients, rss = _profile(lambda scale: np.exp((start - x) / scale), y, grid, groups, level)
@@ -189,26 +195,23 @@ def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, 
     scale = Estimate(found.value, found.low, found.high, level, x.size, reason)
     aicc = information(rss, x.size, coefficients.size + 1)[1]
     plateau, rmse = float(coefficients[1:].mean()), float(np.sqrt(rss / x.size))
-    return Saturation(scale, -float(coefficients[0]), plateau, float(start), rmse, aicc)
+    return Saturation(scale, -float(coefficients[0]), plateau, float(start), rmse, aicc, coefficients.size + 1)
 
 
-def compare_trends(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> pd.DataFrame:
-    """A straight line, a slope that ends in a plateau and a smooth approach to one on the same points, best first.
+def fit_trends(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> dict[str, Trend]:
+    """A straight line, a slope that ends in a plateau, and a smooth approach to one, on the same points."""
+    forms = {"straight line": fit_line, "slope, then flat": fit_two_segments, "smooth saturation": fit_saturation}
+    return {name: fit(x, y, groups) for name, fit in forms.items()}
+
+
+def compare_trends(trends: dict[str, Trend]) -> pd.DataFrame:
+    """The trends of `fit_trends`, best first.
 
     Columns: form, parameters (the groups' effects among them, without the error variance), rmse (units of y), aicc,
     delta_aicc (to the best). A form with too few points has NaN and comes last.
     """
-    effects = _blocks(np.size(x), groups).shape[1]
-    forms = {
-        "straight line": (fit_line, effects + 1),
-        "slope, then flat": (fit_two_segments, effects + 2),
-        "smooth saturation": (fit_saturation, effects + 2),
-    }
-    rows = []
-    for form, (fit, parameters) in forms.items():
-        found = fit(x, y, groups)
-        rows.append({"form": form, "parameters": parameters, "rmse": found.rmse, "aicc": found.aicc})
-    table = pd.DataFrame(rows)
+    rows = [(name, trend.parameters, trend.rmse, trend.aicc) for name, trend in trends.items()]
+    table = pd.DataFrame(rows, columns=["form", "parameters", "rmse", "aicc"])
     table["delta_aicc"] = table["aicc"] - table["aicc"].min()
     return table.sort_values("aicc", kind="stable", ignore_index=True)
 

@@ -17,12 +17,12 @@ from sparsity_utils.neurons.find import FFN, check_not_bypassed, find_ffns, laye
 from sparsity_utils.neurons.flow import Down, Flow
 from sparsity_utils.neurons.modes import forward_replaced
 
-__all__ = ["FFN", "Rule", "check_layers", "find_ffns", "layer_count", "observe_neurons", "sparse_neurons", "widened"]
+__all__ = ["FFN", "Mask", "check_layers", "find_ffns", "layer_count", "observe_neurons", "sparse_neurons", "widened"]
 
 Visit = Callable[[FFN, Tensor, Tensor, Tensor], Tensor | None]
 
 
-class Rule(Protocol):
+class Mask(Protocol):
     """What `sparse_neurons` needs; `thresholds.Thresholds` is one."""
 
     values: tuple[float, ...]  # one entry per layer
@@ -54,7 +54,7 @@ def observe_neurons(model: nn.Module, callback: Callable[[FFN, Tensor, Tensor, T
 
 
 @contextmanager
-def sparse_neurons(model: nn.Module, thresholds: Rule) -> Iterator[list[FFN]]:
+def sparse_neurons(model: nn.Module, thresholds: Mask) -> Iterator[list[FFN]]:
     """Inside the block, the model runs with the neurons that `thresholds` calls inactive set to zero.
 
     Each FFN is judged on the activations of this sparse run, which earlier masked layers have already altered.
@@ -73,7 +73,7 @@ def sparse_neurons(model: nn.Module, thresholds: Rule) -> Iterator[list[FFN]]:
         yield ffns
 
 
-def check_layers(thresholds: Rule, ffns: list[FFN]) -> None:
+def check_layers(thresholds: Mask, ffns: list[FFN]) -> None:
     """Raises `InputError` when `thresholds` was made for another number of layers than `ffns` form."""
     layers = layer_count(ffns)
     if len(thresholds.values) != layers:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparsity_utils.console import InputError, progress
 from sparsity_utils.neurons.hooks import FFN, find_ffns, layer_count, observe_neurons, sparse_neurons
 from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.neurons.rules import METRICS, CettPpl
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.error_curve import NARROWEST, WIDTH_SHARE, ErrorCurve, relative_errors
 from sparsity_utils.sparsity.passes import Batch, Losses, checked, joined, mean_losses, ppl_ratio, run_backbone
@@ -225,7 +226,7 @@ def solve_stabilised_cett(
 
     Raises `InputError` for p outside its range, no models, and unusable batches.
     """
-    check_p(p)
+    METRICS[CettPpl.name].check_value(p)
     calibration = list(calibration)
     calibrations = []
     for model in checkpoint_models:
@@ -235,12 +236,6 @@ def solve_stabilised_cett(
     if not calibrations:
         raise InputError("No checkpoint models were given: a stabilised CETT needs at least one, usually five.")
     return solve_cett(calibrations, p)
-
-
-def check_p(p: float) -> None:
-    """Raises `InputError` unless `p` is above 0 and at most 100 percent."""
-    if not 0 < p <= 100:
-        raise InputError(f"p is {p}; choose a rise of perplexity above 0 and at most 100 percent.")
 
 
 def solve_cett(calibrations: list[Calibration], p: float) -> SolvedCett:

@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from sparsity_utils.choices import METRICS
-from sparsity_utils.console import InputError, progress
+from sparsity_utils.console import check, progress
 from sparsity_utils.neurons.hooks import find_ffns, layer_count
 from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.neurons.rules import CettPpl, metric_named
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.bootstrap import REPLICATES, DocumentBootstrap, interval, standard_error
-from sparsity_utils.sparsity.calibration import TOLERANCE, Calibration, SolvedCett, check_p, solve_cett
+from sparsity_utils.sparsity.calibration import TOLERANCE, Calibration, SolvedCett, solve_cett
 from sparsity_utils.sparsity.evaluation import Evaluation
 from sparsity_utils.sparsity.passes import Losses, checked, ppl_ratio
 
@@ -75,13 +75,11 @@ def measure_sparsity(
     p: float = 1.0,
     calibration: Batches | None = None,
     *,
-    k: int | None = None,
-    eps: float | None = None,
-    cett: float | None = None,
     per_token: bool = False,
     dense: Losses | None = None,
     tolerance: float = TOLERANCE,
     show_progress: bool = False,
+    **knobs: float | None,
 ) -> SparsityReport:
     """Activation ratio, achieved CETT and perplexity of `model` on `batches`.
 
@@ -94,21 +92,25 @@ def measure_sparsity(
         p: "cett-ppl": accepted rise of perplexity in percent, above 0 and at most 100.
         calibration: batches on which thresholds and the PPL target are solved, disjoint from `batches`; their token
             ids are held in memory. None: solved on `batches` themselves, which the report says.
-        k: neurons kept per token, 1 to d_ff.
-        eps: threshold on |s_i|, not negative.
-        cett: 0 to 1.
         per_token: also report every token; that table grows with the text.
         dense: `SparsityReport.dense` of an earlier report on the same batches: saves computing the dense loss again.
         tolerance: accepted error of log(PPL ratio) as a share of log(1 + p/100). The CETT of each layer is solved ten
             times closer on up to 2,048 calibration tokens; on more, by a sample of them, to about 1%.
         show_progress: show a bar for each pass over the batches (never in CI).
+        knobs: that of the metric, `neurons.rules`: k, neurons kept per token, 1 to d_ff; eps, threshold on |s_i|, not
+            negative; cett, 0 to 1.
 
     Raises `InputError` for an argument or a batch that cannot be used, and for activations or logits that are NaN.
     """
     ffns = find_ffns(model)
-    _check_arguments(metric, p, k, eps, cett, tolerance, min(ffn.d_ff for ffn in ffns))
-    if not metric.startswith("cett"):
-        thresholds = Thresholds(metric, ({"relu": 0.0, "top-k": k, "fat": eps}[metric],) * layer_count(ffns))
+    rule = metric_named(metric)
+    priced = isinstance(rule, CettPpl)
+    setting = rule.setting({**knobs, "p": p} if priced else knobs)
+    value = next(iter(setting.values()), 0.0)
+    rule.check_value(value, min(ffn.d_ff for ffn in ffns))
+    check(0 < tolerance < 1, f"tolerance is {tolerance}; choose a share between 0 and 1.")
+    if not rule.solved:
+        thresholds = Thresholds(metric, (value,) * layer_count(ffns))
         return _report(model, batches, _Solution(thresholds, metric), per_token, dense, show_progress)
     own = calibration is None
     if own:
@@ -116,16 +118,16 @@ def measure_sparsity(
     role = "evaluation" if own else "calibration"
     with evaluating(model):
         kept = list(checked(model, calibration, role))
-        solver = Calibration(model, kept, tolerance, metric == "cett-ppl", show_progress=show_progress)
-        if metric == "cett":
-            solver.align(cett)
-            solution = _Solution(solver.thresholds(cett), metric, cett, role)
-        else:
-            solved = solve_cett([solver], p)
+        solver = Calibration(model, kept, tolerance, priced, show_progress=show_progress)
+        if priced:
+            solved = solve_cett([solver], value)
             thresholds, shift = solver.thresholds(solved.cett), _shift(solver, solved, own)
             solution = _Solution(thresholds, metric, solved.cett, role, solved.note, shift)
             if own:
                 solution.known = (solver.dense, solver.losses(solved.cett))
+        else:
+            solver.align(value)
+            solution = _Solution(solver.thresholds(value), metric, value, role)
         del solver  # its activations are not needed any more
     return _report(model, batches, solution, per_token, dense, show_progress)
 
@@ -237,25 +239,3 @@ def _layer_table(thresholds: Thresholds, found: Evaluation) -> pd.DataFrame:
             "skipped_tokens": [tally.skipped for tally in tallies],
         }
     )
-
-
-def _check_arguments(
-    metric: str, p: float, k: int | None, eps: float | None, cett: float | None, tolerance: float, d_ff: int
-) -> None:
-    if metric not in METRICS:
-        raise InputError(f"The metric is {metric!r}; choose one of {', '.join(METRICS)}.")
-    if metric == "cett-ppl":
-        check_p(p)
-    for needed, name, value in (("top-k", "k", k), ("fat", "eps", eps), ("cett", "cett", cett)):
-        if metric == needed and value is None:
-            raise InputError(f"Metric {metric!r} needs {name}: give {name}=..., on the command line --{name}.")
-        if metric != needed and value is not None:
-            raise InputError(f"{name} was given, and metric {metric!r} does not use it: leave {name} out.")
-    if k is not None and not (1 <= k <= d_ff and int(k) == k):
-        raise InputError(f"k is {k}; choose a whole number from 1 to d_ff = {d_ff}.")
-    if eps is not None and not 0 <= eps < math.inf:
-        raise InputError(f"eps is {eps}; it must be a number, zero or positive.")
-    if cett is not None and not 0 <= cett <= 1:
-        raise InputError(f"cett is {cett}; choose 0 to 1.")
-    if not 0 < tolerance < 1:
-        raise InputError(f"tolerance is {tolerance}; choose a share between 0 and 1.")

@@ -81,8 +81,7 @@ def metric_comparison(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.D
     plan += [("cett", {"cett": cett}) for cett in CETTS] + [("cett-ppl", {"p": settings.p})]
     rows, dense = [], None
     for metric, setting in plan:
-        on = calibration if metric.startswith("cett") else None
-        report = measure_sparsity(model, evaluation, metric, calibration=on, dense=dense, **setting)
+        report = measure_sparsity(model, evaluation, metric, calibration=calibration, dense=dense, **setting)
         dense = report.dense
         rows.append(
             {

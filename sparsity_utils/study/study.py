@@ -150,16 +150,16 @@ class Study:
         origin = "the recorded study" if self.profile is None else f"profile {self.name}: {self.profile.about}"
         return f"{versions}, {device}. Numbers from {origin}."
 
+    def keep_figure(self, name: str, figure) -> None:
+        """Store a notebook's figure beside the tables; those of the recorded study are drawn by `make figures`."""
+        if self.profile is not None:
+            figure.save(self.folder.parent / "figures" / name)
+
     def keep_verdicts(self, notebook: str, verdicts: pd.DataFrame) -> None:
         """Store a notebook's verdict table for the closing table of `make reproduce`; a recorded study keeps none."""
         if self.profile is not None:
             with paths.written_aside(self.folder.parent / "verdicts" / f"{notebook}.csv") as aside:
                 verdicts.to_csv(aside, index=False)
-
-    def keep_figure(self, name: str, figure) -> None:
-        """Store a notebook's figure beside its study's tables; those of the recorded study are drawn by `make figures`."""
-        if self.profile is not None:
-            figure.save(self.folder.parent / "figures" / name)
 
     def speeds(self, question: str) -> pd.DataFrame:
         """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s."""

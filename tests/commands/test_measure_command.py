@@ -224,7 +224,7 @@ def test_what_is_unknown_is_null_in_json():
 
 def test_a_price_belongs_to_its_metric(capsys, text, tmp_path):
     said = refused(capsys, tmp_path / "out", RELU, "--text", text, "--metric", "relu", "--p", 2)
-    assert said == "--p was given, and metric 'relu' does not use it: leave it out."
+    assert said == "p was given, and metric 'relu' does not use it: leave p out."
 
 
 def test_a_price_far_from_the_promise_is_noted(capsys, text, tmp_path):

@@ -1,9 +1,8 @@
-"""Decoding speeds: greedy tokens, parts of the time, bytes; and the summaries and verdicts drawn from speed tables."""
+"""Decoding speeds: greedy tokens, parts of the time, bytes."""
 
 import time
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from families import build
@@ -11,9 +10,6 @@ from mixtures import build as build_mixture
 
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding import speed
-from sparsity_utils.findings import speed_summary, speed_verdicts
-from sparsity_utils.laws.cost import decoding_limit
-from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 from sparsity_utils.models.decoder import load_model
 from sparsity_utils.neurons.hooks import find_ffns
 from sparsity_utils.neurons.thresholds import Thresholds

@@ -11,7 +11,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.findings import design_a_sparse_model
 from sparsity_utils.findings.budget import Machine
 from sparsity_utils.laws.design import fit_design
-from sparsity_utils.laws.holdout import COLUMNS, held_out
+from sparsity_utils.laws.holdout import held_out
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
 
@@ -40,9 +40,8 @@ def verdict_rows(share=1.0, off=0.0, mean_off=0.1, split="shape", shapes=12):
 
 def judged(**changes):
     both = pd.concat([verdict_rows(**changes), verdict_rows(**changes | {"split": "size"})], ignore_index=True)
-    return dict(
-        zip(("covers", "better", "reaches", "loss covers", "loss reaches"), design_a_sparse_model.verdicts(both), strict=True)
-    )
+    names = ("covers", "better", "reaches", "loss covers", "loss reaches")
+    return dict(zip(names, design_a_sparse_model.verdicts(both), strict=True))
 
 
 def test_good_predictions_support_every_claim():
@@ -80,6 +79,19 @@ def test_a_few_runs_inside_decide_nothing():
 def test_held_out_rows_that_cannot_be_used_are_an_input_error(spoil, message):
     with pytest.raises(InputError, match=message):
         design_a_sparse_model.verdicts(spoil(verdict_rows()))
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        {"seeds": (0,), "relu": LINE, "silu": LINE},
+        {"relu": LINE, "silu": LINE},
+        {"relu": LINE[:2], "silu": LINE[:2]},
+    ],
+)
+def test_a_study_too_small_to_hold_anything_out_decides_nothing(which):
+    rows = design_a_sparse_model.verdicts(held_out(study(**which)))
+    assert {row.verdict for row in rows} == {INCONCLUSIVE} and all(row.reason for row in rows)
 
 
 def test_the_claims_are_stated_beforehand():

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from sparsity_utils.laws.cost import weights_read, weights_read_at, with_weights_read
+from sparsity_utils.laws.cost import weights_read_at, with_weights_read
+from sparsity_utils.neurons.rules import METRICS
 
 
 @pytest.mark.parametrize("metric", ["relu", "top-k", "fat", "cett", "cett-ppl"])
@@ -22,7 +23,7 @@ def test_the_share_is_that_of_counted_entries(metric):
     up[nonzero if metric.startswith("cett") else active] = True
     down[:, active] = True
     counted = sum(int(matrix.sum()) for matrix in (gate, up, down)) / (3 * d * d_ff)
-    found = weights_read(metric, float(active.double().mean()), float(nonzero.double().mean()))
+    found = METRICS[metric].weights_read(float(active.double().mean()), float(nonzero.double().mean()))
     assert found == pytest.approx(counted, abs=1e-12)
 
 

@@ -1,7 +1,5 @@
 """Predictions before training: planted laws found again, intervals that hold, words that warn."""
 
-from itertools import product
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +9,6 @@ from scipy.special import expit
 from sparsity_utils.console import InputError
 from sparsity_utils.laws.design import fit_design, joined
 from sparsity_utils.laws.holdout import COLUMNS, accuracy, against_published, held_out
-from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +162,6 @@ def test_too_little_to_fit_is_a_reason_and_no_error(which, reason):
             fitted.predict(1e5, 1e7, 16, "relu")
     held = held_out(table)
     assert held.empty and list(held.columns) == COLUMNS and accuracy(held).empty
-    rows = design_verdicts.design(held)
-    assert {row.verdict for row in rows} == {INCONCLUSIVE} and all(row.reason for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
-"""Pictures of one measured model: bars per layer, a heatmap of layers and tokens, and a text coloured by activation."""
+"""Notebook 00, one measured model: what a price met on some documents costs on others, and pictures of the report.
+
+Bars per layer, a heatmap of layers and tokens, and a text coloured by activation.
+"""
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,13 +13,16 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.colors import Normalize, to_hex
-from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from transformers import PreTrainedTokenizerBase
 
 from sparsity_utils.console import InputError
-from sparsity_utils.findings.style import COLOURS, ShownFigure, captioned, styled
+from sparsity_utils.findings.claims import Claim, Verdicts, stated
+from sparsity_utils.findings.style import AXIS, COLOURS, ShownFigure, captioned, styled
+from sparsity_utils.laws.data_law import LEVEL
+from sparsity_utils.laws.trends import Estimate
 from sparsity_utils.sparsity.metrics import SparsityReport
+from sparsity_utils.study.study import Study
 
 SHADES = "Blues"  # lightness alone tells the values apart, so that they stay apart in grey
 ROBUST = (2.0, 98.0)  # percentiles that the shades span: one outlying token must not bleach the others
@@ -27,11 +33,45 @@ SMOOTH = 0.99  # a share of non-zero neurons above it says nothing: the activati
 LEGEND_STEPS = 5
 DARKEST = 0.65  # of the shades behind text: black letters keep a contrast of 5
 STRONG = 0.9  # quantile of the tokens above which coloured text is bold as well
-AXIS = "Active neurons (% of d_ff)"
+
+
+def price_claim(p: float = 1.0) -> Claim:
+    """Does a price of p percent, met on calibration documents, hold on others?"""
+    return Claim(
+        "price",
+        "quickstart",
+        "Thresholds solved on some documents cost what they promise on others",
+        f"{p:g}%",
+        "% rise of perplexity",
+        "bootstrap over documents of the rise of perplexity, on documents that had no part in the thresholds",
+        f"90% interval inside 0 to {2 * p:g}%; not supported if wholly outside",
+        region=(0.0, 2 * p / 100),
+    )
+
+
+def claims() -> pd.DataFrame:
+    """The claim, its test and threshold, as the notebook states them before its result."""
+    return stated([price_claim()])
+
+
+def verdicts(report: SparsityReport, p: float = 1.0) -> Verdicts:
+    """Is a price of p percent met on the calibration documents about the price on others?
+
+    Raises InputError for a report that was not made by CETT-PPL-p% with calibration batches of its own.
+    """
+    if report.metric != "cett-ppl" or report.calibrated_on != "calibration":
+        raise InputError(
+            f"The report is of metric {report.metric!r} solved on {report.calibrated_on!r} batches; the promise of a "
+            "price is about 'cett-ppl' with other documents as calibration."
+        )
+    low, high = (end - 1 for end in report.ppl_ratio_interval)
+    reason = "" if np.isfinite([low, high]).all() else "one document: no interval"
+    increase = Estimate(report.ppl_ratio - 1, low, high, LEVEL, report.documents, reason)
+    return Verdicts([price_claim(p).counted(increase, "documents", report.note)])
 
 
 @styled
-def layer_bars(report: SparsityReport) -> Figure:
+def layer_bars(report: SparsityReport) -> ShownFigure:
     """Activation ratio of each layer; the model's mean with its 90% interval; the non-zero share where there is one."""
     layers, mean = report.layers, 100 * report.activation_ratio
     figure = ShownFigure(figsize=(min(10.0, max(4.4, 1.8 + 0.3 * len(layers))), 3.2), layout="constrained")
@@ -54,7 +94,7 @@ def layer_bars(report: SparsityReport) -> Figure:
 
 
 @styled
-def token_heatmap(per_token: pd.DataFrame, tokens: Sequence[str]) -> Figure:
+def token_heatmap(per_token: pd.DataFrame, tokens: Sequence[str]) -> ShownFigure:
     """Share of active neurons, layers down and tokens along, as arXiv 2411.02335 shows it; above, the mean over layers.
 
     Args:
@@ -119,6 +159,11 @@ def coloured_text(per_token: pd.DataFrame, pieces: Sequence[str]) -> ColouredTex
     """
     values = 100 * _layer_columns(per_token, pieces)  # (tokens, layers)
     return ColouredText(tuple(pieces), tuple(values.mean(axis=1).tolist()))
+
+
+def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
+    """None: these figures are of a model and a text, which no stored table holds."""
+    yield from ()
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:

@@ -1,0 +1,299 @@
+"""Notebook 04, larger models: do activation ratio and share of non-zeros depend on scale, and who converges sooner?"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
+
+from sparsity_utils.console import short_number
+from sparsity_utils.findings.claims import SLOPE_MARGIN, SLOPES, Claim, Verdict, Verdicts, stated
+from sparsity_utils.findings.style import (
+    AXIS,
+    Look,
+    ShownFigure,
+    captioned,
+    price_name,
+    seeds_name,
+    side_by_side,
+    styled,
+)
+from sparsity_utils.laws.convergence import convergence_table
+from sparsity_utils.laws.limits import Curves, fit_curves, limits_table
+from sparsity_utils.laws.outcomes import (
+    MAIN,
+    SECOND,
+    Lines,
+    OverSizes,
+    lines_of,
+    metric_gap,
+    nonzero_share,
+    on_lines,
+    one_value_per_run,
+    slopes_on_lines,
+    unequal_data,
+)
+from sparsity_utils.laws.published_laws import PUBLISHED_LAWS
+from sparsity_utils.laws.trends import INCONCLUSIVE, fit_line
+from sparsity_utils.models.config import ACTIVATIONS
+from sparsity_utils.models.decoder import non_embedding_parameters
+from sparsity_utils.study.study import Study
+
+CLOSEST = 1.8  # ratio of two sizes whose labels stand side by side
+LOOKS = {activation: Look(number) for number, activation in enumerate(ACTIVATIONS)}
+MEASURED = "mean of the last five stable checkpoints"
+
+
+def scale_claim(key: str, what: str, published: str = "none", primary: bool = False, more: str = "") -> Claim:
+    """Is a quantity insensitive to scale? `more` says what its test adds to that of every slope."""
+    return Claim(
+        key,
+        "scale_insensitivity",
+        f"{what} does not depend on scale",
+        published,
+        "points per decade",
+        f"equivalence (two one-sided t tests) of the slope, on log parameters, of {SLOPES}{more}",
+        f"90% interval inside +-{100 * SLOPE_MARGIN:.0f} points per decade",
+        region=(-SLOPE_MARGIN, SLOPE_MARGIN),
+        primary=primary,
+    )
+
+
+# The claims that each line of sizes decides, in the order of their verdicts; by the quantity whose slope is tested.
+ON_LINES = {
+    "relu": scale_claim("relu_scale", "The ReLU limit", "+1.6 points per decade", primary=True),
+    "silu": scale_claim("silu_scale", "The SiLU limit", "-2.6 points per decade", primary=True),
+    "nonzero": scale_claim("nonzero_scale", "The ReLU share of non-zero neurons", "sparser (2210.06313)"),
+    "gap": scale_claim(
+        "gap_scale",
+        "The gap between CETT-PPL and the share of non-zero ReLU neurons",
+        more="; of the activation ratio at CETT-PPL less the non-zero share, paired by run (last-five means): do both "
+        "metrics see the same dependence on scale?",
+    ),
+}
+SMALL_CONVERGE_FASTER = Claim(
+    "small_converge_faster",
+    "scale_insensitivity",
+    "Small models converge faster, counted in tokens per parameter",
+    "faster (Fig. 8)",
+    "decades of tokens per parameter, per decade of parameters",
+    "t interval of the slope, on log parameters, of the log tokens per parameter at which a run's fitted curve has "
+    "done half of its change over the window of tokens per parameter that all runs share; seeds and activation "
+    "functions as blocks, runs without a trend left out",
+    scale=1.0,
+)
+
+
+def claims() -> pd.DataFrame:
+    """The claims, tests and thresholds, as the notebook states them before its results."""
+    return stated([*ON_LINES.values(), SMALL_CONVERGE_FASTER, *(claim.on(SECOND) for claim in ON_LINES.values())])
+
+
+@dataclass(frozen=True)
+class OverScale:
+    """A quantity of every run on every line, and its slope over the sizes of each line."""
+
+    values: pd.DataFrame  # one row per run: its size, seed, line and `value`
+    slopes: dict[str, OverSizes]  # by line
+    basis: str  # says what the values are
+    confounded: dict[str, str]  # by line: why its sizes cannot be compared, or nothing
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What verdicts and figures of the lines of sizes rest on."""
+
+    lines: Lines
+    curves: dict[str, Curves]  # by line
+    outcomes: dict[str, OverScale]  # the limit by activation function, then "nonzero" and "gap" of ReLU runs
+    convergence: pd.DataFrame  # `convergence_table` of the main line
+
+    @property
+    def activations(self) -> list[str]:
+        """The activation functions that have a limit."""
+        return [name for name in self.outcomes if name in ACTIVATIONS]
+
+
+def analyse(checkpoints: pd.DataFrame, second: pd.DataFrame | None = None) -> Scale:
+    """Fit the curves of both lines once, and the slopes on log parameters of all that is claimed of them.
+
+    second: the table of the sizes at another width-depth ratio. Raises InputError for missing columns, duplicates and
+    NaN.
+    """
+    lines = lines_of(checkpoints, second)
+    curves = {line: fit_curves(table) for line, table in lines.items()}
+    limits = pd.concat([limits_table(fitted).assign(line=line) for line, fitted in curves.items()], ignore_index=True)
+    outcomes = {name: _limit_over_scale(limits, lines, name) for name in sorted(set(limits["activation"]))}
+    relu = {line: table[table["activation"] == "relu"] for line, table in lines.items()}
+    relu = {line: table for line, table in relu.items() if len(table)}
+    if relu:
+        confounded = {line: unequal_data(table) for line, table in relu.items()}
+        for name, outcome in (("nonzero", nonzero_share), ("gap", metric_gap)):
+            values = on_lines(relu, outcome)
+            outcomes[name] = OverScale(values, slopes_on_lines(values), MEASURED, confounded)
+    return Scale(lines, curves, outcomes, convergence_table(curves[MAIN]))
+
+
+def _limit_over_scale(limits: pd.DataFrame, lines: Lines, activation: str) -> OverScale:
+    values, basis = one_value_per_run(limits, activation)
+    measured = (values["value"] != values["limit"]).any()
+    confounded = {line: unequal_data(table) if measured else "" for line, table in lines.items()}
+    return OverScale(values, slopes_on_lines(values), basis, confounded)
+
+
+def verdicts(scale: Scale) -> Verdicts:
+    """Slopes per decade of parameters, tested for equivalence with zero on each line; and who converges sooner.
+
+    Whether sparsity depends on scale may depend on the metric: arXiv 2210.06313 counts non-zeros. Without a second line
+    its claims are inconclusive.
+    """
+    second = _on_line(scale, SECOND)
+    if SECOND not in scale.lines:
+        reason = "this study has no sizes at a second width-depth ratio"
+        second = [claim.on(SECOND).undecided(reason) for claim in ON_LINES.values()]
+    return Verdicts([*_on_line(scale, MAIN), _convergence_verdict(scale.convergence), *second])
+
+
+def _on_line(scale: Scale, line: str) -> list[Verdict]:
+    rows = []
+    for name, outcome in scale.outcomes.items():
+        claim = ON_LINES.get(name) or scale_claim(f"{name}_scale", f"The {ACTIVATIONS[name]} limit")
+        if line in outcome.slopes:
+            rows.append(_slope_verdict(claim.on(line), outcome.slopes[line], outcome.confounded[line], outcome.basis))
+    return rows
+
+
+def _slope_verdict(claim: Claim, found: OverSizes, confounded: str, basis: str) -> Verdict:
+    change = ""
+    if not found.estimate.reason:
+        start, end = found.at(np.array([found.sizes["parameters"].min(), found.sizes["parameters"].max()]))
+        change = f"{100 * (end / start - 1):+.0f}% from the smallest to the largest size"
+    verdict = INCONCLUSIVE if confounded else ""
+    return claim.judged(found.estimate, found.reason, change, confounded, basis, verdict=verdict)
+
+
+def _convergence_verdict(table: pd.DataFrame) -> Verdict:
+    """Runs of both activation functions together: each activation and seed is a block with its own intercept."""
+    known, weak = table[table["reason"] == ""], table[table["reason"] != ""]
+    blocks = known["activation"] + known["seed"].astype(str)
+    slope = fit_line(np.log10(known["parameters"]), np.log10(known["halfway_per_parameter"]), blocks).slope
+    left_out = f"{len(weak)} of {len(table)} runs left out (first: {weak.iloc[0]['reason']})" if len(weak) else ""
+    return SMALL_CONVERGE_FASTER.counted(slope, "runs", left_out)
+
+
+def seed_limits(scale: Scale) -> pd.DataFrame:
+    """Limits of every run of the main line with their intervals, and what was measured beside them, in percent."""
+    rows = limits_table(scale.curves[MAIN], seed_intervals=True).query("seed != 'all'")
+    shares = ["limit", "low", "high", "last_five_mean"]
+    rows = rows.set_index(["activation", "parameters", "seed"]).sort_index()
+    return (100 * rows[shares]).round(1).join(rows["sound"])
+
+
+def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
+    """Every figure that a study has the tables for, with its name."""
+    if study.answers("scale_insensitivity"):
+        second = study.table("second_line") if study.answers("second_line") else None
+        scale = analyse(study.table("scale_insensitivity"), second)
+        yield "04_scale_insensitivity", figure(scale)
+        if second is not None:
+            yield "04_second_line", second_line(scale)
+
+
+@styled
+def figure(scale: Scale) -> ShownFigure:
+    """Activation ratio against size by two metrics and beside the published limits, and who converges sooner.
+
+    The sizes of a second line are not drawn; the intervals of the slopes rest on the spread of both, as the verdicts.
+    """
+    shown = ShownFigure(figsize=(7.8, 6.8), layout="constrained")
+    (left, right), (half, beside) = shown.subplots(2, 2)
+    checkpoints = scale.lines[MAIN]
+    for activation in sorted(set(checkpoints["activation"])):
+        outcome = scale.outcomes[activation]
+        _against_size(left, outcome, MAIN, ACTIVATIONS[activation], LOOKS[activation])
+        _beside_published(beside, outcome.values[outcome.values["line"] == MAIN], activation)
+    if "nonzero" in scale.outcomes:
+        _against_size(right, scale.outcomes["nonzero"], MAIN, ACTIVATIONS["relu"], LOOKS["relu"])
+    _half_way(half, scale.convergence)
+    left.set(title=price_name(checkpoints), ylabel=AXIS)
+    right.set(title="Share of non-zero neurons", ylabel="Non-zero neurons (% of d_ff)")
+    for axes in (left, right, half):
+        _size_axis(axes, checkpoints["parameters"])
+    for axes in (left, right):
+        axes.set_ylim(0, 1.35 * axes.dataLim.ymax)  # room for the legend
+    beside.set(xscale="log", xlim=(1e3, 1e10), ylim=(0, 62), xlabel="Non-embedding parameters", ylabel=AXIS)
+    beside.set(title=f"{price_name(checkpoints)}, beside the published limits")
+    for axes in (left, right, half, beside):
+        axes.legend(fontsize=7)
+    fitted = "lines through the means of the sizes, slopes with 90% intervals"
+    return captioned(shown, f"One point per run, {seeds_name(checkpoints)} a size; {fitted}.")
+
+
+@styled
+def second_line(scale: Scale) -> ShownFigure:
+    """Both metrics against size at two width-depth ratios."""
+    shown, (left, right) = side_by_side(2)
+    for axes, names in ((left, scale.activations), (right, scale.outcomes.keys() & {"nonzero"})):
+        for name in names:
+            activation = "relu" if name == "nonzero" else name
+            for number, line in enumerate(scale.outcomes[name].slopes):
+                look = Look(2 * number + list(ACTIVATIONS).index(activation))
+                ratio = scale.lines[line]["width_depth_ratio"].median()
+                _against_size(axes, scale.outcomes[name], line, f"{ACTIVATIONS[activation]}, ratio {ratio:.3g}", look)
+    both = pd.concat(scale.lines.values())
+    left.set(title=price_name(both), ylabel=AXIS)
+    right.set(title="Share of non-zero neurons", ylabel="Non-zero neurons (% of d_ff)")
+    for axes in (left, right):
+        _size_axis(axes, both["parameters"])
+        axes.set_ylim(0, 1.5 * axes.dataLim.ymax)  # room for the legend
+        axes.legend(fontsize=7)
+    fitted = "lines through the means of the sizes, slopes with 90% intervals"
+    return captioned(shown, f"One point per run, {seeds_name(both)} a size; {fitted}.")
+
+
+def _against_size(axes: Axes, outcome: OverScale, line: str, name: str, look: Look) -> None:
+    """One value per run against size, and the line through the means of the sizes whose slope is tested."""
+    values, found = outcome.values[outcome.values["line"] == line], outcome.slopes[line]
+    ends = np.array([values["parameters"].min(), values["parameters"].max()])
+    slope = [100 * part for part in (found.estimate.value, found.estimate.low, found.estimate.high)]
+    label = f"{name}: {slope[0]:+.1f} [{slope[1]:+.1f}, {slope[2]:+.1f}] points per decade"
+    axes.plot(values["parameters"], 100 * values["value"], look.marker, color=look.colour, alpha=0.8)
+    axes.plot(ends, 100 * found.at(ends), look.line, color=look.colour, label=label)
+
+
+def _half_way(axes: Axes, table: pd.DataFrame) -> None:
+    """Tokens per parameter at which each run has done half of its change, in the window that all runs share."""
+    for activation, rows in table.groupby("activation", sort=True):
+        look = LOOKS[activation]
+        style = {"color": look.colour, "marker": look.marker, "linestyle": "none", "label": ACTIVATIONS[activation]}
+        axes.plot(rows["parameters"], rows["halfway_per_parameter"], **style)
+    first, last = table[["first", "last"]].iloc[0]
+    axes.axhline(np.sqrt(first * last), color="grey", linestyle=":", label="middle of the window (log)")
+    axes.set(ylim=(first, last), yscale="log", title="Half of the change is done", ylabel="Tokens per parameter")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.minorticks_off()
+
+
+def _beside_published(axes: Axes, values: pd.DataFrame, activation: str) -> None:
+    """Our values and the published limits on one axis of sizes."""
+    look, name = LOOKS[activation], ACTIVATIONS[activation]
+    style = {"color": look.colour, "marker": look.marker, "linestyle": "none"}
+    axes.plot(values["parameters"], 100 * values["value"], label=f"{name}, here", **style)
+    published = [law for law in PUBLISHED_LAWS if law.activation == activation]
+    sizes = [non_embedding_parameters(law.d_model, law.n_layers) for law in published]
+    limits = [100 * law.limit for law in published]
+    axes.plot(sizes, limits, fillstyle="none", label=f"{name}, published limit" if published else None, **style)
+
+
+def _size_axis(axes: Axes, parameters: pd.Series) -> None:
+    """Sizes on a log axis; of sizes too close together for their labels the first is named."""
+    named: list[float] = []
+    for size in sorted(set(parameters)):
+        if not named or size > CLOSEST * named[-1]:
+            named.append(size)
+    axes.set(xscale="log", xlabel="Non-embedding parameters")
+    axes.set_xticks(named, [short_number(size) for size in named])
+    axes.xaxis.minorticks_off()
