@@ -23,7 +23,7 @@ from sparsity_utils.findings.style import (
     styled,
     token_axis,
 )
-from sparsity_utils.laws.data_law import RIVAL_FORMS, Fit, compare_forms
+from sparsity_utils.laws.data_law import Fit, compare_forms
 from sparsity_utils.laws.forecasts import LAST_VALUE, forecast_table
 from sparsity_utils.laws.limits import SHAPE, Curves, fit_curves, fit_points, limits_table, published_form
 from sparsity_utils.laws.outcomes import (
