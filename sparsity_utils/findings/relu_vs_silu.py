@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
 from sparsity_utils.findings.claims import MEANS, Claim, Verdict, Verdicts, stated
-from sparsity_utils.findings.forms import form_claim, form_verdict
+from sparsity_utils.findings.forms import form_claim, form_gaps, form_verdict
 from sparsity_utils.findings.style import (
     AXIS,
     Look,
@@ -23,7 +23,7 @@ from sparsity_utils.findings.style import (
     styled,
     token_axis,
 )
-from sparsity_utils.laws.data_law import RIVAL_FORMS, Fit, compare_forms
+from sparsity_utils.laws.data_law import Fit, compare_forms
 from sparsity_utils.laws.forecasts import LAST_VALUE, forecast_table
 from sparsity_utils.laws.limits import SHAPE, Curves, fit_curves, fit_points, limits_table, published_form
 from sparsity_utils.laws.outcomes import (
@@ -164,12 +164,8 @@ def _on_line(claim: Claim, means: dict, line: str, lines: Lines) -> Verdict:
 
 def _form_verdict(forms: pd.DataFrame, activation: str) -> Verdict:
     """Forms are compared run by run: runs are independent, the points of one run are not."""
-    form, rows = published_form(activation), forms[forms["activation"] == activation]
-    aicc = rows.pivot(index="run", columns="form", values="aicc").reindex(columns=[form, *RIVAL_FORMS])
-    rmse = rows.pivot(index="run", columns="form", values="rmse").reindex(columns=[form, *RIVAL_FORMS])
-    misfit = np.log(rmse.clip(lower=1e-9))
-    gaps = (table[[*RIVAL_FORMS]].sub(table[form], axis=0) for table in (aicc, misfit))
-    return form_verdict(FORM_CLAIMS[activation], *gaps)
+    rows = forms[forms["activation"] == activation]
+    return form_verdict(FORM_CLAIMS[activation], *form_gaps(rows, published_form(activation), "run"))
 
 
 def _forecast_verdict(table: pd.DataFrame) -> Verdict:

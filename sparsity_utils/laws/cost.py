@@ -7,6 +7,10 @@ import pandas as pd
 
 from sparsity_utils.neurons.rules import METRICS
 
+# What one row of the table of the speeds of single FFNs, and of that of decoding, is the speed of.
+FFN_CASE = ["shape", "dtype", "tokens", "pattern", "activation", "rule", "sparsity", "way"]
+DECODING_CASE = ["model", "activation", "shape", "rule", "setting", "sequences", "way"]
+
 
 def decoding_limit(ffn_share_read: float, ffn_ratio: float = 2.5) -> float:
     """Largest speed-up of decoding one token, bound by reading weights, if FFNs read only a share of theirs.

@@ -87,7 +87,7 @@ def frequency_distances(neurons: pd.DataFrame, against: str) -> pd.DataFrame:
 
     neurons: activation, d_model, n_layers, seed, domain and frequency of every neuron of every run.
     against: "size", "activation" or "seed": what the two models differ in; the rest is the same.
-    Returns one row per pair and domain: what they share, one, other, distance.
+    Returns one row per pair and domain: what they share, one, other (sizes as tuples), distance.
     """
     names = {"size": SIZE, "activation": ["activation"], "seed": ["seed"]}
     if against not in names:
@@ -97,6 +97,7 @@ def frequency_distances(neurons: pd.DataFrame, against: str) -> pd.DataFrame:
     rows = []
     for about, models in neurons.groupby(shared, sort=True):
         found = {key: relative(rows["frequency"]) for key, rows in models.groupby(differs, sort=True)}
+        found = found if len(differs) > 1 else {key: values for (key,), values in found.items()}
         for one, other in combinations(found, 2):
             distance = stats.ks_2samp(found[one], found[other], method="asymp").statistic  # the p-value is not asked
             rows.append((*about, one, other, float(distance)))

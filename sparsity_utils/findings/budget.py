@@ -16,7 +16,7 @@ import torch
 from kernels.bench import ROUNDS, WEIGHTS, memory_works, timed
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.speed import DENSE
-from sparsity_utils.findings.speed_verdicts import CASE, MODEL
+from sparsity_utils.laws.cost import DECODING_CASE, FFN_CASE
 from sparsity_utils.laws.design import EXACT_ZEROS, NEAR, Design, Prediction
 from sparsity_utils.laws.limits import require
 from sparsity_utils.models.config import ACTIVATIONS
@@ -74,8 +74,8 @@ def machine(ffns: pd.DataFrame, decoding: pd.DataFrame, bandwidth: float, dtype:
     if not 0 < bandwidth < math.inf:
         raise InputError(f"bandwidth is {bandwidth}; give the GB/s of reading memory, a positive number.")
     rates, sizes = ["gb_per_s", "read_gb_per_s"], ["ffn_megabytes", "megabytes"]
-    require(ffns, [*CASE, "d_model", *rates], CASE, rates, "FFN speeds")
-    require(decoding, [*MODEL, "tokens_per_second", *sizes], MODEL, sizes, "decoding speeds")
+    require(ffns, [*FFN_CASE, "d_model", *rates], FFN_CASE, rates, "FFN speeds")
+    require(decoding, [*DECODING_CASE, "tokens_per_second", *sizes], DECODING_CASE, sizes, "decoding speeds")
     by_dtype = {name: _rates(ffns, name) for name in BYTES}
     if dtype not in BYTES or by_dtype[dtype].empty:
         known = ", ".join(name for name, rates in by_dtype.items() if len(rates))
@@ -101,7 +101,7 @@ def measured_bandwidth(rounds: int = ROUNDS) -> float:
         return float(np.median([size / timed(read, device) / 1e9 for _ in range(rounds)]))
 
 
-def recipe(
+def plan_budget(
     design: Design,
     on: Machine,
     parameters: int,
@@ -145,7 +145,7 @@ def recipe(
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """A recipe as rounded text, intervals in brackets; speeds in tokens per second, active neurons in percent."""
+    """A plan as rounded text, intervals in brackets; speeds in tokens per second, active neurons in percent."""
     return pd.DataFrame(
         {
             "activation": table["activation"].map(ACTIVATIONS),

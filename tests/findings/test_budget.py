@@ -6,8 +6,8 @@ import pytest
 from planted_design import LINE, study
 
 from sparsity_utils.console import InputError
-from sparsity_utils.findings import recipe
-from sparsity_utils.findings.recipe import decoding_check, machine, measured_bandwidth
+from sparsity_utils.findings import budget
+from sparsity_utils.findings.budget import decoding_check, machine, measured_bandwidth, plan_budget, readable
 from sparsity_utils.laws.design import fit_design
 
 RATES = {"dense": 0.4, "all rows": 0.8, "sparse": 0.7, "certified": 0.5}
@@ -97,9 +97,9 @@ def test_decoding_that_takes_its_bytes_is_predicted_exactly():
     assert decoding_check(ffns(), trained).empty
 
 
-def test_the_recipe_is_one_row_per_function_and_integer_shape(design):
+def test_a_plan_is_one_row_per_function_and_integer_shape(design):
     on = machine(ffns(), decoding(), 20.0)
-    table = recipe.recipe(design, on, 100_000, 1e7, 1024, ratios=(8, 16, 17, 1000))
+    table = plan_budget(design, on, 100_000, 1e7, 1024, ratios=(8, 16, 17, 1000))
     assert list(zip(table["activation"], table["shape"], strict=True)) == [
         ("relu", "40x5"), ("relu", "52x3"), ("silu", "40x5"), ("silu", "52x3"),
     ]  # fmt: skip
@@ -116,19 +116,19 @@ def test_the_recipe_is_one_row_per_function_and_integer_shape(design):
     assert (table["low_sparse"] < table["sparse"]).all() and (table["sparse"] < table["high_sparse"]).all()
 
 
-def test_a_readable_recipe_has_the_same_numbers(design):
-    table = recipe.recipe(design, machine(ffns(), decoding(), 20.0), 100_000, 1e7, 1024, ratios=(16,))
-    text, row = recipe.readable(table).iloc[1], table.iloc[1]
+def test_a_readable_plan_has_the_same_numbers(design):
+    table = plan_budget(design, machine(ffns(), decoding(), 20.0), 100_000, 1e7, 1024, ratios=(16,))
+    text, row = readable(table).iloc[1], table.iloc[1]
     shares = [100 * row[f"{end}activation_ratio"] for end in ("", "low_", "high_")]
     assert text["active %"] == "{:.1f} [{:.1f}, {:.1f}]".format(*shares)
-    unknown = recipe.readable(table.assign(low_sparse=np.nan))
+    unknown = readable(table.assign(low_sparse=np.nan))
     assert set(unknown["sparse"]) == {"none"}
     assert text["activation"] == "SiLU" and text["sparse / dense"] == round(row["sparse"] / row["dense"], 2)
 
 
 def test_smooth_functions_read_the_up_projection_in_full(design):
     on = machine(ffns(), decoding(), 20.0)
-    row = recipe.recipe(design, on, 100_000, 1e7, 1024, ratios=(16,)).set_index("activation").loc["silu"]
+    row = plan_budget(design, on, 100_000, 1e7, 1024, ratios=(16,)).set_index("activation").loc["silu"]
     parts = {"gate": 1, "up": 1, "down": row["activation_ratio"]}
     assert 1 / row["sparse"] == pytest.approx(literal_seconds(52, 3, 1024, 20.0, 64, way="sparse", **parts))
     assert np.isnan(row["certified"])
@@ -136,21 +136,21 @@ def test_smooth_functions_read_the_up_projection_in_full(design):
 
 def test_narrower_than_the_measured_kernels_is_an_extrapolation(design):
     on = machine(ffns(), decoding(), 20.0)
-    words = recipe.recipe(design, on, 100_000, 1e7, 1024, ratios=(8, 16))["extrapolates"].iloc[:2]
+    words = plan_budget(design, on, 100_000, 1e7, 1024, ratios=(8, 16))["extrapolates"].iloc[:2]
     assert "rates of kernels measured from d_model 64 on" in words.iloc[0]
     wide = machine(ffns(widths=(32, 64)), decoding(), 20.0)
-    assert recipe.recipe(design, wide, 100_000, 1e7, 1024, ratios=(16,))["extrapolates"].iloc[0] == ""
+    assert plan_budget(design, wide, 100_000, 1e7, 1024, ratios=(16,))["extrapolates"].iloc[0] == ""
 
 
 def test_a_study_too_small_gives_no_rows():
     fitted = fit_design(study(seeds=(0,), relu=LINE, silu=LINE))
-    table = recipe.recipe(fitted, machine(ffns(), decoding(), 20.0), 100_000, 1e7, 1024)
-    assert table.empty and recipe.readable(table).empty
+    table = plan_budget(fitted, machine(ffns(), decoding(), 20.0), 100_000, 1e7, 1024)
+    assert table.empty and readable(table).empty
 
 
 def test_a_way_that_was_not_measured_has_no_speed(design):
     few = decoding().query("way != 'certified'"), ffns().query("way != 'certified'")
-    table = recipe.recipe(design, machine(few[1], few[0], 20.0), 100_000, 1e7, 1024, ratios=(16,))
+    table = plan_budget(design, machine(few[1], few[0], 20.0), 100_000, 1e7, 1024, ratios=(16,))
     assert table["certified"].isna().all() and table["sparse"].notna().all()
 
 
@@ -164,9 +164,9 @@ def test_a_way_that_was_not_measured_has_no_speed(design):
         (lambda d: machine(ffns().drop(columns="gb_per_s"), decoding(), 20.0), "lacks the columns gb_per_s"),
         (lambda d: machine(ffns(), decoding().head(0), 20.0), "decoding speeds table has no rows"),
         (lambda d: machine(ffns(), pd.concat([decoding()] * 2), 20.0), "two rows"),
-        (lambda d: recipe.recipe(d, machine(ffns(), decoding(), 20.0), -5, 1e7, 1024), "parameters is -5"),
-        (lambda d: recipe.recipe(d, machine(ffns(), decoding(), 20.0), 100_000, 0, 1024), "tokens is 0"),
-        (lambda d: recipe.recipe(d, machine(ffns(), decoding(), 20.0), 100_000, 1e7, 0), "vocabulary is 0"),
+        (lambda d: plan_budget(d, machine(ffns(), decoding(), 20.0), -5, 1e7, 1024), "parameters is -5"),
+        (lambda d: plan_budget(d, machine(ffns(), decoding(), 20.0), 100_000, 0, 1024), "tokens is 0"),
+        (lambda d: plan_budget(d, machine(ffns(), decoding(), 20.0), 100_000, 1e7, 0), "vocabulary is 0"),
     ],
 )
 def test_what_cannot_be_computed_is_an_input_error(design, call, message):
@@ -175,5 +175,5 @@ def test_what_cannot_be_computed_is_an_input_error(design, call, message):
 
 
 def test_the_memory_of_this_machine_has_a_rate(monkeypatch):
-    monkeypatch.setattr(recipe, "WEIGHTS", {"cpu": 2**20, "cuda": 2**20})
+    monkeypatch.setattr(budget, "WEIGHTS", {"cpu": 2**20, "cuda": 2**20})
     assert 0 < measured_bandwidth(rounds=2) < 1e5

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sparsity_utils.console import InputError
-from sparsity_utils.findings import claims, pattern_verdicts, verdicts
+from sparsity_utils.findings import activation_patterns
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
 SIZES = ((24, 2), (36, 3), (48, 4))
@@ -60,7 +60,7 @@ def dead(end=0.004, fall=0.03, dying=0.02, **which):
             done = steps / 9 * (1 + 0.1 * number)
             frame = pd.DataFrame({"step": steps, "tokens": 10.0 ** (5 + steps / 9), "fit": steps > 1, "layer": layer})
             frame = frame.assign(neurons=30, dead_share=end * done, activation_ratio=0.2 - fall * done)
-            rows.append(frame.assign(dying_ratio=0.01 - dying * fall * done, **about))
+            rows.append(frame.assign(dying_ratio=0.01 - dying * fall * done, dead_share_zero=0.0, **about))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -74,9 +74,12 @@ def transfer(foreign=1.012, silu=0.0, p=1.0, domains=("code", "prose", "maths"),
 
 
 def judged(**changed):
-    tables = {"neurons": neurons, "vocabulary": vocabulary, "dead": dead, "transfer": transfer}
-    rows = pattern_verdicts.activation_patterns(*(changed.get(name, make()) for name, make in tables.items()))
-    return dict(zip(("tokens", "neurons", "middle", "rises", "little", "transfer"), rows, strict=True))
+    makers = {"neurons": neurons, "vocabulary": vocabulary, "dead": dead, "transfer": transfer}
+    tables = {name: changed.get(name, make()) for name, make in makers.items()}
+    alike = activation_patterns.likeness(tables["neurons"], tables["vocabulary"])
+    curves = activation_patterns.dead_curves(tables["dead"])
+    rows = activation_patterns.verdicts(alike, curves, tables["transfer"])
+    return dict(zip(("tokens", "neurons", "middle", "increase", "little", "transfer"), rows, strict=True))
 
 
 def test_a_study_that_follows_the_claims():
@@ -110,8 +113,8 @@ def test_a_size_that_a_seed_lacks_is_left_out_of_the_comparison_of_seeds():
 
 def test_the_slope_of_the_dead_share_is_per_decade_of_tokens():
     rows = judged(dead=dead(sizes=SIZES[:1], seeds=(0, 1)))
-    assert rows["rises"].here == pytest.approx(0.4 * 1.05)  # runs rise to 0.4 and 0.44 points over one decade
-    assert "dead at the end, 0.40 to 0.44" in rows["rises"].reason
+    assert rows["increase"].here == pytest.approx(0.4 * 1.05)  # runs rise to 0.4 and 0.44 points over one decade
+    assert "dead at the end, 0.40 to 0.44" in rows["increase"].reason
 
 
 def test_one_bad_pair_or_activation_function_decides():
@@ -160,7 +163,7 @@ def test_small_studies_pass_through(which):
 
 
 def test_rare_tokens_are_not_compared():
-    row = judged(vocabulary=vocabulary().assign(count=claims.OFTEN - 1))["tokens"]
+    row = judged(vocabulary=vocabulary().assign(count=activation_patterns.OFTEN - 1))["tokens"]
     assert row.verdict == INCONCLUSIVE
     few = vocabulary()
     few.loc[few["token_id"] >= 12, "count"] = 1
@@ -168,10 +171,9 @@ def test_rare_tokens_are_not_compared():
 
 
 def test_claims_are_stated_before_their_verdicts():
-    stated = verdicts.claims_table("activation_patterns")
     rows = list(judged().values())
-    assert stated["question"].tolist() == [row.claim for row in rows]
-    assert stated["threshold"].tolist() == [row.threshold for row in rows]
+    assert list(activation_patterns.CLAIMS.values()) == [row.claim for row in rows]
+    assert activation_patterns.claims()["question"].tolist() == [row.claim.claim for row in rows]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,415 @@
+"""Notebook 05, activation patterns: which neurons and tokens are active, dead neurons, transfer of thresholds."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
+from sparsity_utils.findings.style import (
+    AXIS,
+    Look,
+    ShownFigure,
+    captioned,
+    seeds_name,
+    side_by_side,
+    styled,
+    token_axis,
+)
+from sparsity_utils.laws.limits import require
+from sparsity_utils.laws.similarity import (
+    PARTS,
+    SIZE,
+    between_domains,
+    bootstrap_draws,
+    frequency_distances,
+    percentile_estimate,
+    relative,
+    seed_correlations,
+    size_correlations,
+    size_name,
+    token_patterns,
+)
+from sparsity_utils.laws.trends import mean_over_runs, run_slopes
+from sparsity_utils.models.config import ACTIVATIONS
+from sparsity_utils.study.study import Study
+
+OFTEN = 20  # occurrences in the measured text from which a token's mean activation ratio is compared
+ALIKE = 0.5  # rank correlation of two token patterns: at least this much counts as alike
+LITTLE = 0.25  # of the fall of the activation ratio: dead neurons explain little of it below this
+TRANSFER_FACTOR = 2.0  # thresholds that cost p% on their own domain may cost this many times p% on another
+RUN = ["run", "activation", *SIZE, "seed"]
+SHARES = ["dead_share", "dead_share_zero", "activation_ratio", "dying_ratio"]  # of a layer's neurons
+QUANTILES = np.linspace(0, 1, 101)  # at which a distribution is drawn
+PART_NAMES = ("all", "first", "middle", "last")
+DIFFERENCES = {"size": "sizes", "activation": "activation\nfunctions", "seed": "seeds"}  # between two models
+
+
+def transfer_claim(p: float = 1.0) -> Claim:
+    """Do thresholds solved for a price of p percent on one domain hold on others?"""
+    return Claim(
+        "thresholds_transfer",
+        "activation_patterns",
+        "Thresholds solved on one domain hold on others",
+        "none",
+        "% rise of perplexity",
+        "t interval over runs of the mean rise on foreign domains, for each activation function; the highest decides",
+        f"90% interval below {TRANSFER_FACTOR:g} times the p% solved for",
+        region=(-math.inf, TRANSFER_FACTOR * p / 100),
+    )
+
+
+TOKENS_ALIKE = Claim(
+    "tokens_alike",
+    "activation_patterns",
+    "The same vocabulary tokens activate many neurons at every size",
+    "alike (Fig. 10)",
+    "rank correlation",
+    f"bootstrap over vocabulary tokens (seen {OFTEN} times or more) of the Spearman correlation of their activation "
+    "ratios, mean over layers and seeds, for each pair of sizes and activation function; the lowest decides",
+    f"90% interval above {ALIKE:g} for every pair",
+    region=(ALIKE, math.inf),
+    scale=1.0,
+)
+NEURONS_ALIKE = Claim(
+    "neurons_alike",
+    "activation_patterns",
+    "Neuron frequencies are distributed more alike across sizes than across activation functions",
+    "alike across sizes (Fig. 9)",
+    "less KS distance",
+    "t interval over seeds, at the sizes that all of them have, of the KS distance of relative frequencies between "
+    "ReLU and SiLU at one size, less that between sizes at one activation function; means over domains",
+    scale=1.0,
+)
+MIDDLE_ALIKE = Claim(
+    "middle_alike",
+    "activation_patterns",
+    "First and last layers differ more across sizes than the middle layer",
+    "differ more (Fig. 16)",
+    "more rank correlation in the middle",
+    "bootstrap over vocabulary tokens of the Spearman correlation between sizes in the middle layer, less that in the "
+    "first and in the last; mean over activation functions and pairs of sizes of three layers or more",
+    "90% interval above 0 for both",
+    scale=1.0,
+)
+DEAD_INCREASE = Claim(
+    "dead_increase",
+    "activation_patterns",
+    "The share of dead ReLU neurons rises with training",
+    "0.35% dead at the end (0.1B)",
+    "points more per decade of tokens",
+    "t interval over runs of each run's slope on log tokens, warm-up dropped",
+)
+DEAD_EXPLAIN_LITTLE = Claim(
+    "dead_explain_little",
+    "activation_patterns",
+    "Dead neurons explain little of the fall of the ReLU activation ratio",
+    "0.35% dead, 3.4 points fall",
+    "% of the fall",
+    "t interval over ReLU runs of the share of the fall, from the first fitted to the last stable checkpoint, that "
+    "lies in neurons dead at the end",
+    f"90% interval below {100 * LITTLE:.0f}%",
+    region=(-math.inf, LITTLE),
+)
+ALL = (TOKENS_ALIKE, NEURONS_ALIKE, MIDDLE_ALIKE, DEAD_INCREASE, DEAD_EXPLAIN_LITTLE, transfer_claim())
+CLAIMS = {claim.key: claim for claim in ALL}
+
+
+def claims() -> pd.DataFrame:
+    """The claims, tests and thresholds, as the notebook states them before its results."""
+    return stated(CLAIMS.values())
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How alike the patterns of a study's models are."""
+
+    models: pd.DataFrame  # activation, d_model, n_layers and seed of each run
+    distances: dict[str, pd.DataFrame]  # `similarity.frequency_distances`, by what two models differ in
+    tokens: pd.DataFrame  # `similarity.token_patterns`, mean over seeds
+    between_sizes: dict[str, dict]  # rank correlations of the token patterns of two sizes, by part of the layers
+    between_seeds: dict[str, dict]  # likewise of two seeds of one size
+
+
+def likeness(neurons: pd.DataFrame, vocabulary: pd.DataFrame) -> Likeness:
+    """Compare every two models of a study.
+
+    The tables of the questions activation_patterns and token_patterns, as results/columns.csv describes them. Raises
+    InputError for missing columns, duplicates and NaN.
+    """
+    key, numbers = ["layer", "neuron", "domain"], ["count", "activation_ratio", "first", "last"]
+    require(neurons, [*RUN, *key, "frequency"], ["run", *key], ["frequency"], "activation patterns")
+    require(vocabulary, [*RUN, "token_id", *numbers], ["run", "token_id"], numbers, "token patterns")
+    tokens = token_patterns(vocabulary, OFTEN)
+    return Likeness(
+        neurons[RUN[1:]].drop_duplicates(ignore_index=True),
+        {against: frequency_distances(neurons, against) for against in DIFFERENCES},
+        tokens,
+        {part: size_correlations(tokens, part) for part in PARTS},
+        {part: seed_correlations(vocabulary, OFTEN, part) for part in PARTS},
+    )
+
+
+def domains_alike(neurons: pd.DataFrame) -> pd.DataFrame:
+    """Do two domains use the same neurons of one model? Means of `similarity.between_domains` over pairs and runs."""
+    by_run = {about: between_domains(run) for about, run in neurons.groupby(["activation", "run"])}
+    table = pd.concat(by_run, names=["activation", "run"])
+    return table.groupby(["activation", "part"])[["spearman", "overlap"]].mean().unstack("activation")
+
+
+def dead_curves(layers: pd.DataFrame) -> pd.DataFrame:
+    """SHARES of all neurons of each ReLU run, one row per run and stable checkpoint.
+
+    layers: the table of the question dead_neurons. Raises InputError for missing columns, duplicates and NaN.
+    """
+    numbers = ["neurons", "tokens", "fit", "dead_share", "activation_ratio", "dying_ratio"]
+    columns = [*RUN, "step", "layer", "dead_share_zero", *numbers]
+    require(layers, columns, ["run", "step", "layer"], numbers, "dead neurons")
+    relu = layers[layers["activation"] == "relu"]
+    totals = relu[SHARES].mul(relu["neurons"], axis=0).assign(neurons=relu["neurons"])
+    sums = totals.groupby([relu[name] for name in (*RUN, "step", "tokens", "fit")], sort=True).sum()
+    return sums[SHARES].div(sums["neurons"], axis=0).reset_index()
+
+
+def dead_ends(curves: pd.DataFrame) -> pd.DataFrame:
+    """Shares in percent at the first and the last checkpoint of `dead_curves`, mean over the seeds of each size."""
+    runs = curves.groupby("run")
+    ends = pd.concat({"first": runs.head(1), "last": runs.tail(1)}, names=["at", None])
+    return 100 * ends.pivot_table(["dead_share", "dead_share_zero", "activation_ratio"], SIZE, "at")
+
+
+def verdicts(alike: Likeness, dead: pd.DataFrame, transfer: pd.DataFrame) -> Verdicts:
+    """Tokens and neurons across sizes, layers, dead neurons, transfer of thresholds: one verdict per claim.
+
+    dead: `dead_curves`. transfer: the table of that question. Raises InputError for missing columns, duplicates, NaN.
+    """
+    pairs = ["calibrated_on", "applied_to"]
+    require(transfer, [*RUN, *pairs, "ppl_ratio", "p"], ["run", *pairs], ["ppl_ratio", "p"], "transfer")
+    across_sizes = _tokens_alike(alike), _neurons_alike(alike), _middle_alike(alike)
+    return Verdicts([*across_sizes, _dead_increase(dead), _dead_explain_little(dead), _thresholds_transfer(transfer)])
+
+
+def _tokens_alike(alike: Likeness) -> Verdict:
+    correlations, tokens = alike.between_sizes["activation_ratio"], alike.tokens
+    if not correlations:
+        return TOKENS_ALIKE.undecided("no two sizes share tokens")
+    resampled = size_correlations(tokens, "activation_ratio", bootstrap_draws(tokens))
+    estimates = {
+        f"{ACTIVATIONS[pair[0]]} {size_name(pair[1])} and {size_name(pair[2])}": percentile_estimate(
+            value, resampled[pair], len(tokens)
+        )
+        for pair, value in correlations.items()
+    }
+    return TOKENS_ALIKE.judged_all(estimates, "tokens")
+
+
+def _neurons_alike(alike: Likeness) -> Verdict:
+    """One value per seed: its models share no weights with those of another seed, whatever their size and domain.
+
+    Of the sizes that every seed has with ReLU and SiLU, so that seeds are like for like.
+    """
+    models = alike.models[alike.models["activation"].isin(["relu", "silu"])]
+    counts, everywhere = models.groupby(SIZE).size(), len(models[["activation", "seed"]].drop_duplicates())
+    sizes = list(counts.index[counts == everywhere])
+    across, between = alike.distances["activation"], alike.distances["size"]
+    kept = pd.MultiIndex.from_frame(across[SIZE]).isin(sizes)
+    across = across[kept & (across["one"] == "relu") & (across["other"] == "silu")]
+    between = between[between["activation"].isin(["relu", "silu"])]
+    between = between[between["one"].isin(sizes) & between["other"].isin(sizes)]
+    means = [table.groupby("seed")["distance"].mean() for table in (across, between)]
+    estimate = mean_over_runs((means[0] - means[1]).dropna())
+    reason = estimate.reason.replace("runs", "seeds") or f"{estimate.n} seeds"
+    found = f"KS {means[0].mean():.2f} between activations, {means[1].mean():.2f} between sizes"
+    return NEURONS_ALIKE.judged(estimate, reason, found, f"sizes {', '.join(map(size_name, sizes))}")
+
+
+def _middle_alike(alike: Likeness) -> Verdict:
+    """The middle layer against the first and the last, on the same pairs of sizes: those that have a middle."""
+    middle, tokens, estimates = alike.between_sizes["middle"], alike.tokens, {}
+    if not middle:
+        return MIDDLE_ALIKE.undecided("no two sizes have three layers or more")
+    draws = bootstrap_draws(tokens)
+    resampled = {part: size_correlations(tokens, part, draws) for part in ("first", "middle", "last")}
+    for part in ("first", "last"):
+        gap, gaps = (
+            np.mean([found["middle"][pair] - found[part][pair] for pair in middle], axis=0)
+            for found in (alike.between_sizes, resampled)
+        )
+        estimates[f"middle less {part}"] = percentile_estimate(gap, gaps, len(tokens))
+    return MIDDLE_ALIKE.judged_all(estimates, "tokens", f"{len(middle)} pairs of sizes")
+
+
+def _dead_increase(curves: pd.DataFrame) -> Verdict:
+    fitted, end = curves[curves["fit"].astype(bool)], curves.groupby("run")["dead_share"].last()
+    slopes = mean_over_runs(list(run_slopes(fitted["tokens"], fitted["dead_share"], fitted["run"]).values()))
+    at_end = f"{100 * end.mean():.2f}% dead at the end, {100 * end.min():.2f} to {100 * end.max():.2f}"
+    return DEAD_INCREASE.counted(slopes, "runs", at_end)
+
+
+def _dead_explain_little(curves: pd.DataFrame) -> Verdict:
+    ends = curves[curves["fit"].astype(bool)].groupby("run")[["activation_ratio", "dying_ratio"]]
+    fall = ends.first() - ends.last()
+    about = f"the ratio fell by {100 * fall['activation_ratio'].mean():.1f} points"
+    if increasing := int((fall["activation_ratio"] <= 0).sum()):
+        return DEAD_EXPLAIN_LITTLE.undecided(f"the activation ratio of {increasing} runs did not fall; {about}")
+    return DEAD_EXPLAIN_LITTLE.counted(mean_over_runs(fall["dying_ratio"] / fall["activation_ratio"]), "runs", about)
+
+
+def _thresholds_transfer(transfer: pd.DataFrame) -> Verdict:
+    claim, own = transfer_claim(transfer["p"].iloc[0]), transfer["calibrated_on"] == transfer["applied_to"]
+    if own.all():
+        return claim.undecided("only one domain")
+    rows = transfer.assign(increase=transfer["ppl_ratio"] - 1)
+    foreign = rows[~own]
+    estimates = {
+        ACTIVATIONS[activation]: mean_over_runs(runs.groupby("run")["increase"].mean())
+        for activation, runs in foreign.groupby("activation", sort=True)
+    }
+    pairs = foreign.groupby(["activation", "calibrated_on", "applied_to"])["increase"].mean()
+    activation, solved, applied = pairs.idxmax()
+    notes = (
+        f"on the own domain {100 * rows.loc[own, 'increase'].mean():.2f}% on average",
+        f"highest mean {100 * pairs.max():.2f}%, {ACTIVATIONS[activation]}, {solved} on {applied}",
+    )
+    return claim.judged_all(estimates, "runs", *notes)
+
+
+def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
+    """Every figure that a study has the tables for, with its name."""
+    if study.answers("activation_patterns") and study.answers("token_patterns"):
+        neurons = study.table("activation_patterns")
+        alike = likeness(neurons, study.table("token_patterns"))
+        yield "05_neuron_frequencies", frequency_figure(neurons, alike)
+        yield "05_token_patterns", token_figure(alike)
+    if study.answers("dead_neurons"):
+        yield "05_dead_neurons", dead_figure(dead_curves(study.table("dead_neurons")))
+    if study.answers("transfer"):
+        yield "05_transfer", transfer_figure(study.table("transfer"))
+
+
+@styled
+def frequency_figure(neurons: pd.DataFrame, alike: Likeness) -> ShownFigure:
+    """Distribution of the neurons' frequencies per size and domain, and how far distributions are apart (Fig. 9)."""
+    activations = sorted(set(neurons["activation"]))
+    figure, panels = side_by_side(len(activations) + 1)
+    for axes, activation in zip(panels, activations, strict=False):
+        rows = neurons[neurons["activation"] == activation]
+        for number, (size, models) in enumerate(rows.groupby(SIZE, sort=True)):
+            look = Look(number)
+            for index, (_, domain) in enumerate(models.groupby("domain", sort=True)):
+                values = np.quantile(relative(domain["frequency"]), QUANTILES)
+                label = None if index else size_name(size)
+                axes.plot(values, 100 * QUANTILES, look.line, color=look.colour, alpha=0.6, lw=0.9, label=label)
+        axes.set(xlabel="Frequency / mean frequency", xlim=(0, 5), ylim=(0, 100), title=ACTIVATIONS[activation])
+    panels[0].set_ylabel("Neurons at or below (%)")
+    panels[0].legend(loc="lower right")
+    _distances(panels[-1], alike)
+    domains, seeds = neurons["domain"].nunique(), seeds_name(alike.models)
+    return captioned(figure, f"One line per size and each of {domains} domains, all layers; {seeds} a size together.")
+
+
+def _distances(axes: Axes, alike: Likeness) -> None:
+    """KS distances between models that differ in size, in activation function or in seed, one point per pair."""
+    names = []
+    for against, name in DIFFERENCES.items():
+        distances = alike.distances[against]["distance"]
+        if len(distances):
+            place, look = len(names), Look(len(names))
+            spread = place + np.linspace(-0.25, 0.25, len(distances))
+            axes.plot(spread, np.sort(distances), look.marker, color=look.colour, alpha=0.5, markersize=3)
+            axes.hlines(distances.mean(), place - 0.35, place + 0.35, color="black", linewidth=1.2)
+            names.append(name)
+    axes.set_xticks(range(len(names)), names)
+    axes.set(ylabel="Kolmogorov-Smirnov distance", title="Between models that differ in", ylim=(0, None))
+
+
+@styled
+def token_figure(alike: Likeness) -> ShownFigure:
+    """Mean activation ratio of vocabulary tokens, smallest against largest model, and by layer (Fig. 10 and 16)."""
+    activations = sorted(set(alike.models["activation"]))
+    sizes = sorted(set(alike.models[SIZE].itertuples(index=False, name=None)))
+    figure, panels = side_by_side(len(activations) + 1)
+    for number, (axes, activation) in enumerate(zip(panels, activations, strict=False)):
+        x, y = (100 * alike.tokens[activation, *size, "activation_ratio"] for size in (sizes[0], sizes[-1]))
+        axes.plot(x, y, Look(number).marker, color=Look(number).colour, alpha=0.4, markersize=3)
+        axes.set(xlabel=f"Active neurons in {size_name(sizes[0])} (%)", ylabel=f"in {size_name(sizes[-1])} (%)")
+        correlation = alike.between_sizes["activation_ratio"].get((activation, sizes[0], sizes[-1]), math.nan)
+        axes.set_title(f"{ACTIVATIONS[activation]}, ρ = {correlation:.2f}")
+    _correlations(panels[-1], activations, alike)
+    return captioned(
+        figure,
+        f"One point per vocabulary token seen {OFTEN} times or more (n = {len(alike.tokens)}), mean "
+        f"over {seeds_name(alike.models)} a size. "
+        "Right: one point per pair of sizes; hollow: per pair of seeds of one size.",
+    )
+
+
+def _correlations(axes: Axes, activations: list[str], alike: Likeness) -> None:
+    """Rank correlation between sizes, and between seeds of one size, in all layers together and in single ones."""
+    shift, lowest = 0.3 / max(1, len(activations) - 1), 0.0
+    for place, part in enumerate(PARTS):
+        for number, activation in enumerate(activations):
+            look, at = Look(number), place - 0.15 + number * shift
+            for found, fill, nudge in ((alike.between_sizes, "full", -0.03), (alike.between_seeds, "none", 0.03)):
+                values = [value for (kind, *_), value in found[part].items() if kind == activation]
+                lowest = min([lowest, *(value - 0.05 for value in values)])
+                style = {"color": look.colour, "fillstyle": fill, "linestyle": "none", "alpha": 0.8}
+                label = ACTIVATIONS[activation] if place == 0 and fill == "full" else None
+                axes.plot([at + nudge] * len(values), values, look.marker, label=label, **style)
+    axes.set_xticks(range(len(PARTS)), PART_NAMES)
+    axes.set(ylim=(lowest, 1), xlabel="Layers", title="Between sizes (hollow: seeds)")
+    axes.set_ylabel("Rank correlation of token ratios")
+    axes.legend()
+
+
+@styled
+def dead_figure(curves: pd.DataFrame) -> ShownFigure:
+    """Share of dead ReLU neurons against training tokens, and where the fall of the activation ratio lies.
+
+    curves: `dead_curves`.
+    """
+    figure, (left, right) = side_by_side(2)
+    means = 100 * curves.groupby([*SIZE, "tokens"], sort=True)[SHARES].mean()
+    for number, (size, curve) in enumerate(means.groupby(level=SIZE, sort=True)):
+        look, curve = Look(number), curve.droplevel(SIZE)
+        style = {"color": look.colour, "marker": look.marker, "markersize": 3}
+        x = curve.index / 1e6
+        left.plot(x, curve["dead_share"], "-", label=size_name(size), **style)
+        left.plot(x, curve["dead_share_zero"], ":", fillstyle="none", **style)
+        right.plot(x, curve["activation_ratio"], "-", label=size_name(size), **style)
+        right.plot(x, curve["dying_ratio"], ":", fillstyle="none", **style)
+    left.set(ylabel="Dead neurons (%)", title="Solid: at the CETT; dotted: zero threshold")
+    right.set(ylabel=AXIS, title="Solid: all neurons; dotted: those dead at the end")
+    for axes in (left, right):
+        token_axis(axes)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    about = f"ReLU, mean over {seeds_name(curves)} a size; dead: active on less than 0.1% of the evaluation tokens."
+    return captioned(figure, about)
+
+
+@styled
+def transfer_figure(table: pd.DataFrame) -> ShownFigure:
+    """Increase of perplexity when thresholds of one domain (row) are applied to another (column), per activation."""
+    activations = sorted(set(table["activation"]))
+    figure, panels = side_by_side(len(activations))
+    domains, p = sorted(set(table["calibrated_on"])), table["p"].iloc[0]
+    for axes, activation in zip(panels, activations, strict=True):
+        rows = table[table["activation"] == activation].assign(increase=100 * (table["ppl_ratio"] - 1))
+        wide = rows.pivot_table("increase", "calibrated_on", "applied_to").loc[domains, domains]
+        image = axes.imshow(wide, cmap="RdBu_r", vmin=0, vmax=2 * p, aspect="auto")
+        for (row, column), value in np.ndenumerate(wide.to_numpy()):
+            light = abs(value - p) > 0.6 * p
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color="w" if light else "k")
+        axes.set_xticks(range(len(domains)), domains, rotation=40, ha="right")
+        axes.set_yticks(range(len(domains)), domains if axes is panels[0] else [])
+        axes.grid(False)
+        axes.set(xlabel="Applied to", title=f"{ACTIVATIONS[activation]}: rise of perplexity (%)")
+    panels[0].set_ylabel("Calibrated on")
+    figure.colorbar(image, ax=panels, shrink=0.8)
+    runs = table.groupby("activation")["run"].nunique().min()
+    claim = f"claim: foreign domains on average below {TRANSFER_FACTOR * p:g}%"
+    return captioned(figure, f"Mean over {runs} runs; thresholds of CETT-PPL-{p:g}% solved on the row; {claim}.")
