@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels import SparseFFN
-from kernels.bench import machine, speedups
 from kernels.bench_cases import Pattern
 from kernels.reading import Reading, reading
+from kernels.timing import alternate, machine, speedups
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.decode import kernel_rule, replaceable_ffns, sparse_kernels
 from sparsity_utils.neurons.activations import activation_name
@@ -28,11 +28,10 @@ from sparsity_utils.neurons.thresholds import Thresholds
 
 PARTS = ("ffn", "attention", "head")
 DENSE = ("dense", "all rows")  # ways that read all weights: transformers, and the kernels with nothing skipped
-ROUNDS = 5
 
 
 def decode_speeds(
-    model: PreTrainedModel, prompts: Tensor, thresholds: Thresholds, *, new_tokens: int = 64, rounds: int = ROUNDS
+    model: PreTrainedModel, prompts: Tensor, thresholds: Thresholds, *, new_tokens: int, rounds: int
 ) -> pd.DataFrame:
     """Greedy decoding, dense and with sparse kernels: one row per way, columns as in results/columns.csv.
 
@@ -65,16 +64,13 @@ def decode_speeds(
         right = {
             name: torch.equal(decoded(block)[0], dense if name in DENSE else masked) for name, block in ways.items()
         }
-        speeds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(rounds):
-            for name, block in ways.items():
-                seconds = decoded(block)[1]
-                speeds[name].append(prompts.shape[0] * (new_tokens - 1) / seconds if right[name] else np.nan)
+        seconds = alternate({name: lambda block=block: decoded(block)[1] for name, block in ways.items()}, rounds)
+        counted = len(prompts) * (new_tokens - 1)
+        speeds = {name: np.where(right[name], counted / values, np.nan) for name, values in seconds.items()}
         rows = []
         for name, block in ways.items():
             with block() as kernels:
-                row = _row(name, {way: np.array(values) for way, values in speeds.items()}, right[name])
-                rows.append(row | _anatomy(model, prompts, new_tokens, kernels))
+                rows.append(_row(name, speeds, right[name]) | _anatomy(model, prompts, new_tokens, kernels))
     about = {"sequences": len(prompts), "new_tokens": new_tokens, "rounds": rounds}
     return pd.DataFrame(rows).assign(**about, **machine(prompts.device.type))
 

@@ -94,7 +94,9 @@ def test_patterns_are_those_of_the_last_tokens(model):
 
 def test_an_encoder_decoder_is_refused():
     with pytest.raises(InputError, match="does not decode"):
-        speed.decode_speeds(build("t5", dtype=torch.float32), torch.ones(1, 3, dtype=torch.long), CETT)
+        speed.decode_speeds(
+            build("t5", dtype=torch.float32), torch.ones(1, 3, dtype=torch.long), CETT, new_tokens=2, rounds=1
+        )
 
 
 # Summaries and verdicts
@@ -176,7 +178,13 @@ def test_too_few_rounds_are_inconclusive():
 
 def test_a_model_that_no_kernel_fits_is_refused_and_one_without_certificate_is_not(model, prompts):
     with pytest.raises(InputError, match="routed experts"):
-        speed.decode_speeds(build_mixture("mixtral", dtype=torch.float32), torch.ones(1, 3, dtype=torch.long), CETT)
+        speed.decode_speeds(
+            build_mixture("mixtral", dtype=torch.float32),
+            torch.ones(1, 3, dtype=torch.long),
+            CETT,
+            new_tokens=2,
+            rounds=1,
+        )
     silu = load_model(RECORDED_MODELS / "silu").eval()
     table = speed.decode_speeds(silu, prompts, CETT, new_tokens=2, rounds=1)
     assert list(table["way"]) == ["dense", "all rows", "sparse"]
