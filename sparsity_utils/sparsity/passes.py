@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.hooks import FFN, widened
+from sparsity_utils.neurons.find import FFN, widened
 
 IGNORED = -100  # the label that counts for nothing, as in transformers
 

@@ -15,7 +15,7 @@ from sparsity_utils.findings import speed_summary, speed_verdicts
 from sparsity_utils.laws.cost import decoding_limit
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 from sparsity_utils.models.decoder import load_model
-from sparsity_utils.neurons.hooks import find_ffns
+from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.paths import RECORDED_MODELS
 
