@@ -186,7 +186,6 @@ def _row(case: Case, way: str, problem: Problem, ffn: SparseFFN, seconds: dict[s
     pattern, rows = reading(problem.ffn, problem.x), reading(ffn, problem.x)
     read = rows.dense_nbytes if way in DENSE else rows.nbytes
     low, median, high = np.quantile(seconds[way], (0.05, 0.5, 0.95))
-    fastest = min((name for name in DENSE if name in seconds), key=lambda name: np.median(seconds[name]))
     return {
         "shape": case.shape,
         "d_model": d,
@@ -207,6 +206,6 @@ def _row(case: Case, way: str, problem: Problem, ffn: SparseFFN, seconds: dict[s
         "megabytes": read / 1e6,
         "gb_per_s": read / median / 1e9,
         "ideal_speedup": rows.dense_nbytes / read,
-        **speedups(seconds["dense"] / seconds[way], seconds[fastest] / seconds[way]),
+        **speedups(seconds, way, DENSE),
         "rounds": len(seconds[way]),
     }

@@ -117,7 +117,7 @@ def _joined(tokens: np.ndarray, documents: pd.DataFrame) -> np.ndarray:
 
 
 def evenly_spaced(count: int, total: int, *, centred: bool = False) -> list[int]:
-    """Positions of `count` of `total` items: the first, or `centred` the middle one, of each of as many equal stretches.
+    """Positions of `count` of `total` items: the first, or `centred` the middle one, of each of `count` equal parts.
 
     Three of nine: 0, 3, 6, or 1, 4, 7.
     """

@@ -20,6 +20,7 @@ from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.paths import RECORDED_MODELS
 
 CETT = Thresholds("cett", (0.05,) * 4)
+IDS = torch.ones(1, 3, dtype=torch.long)
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,12 @@ def test_other_tokens_give_no_speed(model, prompts, monkeypatch):
 def test_parts_count_the_time_of_single_tokens_alone(model, prompts, monkeypatch):
     ffn = find_ffns(model)[0]
     slow = ffn.down.register_forward_pre_hook(lambda module, args: time.sleep(0.02))
-    parts = speed.Parts()
     try:
-        with parts.timed(model, find_ffns(model)):
+        with speed.parts_timed(model, find_ffns(model)) as parts:
             speed.greedy(model, prompts, 4)
     finally:
         slow.remove()
-    assert parts.seconds["ffn"] >= 3 * 0.02 > parts.seconds["head"]  # three single tokens, slept in one of four FFNs
+    assert parts["ffn"] >= 3 * 0.02 > parts["head"]  # three single tokens, slept in one of four FFNs
 
 
 def test_patterns_are_those_of_the_last_tokens(model):
@@ -94,9 +94,7 @@ def test_patterns_are_those_of_the_last_tokens(model):
 
 def test_an_encoder_decoder_is_refused():
     with pytest.raises(InputError, match="does not decode"):
-        speed.decode_speeds(
-            build("t5", dtype=torch.float32), torch.ones(1, 3, dtype=torch.long), CETT, new_tokens=2, rounds=1
-        )
+        speed.decode_speeds(build("t5", dtype=torch.float32), IDS, CETT, new_tokens=2, rounds=1)
 
 
 # Summaries and verdicts
@@ -178,13 +176,7 @@ def test_too_few_rounds_are_inconclusive():
 
 def test_a_model_that_no_kernel_fits_is_refused_and_one_without_certificate_is_not(model, prompts):
     with pytest.raises(InputError, match="routed experts"):
-        speed.decode_speeds(
-            build_mixture("mixtral", dtype=torch.float32),
-            torch.ones(1, 3, dtype=torch.long),
-            CETT,
-            new_tokens=2,
-            rounds=1,
-        )
+        speed.decode_speeds(build_mixture("mixtral", dtype=torch.float32), IDS, CETT, new_tokens=2, rounds=1)
     silu = load_model(RECORDED_MODELS / "silu").eval()
     table = speed.decode_speeds(silu, prompts, CETT, new_tokens=2, rounds=1)
     assert list(table["way"]) == ["dense", "all rows", "sparse"]
