@@ -7,6 +7,7 @@ triton_ffn  Triton, on a CUDA GPU
 certified   an 8-bit copy of the gate that proves neurons inactive (CPU)
 reading     which bytes a call needs, counted by its rule
 shapes      of published FFNs
+timing      several ways of one job, timed in turn
 bench       speeds beside dense FFNs and beside memory, on the FFNs of bench_cases
 """
 

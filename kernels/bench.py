@@ -5,15 +5,10 @@ any cache, and every call meets the next copy, as the layers of a model would. A
 output agrees with the same rule run densely.
 """
 
-import math
 import os
-import platform
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from datetime import date
-from functools import cache
-from importlib.metadata import version
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -26,6 +21,7 @@ from kernels import MAX_TOKENS, SparseFFN, naive
 from kernels.bench_cases import Case, Pattern, Problem, build, random_pattern
 from kernels.reading import reading
 from kernels.shapes import SHAPES
+from kernels.timing import alternate, machine, speedups, timed
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.935, 0.97, 0.99)
 FEWER_SPARSITIES = (0.0, 0.5, 0.9, 0.97)
@@ -38,7 +34,7 @@ EVERY_ROW = {"rule": "gate", "threshold": -1.0}
 Way = Callable[[Problem], Tensor]
 
 
-def grid(shapes: Iterable[str] = SHAPES, patterns: Iterable[Pattern] = ()) -> list[Case]:
+def grid(shapes: Iterable[str], patterns: Iterable[Pattern]) -> list[Case]:
     """The cases of the bench: few sparsities on every shape; all of them, dtypes, batches and `patterns` on one."""
     shapes = list(shapes)
     one = "2.4B" if "2.4B" in shapes else shapes[-1]
@@ -58,37 +54,24 @@ def grid(shapes: Iterable[str] = SHAPES, patterns: Iterable[Pattern] = ()) -> li
 
 
 def ffn_speeds(
-    cases: Iterable[Case],
-    *,
-    compiled: bool = True,
-    rounds: int = ROUNDS,
-    megabytes: int | None = None,
-    device: str | None = None,
+    cases: Iterable[Case], *, compiled: bool, rounds: int, megabytes: int | None, device: str
 ) -> pd.DataFrame:
     """One row per case and way of computing it; columns are described in results/columns.csv, table sparse_ffn.
 
     Args:
         compiled: also time torch.compile, which on a CPU needs a C++ compiler.
         megabytes: of all copies of the weights of a case together; None: several times the largest cache.
-        device: "cpu" or "cuda"; None: a GPU where there is one.
+        device: "cpu" or "cuda".
 
     Raises `RuntimeError` when an output does not agree with the same rule run densely.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     size = WEIGHTS[device] if megabytes is None else 10**6 * megabytes
     memory, rows = memory_works(device, size // 2), []
+    compile_once = cache(partial(_compiled, device)) if compiled else None
     with torch.inference_mode():
         for case in tqdm(list(cases), desc="sparse FFNs", disable=bool(os.environ.get("CI")), leave=False):
-            rows += list(_case_rows(case, device, size, compiled, rounds, memory))
+            rows += _case_rows(case, device, size, compile_once, rounds, memory)
     return pd.DataFrame(rows).assign(**machine(device))
-
-
-def machine(device: str) -> dict[str, str | int]:
-    """What a speed was measured on."""
-    backend = "triton" if device == "cuda" else "numba"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})"
-    versions = f"torch {torch.__version__}, {backend} {version(backend)}"
-    return {"device": name, "threads": torch.get_num_threads(), "versions": versions, "date": str(date.today())}
 
 
 def memory_works(device: str, size: int) -> dict[str, tuple[Callable[[], object], int]]:
@@ -104,39 +87,6 @@ def memory_works(device: str, size: int) -> dict[str, tuple[Callable[[], object]
     }
 
 
-def median_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """The median between the ends of its 90% interval: order statistics by the sign test, NaN below five values."""
-    ordered, n = np.sort(values), len(values)
-    tails = np.cumsum([math.comb(n, k) for k in range(n + 1)]) / 2**n  # P(at most k of n values below the median)
-    outside = int((2 * tails <= 0.1).sum())  # values to leave out on either side
-    if outside == 0:
-        return math.nan, float(np.median(values)), math.nan
-    return float(ordered[outside - 1]), float(np.median(values)), float(ordered[n - outside])
-
-
-def speedups(over_dense: np.ndarray, over_fastest: np.ndarray) -> dict[str, float]:
-    """The columns speedup and strict_speedup of a table with their intervals, from the ratios of single rounds."""
-    columns: dict[str, float] = {}
-    for name, ratios in (("speedup", over_dense), ("strict_speedup", over_fastest)):
-        low, median, high = median_interval(ratios)
-        columns |= {name: median, f"low_{name}": low, f"high_{name}": high}
-    return columns
-
-
-def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def dense(problem: Problem) -> Tensor:
     """The dense FFN, as a model computes it."""
     ffn, act = problem.ffn, naive.ACTIVATIONS[problem.ffn.act]
@@ -148,12 +98,14 @@ def sparse(problem: Problem) -> Tensor:
     return problem.ffn(problem.x)
 
 
-def _case_rows(case: Case, device: str, size: int, compiled: bool, rounds: int, memory: dict) -> Iterator[dict]:
+def _case_rows(
+    case: Case, device: str, size: int, compile_once: Callable[..., Way | None] | None, rounds: int, memory: dict
+) -> Iterator[dict]:
     first = build(case, device)
     count = max(1, size // first.nbytes)
     problems = [first, *(first.copied() for _ in range(count - 1))]
     ways: dict[str, tuple[Way, list[Problem]]] = {"dense": (dense, problems)}
-    if compiled and (way := _compiled(first.ffn.act, first.x.shape, case.dtype, device)) is not None:
+    if compile_once is not None and (way := compile_once(first.ffn.act, first.x.shape, case.dtype)) is not None:
         ways["dense compiled"] = way, problems
     ways["all rows"] = sparse, [replace(problem, ffn=replace(problem.ffn, **EVERY_ROW)) for problem in problems]
     ways["sparse"] = sparse, problems
@@ -162,26 +114,19 @@ def _case_rows(case: Case, device: str, size: int, compiled: bool, rounds: int, 
     for name, (way, given) in ways.items():
         _check(case, name, way(given[0]), given[0])
     works = {name: _pass(way, given, device) for name, (way, given) in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    rates: dict[str, list[float]] = {name: [] for name in memory}
-    index, index_seconds = _index_work(first, device), []
-    for _ in range(rounds):
-        for name, work in works.items():
-            seconds[name].append(timed(work, device) / count)
-        for name, (work, moved) in memory.items():
-            rates[name].append(moved / timed(work, device) / 1e9)
-        index_seconds.append(timed(index, device) if index else np.nan)
-    beside = {f"{name}_gb_per_s": np.median(values) for name, values in rates.items()}
-    beside["index_milliseconds"] = 1e3 * np.median(index_seconds)
+    works |= {name: work for name, (work, _) in memory.items()}
+    if device == "cpu":  # on a GPU a part of the first launch
+        works["index"] = _index_work(first)
+    seconds = alternate({name: partial(timed, work, device) for name, work in works.items()}, rounds)
+    beside = {f"{name}_gb_per_s": np.median(moved / seconds[name] / 1e9) for name, (_, moved) in memory.items()}
+    beside["index_milliseconds"] = 1e3 * np.median(seconds["index"]) if "index" in seconds else np.nan
+    times = {name: seconds[name] / count for name in ways}
     for name, (_, given) in ways.items():
-        times = {way: np.array(values) for way, values in seconds.items()}
         yield _row(case, name, first, given[0].ffn, times) | beside
 
 
-def _index_work(problem: Problem, device: str) -> Callable[[], object] | None:
-    """Building the list of active neurons alone; None on a GPU, where it is part of the first launch."""
-    if device != "cpu":
-        return None
+def _index_work(problem: Problem) -> Callable[[], object]:
+    """Building the list of active neurons alone, on a CPU."""
     from kernels.cpu_ffn import indices
 
     g = F.linear(problem.x.float(), problem.ffn.w_gate.float())
@@ -207,8 +152,7 @@ def _pass(way: Way, problems: list[Problem], device: str) -> Callable[[], object
     return graph.replay
 
 
-@cache
-def _compiled(act: str, shape: torch.Size, dtype: torch.dtype, device: str) -> Way | None:
+def _compiled(device: str, act: str, shape: torch.Size, dtype: torch.dtype) -> Way | None:
     """`dense` under torch.compile for x of a shape; None where that cannot be had."""
     function = naive.ACTIVATIONS[act]
 
@@ -242,7 +186,6 @@ def _row(case: Case, way: str, problem: Problem, ffn: SparseFFN, seconds: dict[s
     pattern, rows = reading(problem.ffn, problem.x), reading(ffn, problem.x)
     read = rows.dense_nbytes if way in DENSE else rows.nbytes
     low, median, high = np.quantile(seconds[way], (0.05, 0.5, 0.95))
-    fastest = min((name for name in DENSE if name in seconds), key=lambda name: np.median(seconds[name]))
     return {
         "shape": case.shape,
         "d_model": d,
@@ -263,6 +206,6 @@ def _row(case: Case, way: str, problem: Problem, ffn: SparseFFN, seconds: dict[s
         "megabytes": read / 1e6,
         "gb_per_s": read / median / 1e9,
         "ideal_speedup": rows.dense_nbytes / read,
-        **speedups(seconds["dense"] / seconds[way], seconds[fastest] / seconds[way]),
+        **speedups(seconds, way, DENSE),
         "rounds": len(seconds[way]),
     }

@@ -10,8 +10,8 @@ threads give equal bits.
 
 import math
 import os
+from functools import cache
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import numba
 import numpy as np
@@ -24,11 +24,6 @@ from torch import Tensor
 
 from kernels import naive
 from kernels.ffn import SparseFFN
-
-# torch's own threads and numba's then come from one pool, where both load the same libgomp. With a pool of its own
-# numba waits for torch's threads, which spin after each operation: 20 against 32 GB/s on 2 cores.
-if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
-    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 ACTIVATIONS = {name: code for code, name in enumerate(naive.ACTIVATIONS)}
 RELU, RELU2, SILU, GELU, GELU_TANH = (ACTIVATIONS[name] for name in ("relu", "relu2", "silu", "gelu", "gelu_tanh"))
@@ -44,12 +39,10 @@ BYTES_PER_THREAD = 2**18  # of weights; below, starting a thread costs more than
 def run(ffn: SparseFFN, x: Tensor) -> Tensor:
     """y, (tokens, d_out), of `x`, (tokens, d): the backend of `SparseFFN` for tensors on a CPU."""
     wide = x.to(torch.float32).numpy()  # (tokens, d)
-    parts = _parts.get(ffn)
-    if parts is None:
-        parts = _parts[ffn] = arrays(ffn)
-    gate, up, down, quantised, limits = parts
+    gate, up, down, quantised, limits = ffn.arrays
     rule = limits, ffn.threshold.numpy(), ffn.rule == "neuron", ACTIVATIONS[ffn.act]
     count, wanted = threads(ffn), torch.get_num_threads()
+    choose_threads()
     before = numba.get_num_threads()
     numba.set_num_threads(count)
     try:
@@ -59,9 +52,6 @@ def run(ffn: SparseFFN, x: Tensor) -> Tensor:
         if torch.get_num_threads() != wanted:  # numba's first start of threads sets the number for all of OpenMP
             torch.set_num_threads(wanted)
     return torch.from_numpy(y).to(x.dtype)
-
-
-_parts: WeakKeyDictionary[SparseFFN, tuple] = WeakKeyDictionary()  # what `arrays` gave, as long as the FFN lives
 
 
 class Rows(NamedTuple):
@@ -99,6 +89,17 @@ def threads(ffn: SparseFFN) -> int:
     """How many threads to share the rows among: torch's number, fewer for an FFN that is small."""
     size = ffn.w_gate.nbytes + ffn.w_down_t.nbytes + (0 if ffn.w_up is None else ffn.w_up.nbytes)
     return max(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, size // BYTES_PER_THREAD), 1)
+
+
+@cache  # once, before numba starts its threads
+def choose_threads() -> None:
+    """Have numba's threads come from the pool of torch's own, where both load the same libgomp.
+
+    With a pool of its own numba waits for torch's threads, which spin after each operation: 20 against 32 GB/s on 2
+    cores.
+    """
+    if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
+        numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
 def array(weight: Tensor) -> np.ndarray:

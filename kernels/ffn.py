@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from typing import Any
 
@@ -56,6 +56,13 @@ class SparseFFN:
     def gate_limit(self) -> Tensor:
         """The |s_i| up to which neither W_up nor W_down of neuron i is needed, (d_ff,), float32."""
         return self.threshold if self.rule == "gate" else torch.zeros_like(self.threshold)
+
+    @cached_property
+    def arrays(self) -> tuple:
+        """The weights as the kernel for CPUs takes them, which shares their memory."""
+        from kernels.cpu_ffn import arrays
+
+        return arrays(self)
 
     def certified(self) -> "SparseFFN":
         """The same FFN with an 8-bit copy of W_gate, which is read first: see `kernels.certified`. The same bits.

@@ -18,7 +18,7 @@ PUBLIC = {  # name: the module that it lives in
     "Thresholds": "neurons.thresholds",
     "activation_patterns": "sparsity.patterns",
     "apply_thresholds": "sparsity.metrics",
-    "find_ffns": "neurons.hooks",
+    "find_ffns": "neurons.find",
     "measure_sparsity": "sparsity.metrics",
     "observe_neurons": "neurons.hooks",
     "open_checkpoint": "models.pretrained",

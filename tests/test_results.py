@@ -1,6 +1,7 @@
 """The recorded study: complete, described, drawn; and the commands that write it."""
 
 import json
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,19 +12,23 @@ from small import profile_content, write_profile, write_text
 
 from sparsity_utils import measure_sparsity, paths
 from sparsity_utils.commands import record
+from sparsity_utils.commands.figures import draw_all
 from sparsity_utils.commands.measure import window_length
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import (
-    design_verdicts,
-    pattern_verdicts,
-    plots,
+    activation_patterns,
+    design_a_sparse_model,
+    metrics,
     power,
-    published_verdicts,
-    speed_verdicts,
-    verdicts,
+    published_curves,
+    quickstart,
+    relu_vs_silu,
+    scale_insensitivity,
+    sparse_decoding,
+    width_depth_ratio,
 )
+from sparsity_utils.findings.claims import Verdicts
 from sparsity_utils.laws import refit
-from sparsity_utils.laws.design import CURVES, MORE_CURVES, joined
 from sparsity_utils.laws.holdout import held_out
 from sparsity_utils.laws.power_inputs import power_inputs
 from sparsity_utils.laws.published_laws import PUBLISHED_LAWS
@@ -37,6 +42,8 @@ from sparsity_utils.text.sources import package_documents
 from sparsity_utils.text.texts import split_documents, text_batches
 
 COLUMNS = pd.read_csv(paths.RESULTS / "columns.csv")
+NOTEBOOKS = paths.NOTEBOOKS
+NUMBER = re.compile(r"-?\d+\.\d+")  # in an SVG
 TABLES = sorted(file for file in paths.RESULTS.glob("*.csv") if file.name != "columns.csv")
 
 
@@ -100,35 +107,38 @@ def test_the_inputs_of_the_power_table_are_those_of_the_first_study():
 
 def test_the_recorded_verdicts_follow_from_the_tables():
     study = Study.recorded()
-    judges = {
-        verdicts.metrics: ["metrics"],
-        verdicts.relu_vs_silu: ["relu_vs_silu", "second_line"],
-        verdicts.width_depth: ["width_depth_ratio"],
-        verdicts.scale_insensitivity: ["scale_insensitivity", "second_line"],
-        pattern_verdicts.activation_patterns: ["activation_patterns", "token_patterns", "dead_neurons", "transfer"],
-        speed_verdicts.sparse_decoding: ["sparse_ffn", "sparse_decoding"],
-        published_verdicts.published_curves: PUBLISHED,
-        lambda *tables: design_verdicts.design(held_out(joined(tables))): [*CURVES, *MORE_CURVES],
-    }
-    found = [
-        row
-        for judge, questions in judges.items()
-        for row in judge(*(study.table_or_none(question) for question in questions))
-    ]
+    table, second = study.table, study.table("second_line")
+    neurons, tokens = table("activation_patterns"), table("token_patterns")
+    held = held_out(design_a_sparse_model.all_checkpoints(study))
+    found = Verdicts(
+        [
+            *metrics.verdicts(table("metrics")),
+            *relu_vs_silu.verdicts(relu_vs_silu.analyse(table("relu_vs_silu"), second)),
+            *width_depth_ratio.verdicts(width_depth_ratio.analyse(table("width_depth_ratio"))),
+            *scale_insensitivity.verdicts(scale_insensitivity.analyse(table("scale_insensitivity"), second)),
+            *activation_patterns.verdicts(
+                activation_patterns.likeness(neurons, tokens),
+                activation_patterns.dead_curves(table("dead_neurons")),
+                table("transfer"),
+            ),
+            *sparse_decoding.verdicts(table("sparse_ffn"), table("sparse_decoding")),
+            *published_curves.verdicts(*map(table, PUBLISHED)),
+            *design_a_sparse_model.verdicts(held),
+        ]
+    )
     stored = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False).drop(columns="minutes")
-    judged = verdicts.to_table(found)
+    judged = found.table()
     from_tables = stored[stored["question"].isin(judged["question"])].reset_index(drop=True)
     pd.testing.assert_frame_equal(judged, from_tables)
-    measured = set(stored["question"]) - set(judged["question"])
-    assert measured == set(verdicts.claims_table("quickstart")["question"])
+    assert set(stored["question"]) - set(judged["question"]) == set(quickstart.claims()["question"])
 
 
 def test_the_recorded_verdict_on_the_price_follows_from_the_model():
     model, tokenizer = Study.recorded().trained_model("relu")
     batches = text_batches(tokenizer, package_documents("mistune"), window_length(model))
     calibration, evaluation = split_documents(batches)
-    (row,) = verdicts.quickstart(measure_sparsity(model, evaluation, calibration=calibration))
-    stored = pd.read_csv(paths.RESULTS / "verdicts.csv").set_index("question").loc[row.claim]
+    (row,) = quickstart.verdicts(measure_sparsity(model, evaluation, calibration=calibration))
+    stored = pd.read_csv(paths.RESULTS / "verdicts.csv").set_index("question").loc[row.claim.claim]
     assert stored["verdict"] == row.verdict
     assert float(stored["here"].split()[0]) == pytest.approx(row.here, abs=0.03)  # it may move a little by machine
 
@@ -167,15 +177,17 @@ def test_the_tables_of_the_published_curves_are_those_of_the_refit():
 class ReadOnce(Study):
     """A recorded study that hands out the same tables every time, so that a figure which changes one is caught."""
 
-    @functools.cache
     def table(self, question):
-        return super().table(question)
+        if question not in self.tables:
+            self.tables[question] = super().table(question)
+        return self.tables[question]
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """All figures of the recorded study, drawn twice from the same tables."""
     study = ReadOnce("recorded", paths.RESULTS, None)
+    study.tables = {}
     folders = [tmp_path_factory.mktemp(f"figures{turn}") for turn in (1, 2)]
     for folder in folders:
         list(draw_all(study, folder))

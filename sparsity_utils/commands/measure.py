@@ -21,6 +21,7 @@ from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.neurons.rules import METRICS, metric_named
 from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
 from sparsity_utils.sparsity.passes import predicts_next_token
+from sparsity_utils.text.batches import evenly_spaced
 from sparsity_utils.text.texts import read_documents, split_documents, text_batches
 
 WINDOW = 256  # tokens, unless the model's context is shorter
@@ -131,7 +132,7 @@ def thinned(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> Batches:
             f"{tokens:,} tokens are less than one window of {batches[0]['input_ids'].shape[1]}: raise --max-tokens, "
             f"of which a third is for calibration."
         )
-    chosen = (torch.arange(count) * windows) // count  # (count,)
+    chosen = torch.tensor(evenly_spaced(count, windows))  # (count,)
     thin, first = [], 0
     for batch in batches:
         rows = chosen[(chosen >= first) & (chosen < first + len(batch["input_ids"]))] - first

@@ -6,9 +6,8 @@ for every model whose FFNs `find_ffns` finds as modules of their own.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +56,7 @@ def sparse_kernels(
     ffns = replaceable_ffns(model, inputs)
     if thresholds is not None:
         check_layers(thresholds, ffns)
-    kernels = [_named_errors(ffn, partial(kernel_of, ffn, thresholds, certified)) for ffn in ffns]
+    kernels = [kernel_of(ffn, thresholds, certified) for ffn in ffns]
     _check_outputs(model, ffns, inputs)
     with _bypass(model, ffns, kernels):
         yield kernels
@@ -73,20 +72,23 @@ def replaceable_ffns(model: nn.Module, inputs: Inputs | None = None) -> list[FFN
 
 
 def kernel_of(ffn: FFN, thresholds: Thresholds | None, certified: bool = False) -> SparseFFN:
-    """The kernel that computes `ffn` under `thresholds`."""
-    rule, threshold = kernel_rule(ffn, thresholds)
-    kernel = SparseFFN(
-        w_gate=ffn.gate.weight,
-        w_up=None if ffn.up is None else ffn.up.weight,
-        w_down_t=ffn.down_weight.t(),
-        threshold=threshold,
-        act=activation_name(ffn.activation),
-        rule=rule,
-        b_gate=ffn.gate.bias,
-        b_up=None if ffn.up is None else ffn.up.bias,
-        b_down=ffn.down_bias,
-    )
-    return kernel.certified() if certified else kernel
+    """The kernel that computes `ffn` under `thresholds`. Raises `InputError` where there is none."""
+    try:
+        rule, threshold = kernel_rule(ffn, thresholds)
+        kernel = SparseFFN(
+            w_gate=ffn.gate.weight,
+            w_up=None if ffn.up is None else ffn.up.weight,
+            w_down_t=ffn.down_weight.t(),
+            threshold=threshold,
+            act=activation_name(ffn.activation),
+            rule=rule,
+            b_gate=ffn.gate.bias,
+            b_up=None if ffn.up is None else ffn.up.bias,
+            b_down=ffn.down_bias,
+        )
+        return kernel.certified() if certified else kernel
+    except ValueError as error:
+        raise InputError(f"{ffn.name} cannot run on a sparse kernel: {error}") from error
 
 
 def kernel_rule(ffn: FFN, thresholds: Thresholds | None) -> tuple[str, Tensor | float]:
@@ -101,13 +103,6 @@ def kernel_rule(ffn: FFN, thresholds: Thresholds | None) -> tuple[str, Tensor | 
     if rule.decided_on == "gate":
         limit = torch.nextafter(torch.tensor(limit), torch.tensor(0.0)).item()
     return rule.decided_on, limit
-
-
-def _named_errors(ffn: FFN, make: Callable[[], SparseFFN]) -> SparseFFN:
-    try:
-        return make()
-    except ValueError as error:
-        raise InputError(f"{ffn.name} cannot run on a sparse kernel: {error}") from error
 
 
 def _check_parts(ffn: FFN, taken: set[nn.Module]) -> None:
@@ -148,7 +143,7 @@ def _check_outputs(model: nn.Module, ffns: list[FFN], inputs: Inputs | None) -> 
         for ffn in ffns:
             _watch(stack, ffn, given)
         expected = _output(model, inputs)
-    kernels = [_named_errors(ffn, partial(kernel_of, ffn, None)) for ffn in ffns]
+    kernels = [kernel_of(ffn, None) for ffn in ffns]
     for ffn, kernel in zip(ffns, kernels, strict=True):
         if ffn in given:
             x, y = given[ffn]

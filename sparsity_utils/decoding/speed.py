@@ -4,9 +4,8 @@ A speed is reported only where the kernels give the tokens that the masked dense
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels import SparseFFN
-from kernels.bench import machine, speedups
 from kernels.bench_cases import Pattern
 from kernels.reading import Reading, reading
+from kernels.timing import alternate, machine, speedups
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.decode import kernel_rule, replaceable_ffns, sparse_kernels
 from sparsity_utils.neurons.activations import activation_name
@@ -30,11 +29,10 @@ from sparsity_utils.neurons.thresholds import Thresholds
 
 PARTS = ("ffn", "attention", "head")
 DENSE = ("dense", "all rows")  # ways that read all weights: transformers, and the kernels with nothing skipped
-ROUNDS = 5
 
 
 def decode_speeds(
-    model: PreTrainedModel, prompts: Tensor, thresholds: Thresholds, *, new_tokens: int = 64, rounds: int = ROUNDS
+    model: PreTrainedModel, prompts: Tensor, thresholds: Thresholds, *, new_tokens: int, rounds: int
 ) -> pd.DataFrame:
     """Greedy decoding, dense and with sparse kernels: one row per way, columns as in results/columns.csv.
 
@@ -67,15 +65,14 @@ def decode_speeds(
         right = {
             name: torch.equal(decoded(block)[0], dense if name in DENSE else masked) for name, block in ways.items()
         }
-        speeds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(rounds):
-            for name, block in ways.items():
-                seconds = decoded(block)[1]
-                speeds[name].append(prompts.shape[0] * (new_tokens - 1) / seconds if right[name] else np.nan)
+        seconds = alternate({name: lambda block=block: decoded(block)[1] for name, block in ways.items()}, rounds)
+        seconds = {name: np.where(right[name], values, np.nan) for name, values in seconds.items()}
         rows = []
         for name, block in ways.items():
+            low, median, high = np.quantile(len(prompts) * (new_tokens - 1) / seconds[name], (0.05, 0.5, 0.95))
+            row = {"way": name, "same_tokens": right[name], "tokens_per_second": median}
+            row |= {"low_tokens_per_second": low, "high_tokens_per_second": high, **speedups(seconds, name, DENSE)}
             with block() as kernels:
-                row = _row(name, {way: np.array(values) for way, values in speeds.items()}, right[name])
                 rows.append(row | _anatomy(model, prompts, new_tokens, kernels))
     about = {"sequences": len(prompts), "new_tokens": new_tokens, "rounds": rounds}
     return pd.DataFrame(rows).assign(**about, **machine(prompts.device.type))
@@ -110,24 +107,10 @@ def _can_certify(model: nn.Module, thresholds: Thresholds) -> bool:
         return False
 
 
-def _row(way: str, speeds: Mapping[str, np.ndarray], right: bool) -> dict:
-    low, median, high = np.quantile(speeds[way], (0.05, 0.5, 0.95))
-    fastest = max((name for name in DENSE if not np.isnan(speeds[name]).any()), key=lambda n: np.median(speeds[n]))
-    return {
-        "way": way,
-        "same_tokens": right,
-        "tokens_per_second": median,
-        "low_tokens_per_second": low,
-        "high_tokens_per_second": high,
-        **speedups(speeds[way] / speeds["dense"], speeds[way] / speeds[fastest]),
-    }
-
-
 def _anatomy(model: PreTrainedModel, prompts: Tensor, new_tokens: int, kernels: list[SparseFFN] | None) -> dict:
     """Where the time goes, and what is read per decoding step, in a pass of its own."""
-    ffns, parts = find_ffns(model), Parts()
-    readings: list[Reading] = []
-    with parts.timed(model, ffns):
+    ffns, readings = find_ffns(model), []
+    with parts_timed(model, ffns) as parts:
         _, seconds = greedy(model, prompts, new_tokens)
     if kernels is not None:
         with _read(ffns, kernels, readings):
@@ -144,7 +127,7 @@ def _anatomy(model: PreTrainedModel, prompts: Tensor, new_tokens: int, kernels: 
         "up_share": [r.up for r in readings] or [1.0],
         "active_share": [r.active for r in readings] or [1.0],
     }
-    return {f"{name}_time": parts.seconds[name] / seconds for name in PARTS} | {
+    return {f"{name}_time": parts[name] / seconds for name in PARTS} | {
         **{name: np.mean(values) for name, values in rows.items()},
         "ffn_megabytes": ffn_bytes / 1e6,
         "megabytes": (everything - dense_ffn + ffn_bytes) / 1e6,
@@ -155,41 +138,37 @@ def _weights(ffn: FFN) -> list[Tensor]:
     return [ffn.gate.weight, ffn.down_weight] + ([] if ffn.up is None else [ffn.up.weight])
 
 
-@dataclass
-class Parts:
-    """Seconds spent in the FFNs, attention and head of a model while it decodes single tokens."""
+@contextmanager
+def parts_timed(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[dict[str, float]]:
+    """Seconds that the model spends in each of PARTS while it decodes single tokens inside the block.
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    started: dict[str, float] = field(default_factory=dict)
+    On a GPU each part is waited for, which takes time of its own.
+    """
+    seconds, started = dict.fromkeys(PARTS, 0.0), {}
 
-    @contextmanager
-    def timed(self, model: PreTrainedModel, ffns: list[FFN]) -> Iterator[None]:
-        """Count inside the block; on a GPU each part is waited for, which takes time of its own."""
-        spans = [("ffn", ffn.gate.module, ffn.down) for ffn in ffns]
-        spans += [("attention", module, module) for module in _attentions(model)]
-        spans += [("head", model.get_output_embeddings(), model.get_output_embeddings())]
-        with ExitStack() as stack:
-            for name, first, last in spans:
-                stack.callback(first.register_forward_pre_hook(self._start(name), with_kwargs=True).remove)
-                stack.callback(last.register_forward_hook(self._stop(name)).remove)
-            yield
+    def start(name: str, args: tuple, kwargs: dict) -> None:
+        x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        _wait(x)
+        if x.shape[-2] == 1:  # not the prompt
+            started[name] = time.perf_counter()
 
-    def _start(self, name: str) -> Callable:
-        def start(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            _wait(x)
-            if x.shape[-2] == 1:  # not the prompt
-                self.started[name] = time.perf_counter()
+    def stop(name: str, module: nn.Module) -> None:
+        if name in started:
+            _wait(next(module.parameters()))
+            seconds[name] += time.perf_counter() - started.pop(name)
 
-        return start
-
-    def _stop(self, name: str) -> Callable:
-        def stop(module: nn.Module, args: tuple, output: object) -> None:
-            if name in self.started:
-                _wait(next(module.parameters()))
-                self.seconds[name] += time.perf_counter() - self.started.pop(name)
-
-        return stop
+    spans = [("ffn", ffn.gate.module, ffn.down) for ffn in ffns]
+    spans += [("attention", module, module) for module in _attentions(model)]
+    spans += [("head", model.get_output_embeddings(), model.get_output_embeddings())]
+    with ExitStack() as stack:
+        for name, first, last in spans:
+            before = first.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: start(name, args, kwargs), with_kwargs=True
+            )
+            after = last.register_forward_hook(lambda module, args, output, name=name: stop(name, module))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        yield seconds
 
 
 def _attentions(model: nn.Module) -> list[nn.Module]:

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kernels.bench import ROUNDS, WEIGHTS, memory_works, timed
+from kernels.bench import ROUNDS, WEIGHTS, memory_works
+from kernels.timing import alternate, timed
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.speed import DENSE
 from sparsity_utils.laws.cost import DECODING_CASE, FFN_CASE
@@ -97,8 +98,8 @@ def measured_bandwidth(rounds: int = ROUNDS) -> float:
     device = default_device().type
     read, size = memory_works(device, WEIGHTS[device] // 2)["read"]
     with torch.inference_mode():
-        timed(read, device)
-        return float(np.median([size / timed(read, device) / 1e9 for _ in range(rounds)]))
+        seconds = alternate({"read": lambda: timed(read, device)}, rounds, warm_up=True)["read"]
+    return float(np.median(size / seconds / 1e9))
 
 
 def plan_budget(

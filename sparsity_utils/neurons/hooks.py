@@ -17,7 +17,7 @@ from sparsity_utils.neurons.find import FFN, check_not_bypassed, find_ffns, laye
 from sparsity_utils.neurons.flow import Down, Flow
 from sparsity_utils.neurons.modes import forward_replaced
 
-__all__ = ["FFN", "Mask", "check_layers", "find_ffns", "layer_count", "observe_neurons", "sparse_neurons", "widened"]
+__all__ = ["Mask", "check_layers", "observe_neurons", "sparse_neurons", "widened"]
 
 Visit = Callable[[FFN, Tensor, Tensor, Tensor], Tensor | None]
 

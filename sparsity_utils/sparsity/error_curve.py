@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.hooks import FFN, widened
+from sparsity_utils.neurons.find import FFN, widened
 from sparsity_utils.neurons.thresholds import magnitudes
 from sparsity_utils.sparsity.search import Point, find_root
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.hooks import FFN, check_layers, find_ffns, layer_count, observe_neurons, sparse_neurons
+from sparsity_utils.neurons.find import FFN, find_ffns, layer_count
+from sparsity_utils.neurons.hooks import check_layers, observe_neurons, sparse_neurons
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.bootstrap import DocumentBootstrap
 from sparsity_utils.sparsity.error_curve import relative_errors

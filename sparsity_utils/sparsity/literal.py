@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsity_utils.neurons.hooks import FFN, find_ffns, observe_neurons, sparse_neurons
+from sparsity_utils.neurons.find import FFN, find_ffns
+from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds, magnitudes
 from sparsity_utils.sparsity.passes import Batch, Losses, checked, mean_losses

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.hooks import FFN, widened
+from sparsity_utils.neurons.find import FFN, widened
 
 IGNORED = -100  # the label that counts for nothing, as in transformers
 

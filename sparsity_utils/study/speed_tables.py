@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from kernels.bench import ffn_speeds, grid
 from sparsity_utils.console import progress
-from sparsity_utils.decoding.speed import ROUNDS, decode_pattern, decode_speeds
+from sparsity_utils.decoding.speed import decode_pattern, decode_speeds
 from sparsity_utils.models.config import ACTIVATIONS, ModelConfig
 from sparsity_utils.models.decoder import build_model
-from sparsity_utils.neurons.find import FFN, layer_count
-from sparsity_utils.neurons.hooks import find_ffns, observe_neurons
+from sparsity_utils.neurons.find import FFN, find_ffns, layer_count
+from sparsity_utils.neurons.hooks import observe_neurons
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import measure_sparsity
@@ -20,6 +20,7 @@ from sparsity_utils.study.profiles import SpeedConfig
 
 SEQUENCES = (1, 4, 16)  # decoded side by side
 PROMPT = 32  # tokens
+DECODING_ROUNDS = 5  # at most
 PUBLISHED = ModelConfig(768, 16, "relu", vocabulary=65_536, base_width=256, head_size=64)  # the 0.1B of 2411.02335
 PUBLISHED_SPARSITIES = (0.9, 0.97)
 
@@ -71,7 +72,7 @@ def decoding_table(
 
 def decode_options(settings: SpeedConfig) -> dict[str, int]:
     """How much is decoded: fewer rounds than of single FFNs, which are far shorter."""
-    return {"new_tokens": settings.new_tokens, "rounds": min(settings.rounds, ROUNDS)}
+    return {"new_tokens": settings.new_tokens, "rounds": min(settings.rounds, DECODING_ROUNDS)}
 
 
 def shape_of(model: nn.Module) -> str:

@@ -5,22 +5,23 @@ products one after the other. All shapes alternate in one process, on random tok
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from kernels.bench import median_interval, timed
+from kernels.timing import alternate, median_interval, timed
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig, TrainConfig
-from sparsity_utils.models.decoder import non_embedding_parameters, training_flops_per_token
+from sparsity_utils.models.decoder import default_device, non_embedding_parameters, training_flops_per_token
 from sparsity_utils.models.training import Training, validation_loss
 
 PASSES = ("training", "forward")
 
 
-def step_times(configs: Sequence[ModelConfig], batch_tokens: int, rounds: int, seed: int = 0) -> pd.DataFrame:
+def step_times(configs: Sequence[ModelConfig], batch_tokens: int, rounds: int) -> pd.DataFrame:
     """Time of one optimizer step and of one forward pass with its loss, per token and shape.
 
     Columns: d_model, n_layers, parameters, width_depth_ratio, flops_per_token (of training), training_us, training_low,
@@ -30,29 +31,29 @@ def step_times(configs: Sequence[ModelConfig], batch_tokens: int, rounds: int, s
     """
     if not configs or rounds < 1:
         raise InputError(f"{len(configs)} shapes and {rounds} rounds are too few to time; give at least one of each.")
-    works = [_works(config, batch_tokens, rounds, seed) for config in configs]
-    seconds = np.empty((rounds, len(configs), len(PASSES)))
-    for turn in range(-1, rounds):  # the first turn warms up
-        for place, work in enumerate(works):
-            for number, name in enumerate(PASSES):
-                elapsed = timed(work[name], "cuda" if torch.cuda.is_available() else "cpu")
-                if turn >= 0:
-                    seconds[turn, place, number] = elapsed
-    times = 1e6 * seconds / batch_tokens
-    return pd.DataFrame([_row(config, times[:, place]) for place, config in enumerate(configs)])
+    device = default_device().type
+    works = {
+        (place, name): partial(timed, work, device)
+        for place, config in enumerate(configs)
+        for name, work in _works(config, batch_tokens, rounds).items()
+    }
+    times = {key: 1e6 * seconds / batch_tokens for key, seconds in alternate(works, rounds, warm_up=True).items()}
+    return pd.DataFrame(
+        [_row(config, {name: times[place, name] for name in PASSES}) for place, config in enumerate(configs)]
+    )
 
 
-def _works(config: ModelConfig, batch_tokens: int, rounds: int, seed: int) -> dict[str, Callable[[], object]]:
+def _works(config: ModelConfig, batch_tokens: int, rounds: int) -> dict[str, Callable[[], object]]:
     """What is timed of one shape; every optimizer step lies in the stable stage."""
-    tokens = np.random.default_rng(seed).integers(config.vocabulary, size=batch_tokens + 1)
-    settings = TrainConfig(tokens=max(6, rounds + 1) * batch_tokens, batch_tokens=batch_tokens, seed=seed)
+    tokens = np.random.default_rng(0).integers(config.vocabulary, size=batch_tokens + 1)
+    settings = TrainConfig(tokens=max(6, rounds + 1) * batch_tokens, batch_tokens=batch_tokens)
     training = Training(config, settings, tokens, validation=[], folder=Path())
     batch = {"input_ids": torch.from_numpy(tokens[:-1]).view(-1, config.context)}  # (windows, context)
     return {"training": training.train_step, "forward": lambda: validation_loss(training.model, [batch])}
 
 
-def _row(config: ModelConfig, times: np.ndarray) -> dict[str, float]:
-    """times: microseconds per token. (rounds, passes)"""
+def _row(config: ModelConfig, times: dict[str, np.ndarray]) -> dict[str, float]:
+    """times: of each pass, microseconds per token, (rounds,)."""
     row = {
         "d_model": config.d_model,
         "n_layers": config.n_layers,
@@ -60,7 +61,7 @@ def _row(config: ModelConfig, times: np.ndarray) -> dict[str, float]:
         "width_depth_ratio": config.d_model / config.n_layers,
         "flops_per_token": training_flops_per_token(config),
     }
-    for number, name in enumerate(PASSES):
-        low, median, high = median_interval(times[:, number])
+    for name in PASSES:
+        low, median, high = median_interval(times[name])
         row |= {f"{name}_us": median, f"{name}_low": low, f"{name}_high": high}
-    return row | {"rounds": len(times), "threads": torch.get_num_threads()}
+    return row | {"rounds": len(times[PASSES[0]]), "threads": torch.get_num_threads()}

@@ -118,9 +118,17 @@ def _joined(tokens: np.ndarray, documents: pd.DataFrame) -> np.ndarray:
     return np.concatenate(pieces) if pieces else tokens[:0]
 
 
+def evenly_spaced(count: int, total: int, *, centred: bool = False) -> list[int]:
+    """Positions of `count` of `total` items: the first, or `centred` the middle one, of each of `count` equal parts.
+
+    Three of nine: 0, 3, 6, or 1, 4, 7.
+    """
+    return [(2 * place + centred) * total // (2 * count) for place in range(count)]
+
+
 def _spaced_batches(tokens: np.ndarray, context: int, first: int, last: int, count: int) -> list[dict]:
     """`count` of the windows `first` to `last`, evenly spaced, as batches of {"input_ids": (windows, context)}."""
-    chosen = first + (np.arange(count) * (last - first)) // count
+    chosen = first + np.array(evenly_spaced(count, last - first))
     groups = np.array_split(chosen, -(-count // BATCH_WINDOWS))
     return [{"input_ids": _inputs_and_targets(tokens, group, context)[0]} for group in groups]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsity_utils.console import InputError
+from sparsity_utils.text.batches import evenly_spaced
 from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.sources import SUFFIXES, open_source
 
@@ -99,7 +100,8 @@ def split_documents(
     owners = rows["documents"]
     present = owners.unique()
     if len(present) > 1:
-        calibrates = torch.isin(owners, present[_spread(len(present), share)])
+        chosen = evenly_spaced(_part(len(present), share), len(present), centred=True)
+        calibrates = torch.isin(owners, present[chosen])
     else:
         calibrates = torch.arange(len(owners)) < _part(len(owners), share)
     size = len(batches[0]["documents"])
@@ -112,12 +114,6 @@ def split_documents(
 def _part(total: int, share: float) -> int:
     """`share` of `total`, at least one and not all."""
     return min(max(round(total * share), 1), total - 1)
-
-
-def _spread(total: int, share: float) -> list[int]:
-    """Positions of `share` of `total` items: the middle of each of as many equal stretches. Of nine: 1, 4, 7."""
-    part = _part(total, share)
-    return [(2 * index + 1) * total // (2 * part) for index in range(part)]
 
 
 def _batches(rows: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:

@@ -12,7 +12,8 @@ from kernels import SparseFFN
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.decode import kernel_of, kernel_rule, sparse_kernels
 from sparsity_utils.models.decoder import load_model
-from sparsity_utils.neurons.hooks import find_ffns, observe_neurons, sparse_neurons
+from sparsity_utils.neurons.find import find_ffns
+from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.paths import RECORDED_MODELS
 

@@ -11,11 +11,12 @@ from mixtures import build as build_mixture
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding import speed
 from sparsity_utils.models.decoder import load_model
-from sparsity_utils.neurons.hooks import find_ffns
+from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.paths import RECORDED_MODELS
 
 CETT = Thresholds("cett", (0.05,) * 4)
+IDS = torch.ones(1, 3, dtype=torch.long)
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +68,12 @@ def test_other_tokens_give_no_speed(model, prompts, monkeypatch):
 def test_parts_count_the_time_of_single_tokens_alone(model, prompts, monkeypatch):
     ffn = find_ffns(model)[0]
     slow = ffn.down.register_forward_pre_hook(lambda module, args: time.sleep(0.02))
-    parts = speed.Parts()
     try:
-        with parts.timed(model, find_ffns(model)):
+        with speed.parts_timed(model, find_ffns(model)) as parts:
             speed.greedy(model, prompts, 4)
     finally:
         slow.remove()
-    assert parts.seconds["ffn"] >= 3 * 0.02 > parts.seconds["head"]  # three single tokens, slept in one of four FFNs
+    assert parts["ffn"] >= 3 * 0.02 > parts["head"]  # three single tokens, slept in one of four FFNs
 
 
 def test_patterns_are_those_of_the_last_tokens(model):
@@ -90,12 +90,12 @@ def test_patterns_are_those_of_the_last_tokens(model):
 
 def test_an_encoder_decoder_is_refused():
     with pytest.raises(InputError, match="does not decode"):
-        speed.decode_speeds(build("t5", dtype=torch.float32), torch.ones(1, 3, dtype=torch.long), CETT)
+        speed.decode_speeds(build("t5", dtype=torch.float32), IDS, CETT, new_tokens=2, rounds=1)
 
 
 def test_a_model_that_no_kernel_fits_is_refused_and_one_without_certificate_is_not(model, prompts):
     with pytest.raises(InputError, match="routed experts"):
-        speed.decode_speeds(build_mixture("mixtral", dtype=torch.float32), torch.ones(1, 3, dtype=torch.long), CETT)
+        speed.decode_speeds(build_mixture("mixtral", dtype=torch.float32), IDS, CETT, new_tokens=2, rounds=1)
     silu = load_model(RECORDED_MODELS / "silu").eval()
     table = speed.decode_speeds(silu, prompts, CETT, new_tokens=2, rounds=1)
     assert list(table["way"]) == ["dense", "all rows", "sparse"]

@@ -1,6 +1,9 @@
 """Documents from files, windows of tokens, the split of documents; all compared with what they must hold."""
 
 import json
+import math
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sparsity_utils.console import InputError
+from sparsity_utils.text.batches import evenly_spaced
 from sparsity_utils.text.texts import read_documents, split_documents, text_batches
 
 # Documents
@@ -169,6 +173,15 @@ def split_of(sizes: list[int], **options) -> tuple[list[tuple[int, list[int]]], 
     for side in (calibration, evaluation):
         assert all(len(batch["documents"]) == 2 for batch in side[:-1]) and 1 <= len(side[-1]["documents"]) <= 2
     return rows_of(calibration), rows_of(evaluation)
+
+
+def test_evenly_spaced_items_begin_or_halve_equal_stretches() -> None:
+    for total in range(1, 60):
+        for count in range(1, total + 1):
+            ends = [Fraction(place * total, count) for place in range(count + 1)]
+            assert evenly_spaced(count, total) == [math.floor(start) for start in ends[:-1]]
+            middles = [math.floor((start + end) / 2) for start, end in pairwise(ends)]
+            assert evenly_spaced(count, total, centred=True) == middles
 
 
 @pytest.mark.parametrize(
