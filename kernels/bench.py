@@ -66,7 +66,7 @@ def ffn_speeds(
     Raises `RuntimeError` when an output does not agree with the same rule run densely.
     """
     size = WEIGHTS[device] if megabytes is None else 10**6 * megabytes
-    memory, rows = memory_works(device, size // 2), []
+    memory, rows = memory_works(device, size // 2), list[dict]()
     compile_once = cache(partial(_compiled, device)) if compiled else None
     with torch.inference_mode():
         for case in tqdm(list(cases), desc="sparse FFNs", disable=bool(os.environ.get("CI")), leave=False):

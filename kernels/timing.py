@@ -61,7 +61,7 @@ def speedups(seconds: Mapping[str, np.ndarray], way: str, all_weights: Iterable[
     """
     timed_ways = (name for name in all_weights if name in seconds and not np.isnan(seconds[name]).any())
     fastest = min(timed_ways, key=lambda name: np.median(seconds[name]))
-    columns = {}
+    columns: dict[str, float] = {}
     for name, other in (("speedup", "dense"), ("strict_speedup", fastest)):
         low, median, high = median_interval(seconds[other] / seconds[way])
         columns |= {name: median, f"low_{name}": low, f"high_{name}": high}

@@ -92,7 +92,7 @@ def measure_checkpoint(
     if solved_on:
         solved_on = thinned(solved_on, round(CALIBRATION_SHARE * max_tokens))
         max_tokens -= round(CALIBRATION_SHARE * max_tokens)
-    chosen, how = thinned(evaluation, max_tokens), {"calibration": solved_on, **setting}
+    chosen, how = thinned(evaluation, max_tokens), dict[str, Any](calibration=solved_on, **setting)
     report = measure_sparsity(network, chosen, metric, per_token=True, show_progress=True, **how)
     settings = {
         "model": model,

@@ -6,6 +6,7 @@ A speed is reported only where the kernels give the tokens that the masked dense
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,9 @@ def decode_speeds(
         with block():
             return greedy(model, prompts, new_tokens)
 
+    def timed_decoding(block: Callable) -> float:
+        return decoded(block)[1]
+
     ways: dict[str, Callable[[], Any]] = {
         "dense": nullcontext,
         "all rows": lambda: sparse_kernels(model, None),
@@ -65,7 +69,7 @@ def decode_speeds(
         right = {
             name: torch.equal(decoded(block)[0], dense if name in DENSE else masked) for name, block in ways.items()
         }
-        seconds = alternate({name: lambda block=block: decoded(block)[1] for name, block in ways.items()}, rounds)
+        seconds = alternate({name: partial(timed_decoding, block) for name, block in ways.items()}, rounds)
         seconds = {name: np.where(right[name], values, np.nan) for name, values in seconds.items()}
         rows = []
         for name, block in ways.items():
@@ -109,7 +113,7 @@ def _can_certify(model: nn.Module, thresholds: Thresholds) -> bool:
 
 def _anatomy(model: PreTrainedModel, prompts: Tensor, new_tokens: int, kernels: list[SparseFFN] | None) -> dict:
     """Where the time goes, and what is read per decoding step, in a pass of its own."""
-    ffns, readings = find_ffns(model), []
+    ffns, readings = find_ffns(model), list[Reading]()
     with parts_timed(model, ffns) as parts:
         _, seconds = greedy(model, prompts, new_tokens)
     if kernels is not None:

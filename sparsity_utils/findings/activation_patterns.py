@@ -313,7 +313,7 @@ def frequency_figure(neurons: pd.DataFrame, alike: Likeness) -> ShownFigure:
 
 def _distances(axes: Axes, alike: Likeness) -> None:
     """KS distances between models that differ in size, in activation function or in seed, one point per pair."""
-    names = []
+    names: list[str] = []
     for against, name in DIFFERENCES.items():
         distances = alike.distances[against]["distance"]
         if len(distances):

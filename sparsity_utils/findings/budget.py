@@ -8,6 +8,7 @@ keys and values, which grows with the text, is not counted.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -137,7 +138,7 @@ def plan_budget(
     rows = []
     for activation in design.activations if not design.reason else ():
         for d_model, n_layers in shapes:
-            about = {"activation": activation, "shape": f"{d_model}x{n_layers}", "d_model": d_model}
+            about: dict[str, Any] = {"activation": activation, "shape": f"{d_model}x{n_layers}", "d_model": d_model}
             about |= {"n_layers": n_layers, "parameters": non_embedding_parameters(d_model, n_layers)}
             about |= {"width_depth_ratio": d_model / n_layers}
             expected = design.predict(about["parameters"], tokens, about["width_depth_ratio"], activation)
@@ -217,7 +218,7 @@ def _shapes(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def _outcomes(expected: Prediction) -> dict[str, float]:
-    columns = {}
+    columns: dict[str, float] = {}
     for name, estimate in (("activation_ratio", expected.activation_ratio), ("loss", expected.loss)):
         columns |= {name: estimate.value, f"low_{name}": estimate.low, f"high_{name}": estimate.high}
     return columns

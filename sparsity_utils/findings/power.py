@@ -45,6 +45,7 @@ COLUMNS = [
 ]
 
 Array = NDArray[np.float64]
+Effect = float | dict[str, float]  # one for all lines, or by line
 Judge = Callable[[Array, Array], dict[Claim, str]]  # values of sizes, values of runs: verdicts
 
 
@@ -181,7 +182,7 @@ def _of_means(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]
     simulations = []
     for claim, outcome in relu_vs_silu.ON_LINES.items():
         own = spread[outcome.__name__]
-        effects = {ZERO: 0.0, PUBLISHED: published[claim], FIRST: _per_line(runs, own)}
+        effects: dict[str, Effect] = {ZERO: 0.0, PUBLISHED: published[claim], FIRST: _per_line(runs, own)}
         effects |= {MARGIN: LOSS_MARGIN} if claim == LOSS_EQUAL else {}
         stated = {line: claim.on(line) for line in lines.unique()}
 
@@ -203,7 +204,7 @@ def _of_slopes(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation
     for name, outcome in outcomes.items():
         own = spread[outcome]
         stated = {line: scale_insensitivity.ON_LINES[name].on(line) for line in lines.unique()}
-        effects = {ZERO: 0.0, PUBLISHED: published.get(outcome, np.nan)}
+        effects: dict[str, Effect] = {ZERO: 0.0, PUBLISHED: published.get(outcome, np.nan)}
         effects |= {FIRST: _per_line(runs, own), MARGIN: SLOPE_MARGIN}
 
         def judge(means: Array, _: Array, stated: dict[str, Claim] = stated) -> dict[Claim, str]:
@@ -322,7 +323,7 @@ def _decades(runs: pd.DataFrame) -> Array:
 
 def _truth(
     name: str,
-    effect: float | dict[str, float],
+    effect: Effect,
     stated: dict[str, Claim],
     runs: pd.DataFrame,
     along: Array | None = None,

@@ -5,6 +5,7 @@ The unit of a test is a curve.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -120,13 +121,13 @@ def _limits_again(refit: pd.DataFrame, claim: Claim) -> Verdict:
     outside = (known["published_limit"] < known["limit_low"]) | (known["published_limit"] > known["limit_high"])
     off = known["published_limit"] - known["limit"]
     worst = known.loc[(off.abs() / width).idxmax()]
-    ends = (worst["published_limit"] - worst[name] for name in ("limit", "limit_high", "limit_low"))
+    value, low, high = (worst["published_limit"] - worst[name] for name in ("limit", "limit_high", "limit_low"))
     vague = len(refit) - int((width <= DETERMINED).sum())
     verdict = NOT_SUPPORTED if outside.any() else INCONCLUSIVE if vague else SUPPORTED
     inside = f"{int((~outside).sum())} of {len(refit)} printed limits inside"
     unknown = f"{vague} without an interval of {100 * DETERMINED:g} point" if vague else ""
     reasons = inside, unknown, f"furthest off: {_name(worst)}", _protocol(refit)
-    return claim.judged(Estimate(*map(float, ends), LEVEL, len(known)), *reasons, verdict=verdict)
+    return claim.judged(Estimate(value, low, high, LEVEL, len(known)), *reasons, verdict=verdict)
 
 
 def _protocol(refit: pd.DataFrame) -> str:
@@ -151,7 +152,7 @@ def _sparsity_known(refit: pd.DataFrame, stability: pd.DataFrame) -> Verdict:
     holds = row["limit_low"] <= early <= row["limit_high"]  # not so without an early limit
     sound = not isinstance(row["reason"], str) or not row["reason"]
     verdict = SUPPORTED if sound and holds and width <= DETERMINED else NOT_SUPPORTED
-    estimate = Estimate(*(1 - row[name] for name in ("limit", "limit_high", "limit_low")), LEVEL, 1)
+    estimate = Estimate(1 - row["limit"], 1 - row["limit_high"], 1 - row["limit_low"], LEVEL, 1)
     from_part = f"{100 * (1 - early):.2f}%" if np.isfinite(early) else "no limit"
     reasons = f"interval {100 * width:.1f} points wide", f"{FIRST_PART}: {from_part}", "" if sound else row["reason"]
     return SPARSITY_KNOWN.judged(estimate, *reasons, verdict=verdict)
@@ -237,7 +238,7 @@ def laws_figure(refit: pd.DataFrame, curves: pd.DataFrame | None = None) -> Show
     )
 
 
-def _law(axes: Axes, row: tuple, look: Look, points: pd.DataFrame | None) -> None:
+def _law(axes: Axes, row: Any, look: Look, points: pd.DataFrame | None) -> None:
     grid = np.geomspace(row.first_tokens, row.last_tokens, 100)
     for source, line in (("", "-"), ("published_", "--")):
         values = [getattr(row, source + name) for name in PARAMETERS]
@@ -250,7 +251,7 @@ def _law(axes: Axes, row: tuple, look: Look, points: pd.DataFrame | None) -> Non
         axes.plot(points["tokens"] / TOKEN_UNIT, 100 * points["activation_ratio"], **style)
 
 
-def _limit(axes: Axes, row: tuple, height: float, look: Look) -> None:
+def _limit(axes: Axes, row: Any, height: float, look: Look) -> None:
     value, low, high = (100 * x for x in (row.limit, row.limit_low, row.limit_high))
     axes.errorbar(value, height, xerr=[[value - low], [high - value]], fmt=look.marker, color=look.colour, capsize=3)
     axes.plot(100 * row.published_limit, height, "x", color="black", markersize=6)

@@ -133,7 +133,7 @@ class ColouredText:
 
     def _repr_html_(self) -> str:
         norm = _shades(np.array(self.percent))
-        strong = np.quantile(self.percent, STRONG)
+        strong = float(np.quantile(self.percent, STRONG))
         shown = zip(self.pieces, self.percent, strict=True)
         body = "".join(_span(piece, value, norm, value > strong) for piece, value in shown)
         steps = np.linspace(norm.vmin, norm.vmax, LEGEND_STEPS)

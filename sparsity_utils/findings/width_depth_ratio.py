@@ -31,7 +31,7 @@ from sparsity_utils.laws.trends import (
     NOT_SUPPORTED,
     SUPPORTED,
     Estimate,
-    Trend,
+    Trends,
     compare_trends,
     fit_optimum,
     fit_trends,
@@ -90,7 +90,7 @@ class Shapes:
     limits: pd.DataFrame  # `limits_table`
     values: pd.DataFrame  # one row per run, `value` being what the analysis rests on
     basis: str  # says what that is
-    trends: dict[str, Trend]  # `fit_trends`
+    trends: Trends  # of the values on the width-depth ratio
 
     @property
     def measured(self) -> bool:
@@ -115,7 +115,7 @@ def analyse(checkpoints: pd.DataFrame) -> Shapes:
 def verdicts(shapes: Shapes) -> Verdicts:
     """Does the limit rise with d_model / n_layers to a breakpoint, then stay; where is the loss lowest?"""
     values, ends = shapes.values, last_checkpoints(shapes.checkpoints)
-    breakpoint_ = shapes.trends["slope, then flat"].breakpoint
+    breakpoint_ = shapes.trends.segments.breakpoint
     slope, furthest = ratio_slope(values, breakpoint_)
     optimum = fit_optimum(ends["width_depth_ratio"], ends["validation_loss"], ends["seed"])
     sampled = (values["width_depth_ratio"].min(), values["width_depth_ratio"].max())
@@ -262,7 +262,7 @@ def _trends(axes: Axes, shapes: Shapes) -> None:
         "slope, then flat": {"color": COLOURS[1], "linestyle": "-"},
         "smooth saturation": {"color": "black", "linestyle": "-.", "linewidth": 1.0},
     }
-    for name, trend in shapes.trends.items():
+    for name, trend in shapes.trends.named().items():
         if np.isfinite(trend.aicc):
             axes.plot(grid, 100 * trend.predict(grid), label=f"{name}, AICc {trend.aicc:.1f}", **styles[name])
 
@@ -313,5 +313,5 @@ def cost_of_depth(checkpoints: pd.DataFrame, costs: pd.DataFrame, shapes: pd.Dat
     basis = f"Means over {seeds_name(checkpoints)}, bars: half their spread to either side"
     threads = costs["threads"].iloc[0]
     timing = f"{costs['rounds'].iloc[0]} rounds, {threads} thread{'s' if threads > 1 else ''}"
-    unit = f"1 = {shapes['training_us'][0]:.0f} µs"
-    return captioned(shown, f"{basis}; time: median and 90% interval, {timing}, {unit}.")
+    scale = f"1 = {shapes['training_us'][0]:.0f} µs"
+    return captioned(shown, f"{basis}; time: median and 90% interval, {timing}, {scale}.")

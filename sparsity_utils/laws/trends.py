@@ -156,7 +156,8 @@ def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
     positions = np.unique(x)
     reason = _too_few(positions, x.size, groups, extra=1)
     if reason:
-        return Segments(no_estimate(reason, x.size, level), *[np.nan] * 4, _blocks(x.size, groups).shape[1] + 2)
+        unknown = no_estimate(reason, x.size, level)
+        return Segments(unknown, np.nan, np.nan, np.nan, np.nan, _blocks(x.size, groups).shape[1] + 2)
     grid = np.linspace(positions[1], positions[-1], GRID)
     found, coefficients, rss = _profile(lambda at: np.minimum(x - at, 0), y, grid, groups, level)
     aicc = information(rss, x.size, coefficients.size + 1)[1]
@@ -186,7 +187,8 @@ def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, 
     positions = np.unique(x)
     reason = _too_few(positions, x.size, groups, extra=1)
     if reason:
-        return Saturation(no_estimate(reason, x.size, level), *[np.nan] * 5, _blocks(x.size, groups).shape[1] + 2)
+        unknown = no_estimate(reason, x.size, level)
+        return Saturation(unknown, np.nan, np.nan, np.nan, np.nan, np.nan, _blocks(x.size, groups).shape[1] + 2)
     start, span = positions[0], positions[-1] - positions[0]
     grid = np.geomspace(SCALES[0] * span, SCALES[1] * span, GRID)
     found, coefficients, rss = _profile(lambda scale: np.exp((start - x) / scale), y, grid, groups, level)
@@ -198,19 +200,35 @@ def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, 
     return Saturation(scale, -float(coefficients[0]), plateau, float(start), rmse, aicc, coefficients.size + 1)
 
 
-def fit_trends(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> dict[str, Trend]:
+@dataclass(frozen=True)
+class Trends:
     """A straight line, a slope that ends in a plateau, and a smooth approach to one, on the same points."""
-    forms = {"straight line": fit_line, "slope, then flat": fit_two_segments, "smooth saturation": fit_saturation}
-    return {name: fit(x, y, groups) for name, fit in forms.items()}
+
+    line: Line
+    segments: Segments
+    saturation: Saturation
+
+    def named(self) -> dict[str, Trend]:
+        """The three by the words for them."""
+        return {
+            "straight line": self.line,
+            "slope, then flat": self.segments,
+            "smooth saturation": self.saturation,
+        }
 
 
-def compare_trends(trends: dict[str, Trend]) -> pd.DataFrame:
+def fit_trends(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> Trends:
+    """All three trends on the same points; `groups` become fixed effects."""
+    return Trends(fit_line(x, y, groups), fit_two_segments(x, y, groups), fit_saturation(x, y, groups))
+
+
+def compare_trends(trends: Trends) -> pd.DataFrame:
     """The trends of `fit_trends`, best first.
 
     Columns: form, parameters (the groups' effects among them, without the error variance), rmse (units of y), aicc,
     delta_aicc (to the best). A form with too few points has NaN and comes last.
     """
-    rows = [(name, trend.parameters, trend.rmse, trend.aicc) for name, trend in trends.items()]
+    rows = [(name, trend.parameters, trend.rmse, trend.aicc) for name, trend in trends.named().items()]
     table = pd.DataFrame(rows, columns=["form", "parameters", "rmse", "aicc"])
     table["delta_aicc"] = table["aicc"] - table["aicc"].min()
     return table.sort_values("aicc", kind="stable", ignore_index=True)
