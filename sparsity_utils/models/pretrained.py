@@ -63,6 +63,17 @@ def open_checkpoint(
     return model.to(default_device()), tokenizer
 
 
+def load_weights(folder: Path, weights: str | None = None) -> PreTrainedModel:
+    """The model alone of a checkpoint's folder, in evaluation mode, on the CPU; errors as of `open_checkpoint`.
+
+    weights: the safetensors file in it; by default model.safetensors or its shards.
+    """
+    with _quiet():
+        config, model_class = _architecture(folder)
+        config.transformers_weights = weights
+        return _model(folder, config, model_class)
+
+
 def _folder(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -155,9 +166,10 @@ def _reads_sentencepiece() -> bool:
 
 
 def _model(
-    folder: Path, config: PreTrainedConfig, model_class: type[PreTrainedModel], dtype: torch.dtype | None
+    folder: Path, config: PreTrainedConfig, model_class: type[PreTrainedModel], dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    if not any((folder / file).is_file() for file in WEIGHTS):
+    files = (config.transformers_weights,) if config.transformers_weights else WEIGHTS
+    if not any((folder / file).is_file() for file in files):
         raise InputError(
             f"There are no weights as safetensors in {folder}, and pickled ones (.bin) are never opened, because they "
             f"can run code; convert them to model.safetensors in a place you trust."

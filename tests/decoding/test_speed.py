@@ -14,7 +14,7 @@ from sparsity_utils.decoding import speed
 from sparsity_utils.findings import speed_summary, speed_verdicts
 from sparsity_utils.laws.cost import decoding_limit
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
-from sparsity_utils.models.decoder import load_model
+from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.neurons.hooks import find_ffns
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.paths import RECORDED_MODELS
@@ -24,7 +24,7 @@ CETT = Thresholds("cett", (0.05,) * 4)
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(RECORDED_MODELS / "relu").eval()
+    return load_weights(RECORDED_MODELS / "relu").eval()
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_too_few_rounds_are_inconclusive():
 def test_a_model_that_no_kernel_fits_is_refused_and_one_without_certificate_is_not(model, prompts):
     with pytest.raises(InputError, match="routed experts"):
         speed.decode_speeds(build_mixture("mixtral", dtype=torch.float32), torch.ones(1, 3, dtype=torch.long), CETT)
-    silu = load_model(RECORDED_MODELS / "silu").eval()
+    silu = load_weights(RECORDED_MODELS / "silu").eval()
     table = speed.decode_speeds(silu, prompts, CETT, new_tokens=2, rounds=1)
     assert list(table["way"]) == ["dense", "all rows", "sparse"]
 
