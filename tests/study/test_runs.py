@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from small import write_text
 
 from sparsity_utils import paths
+from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.study import runs
@@ -115,7 +116,17 @@ def test_a_run_trained_before_a_checkpoint_was_a_folder_opens_and_is_found_done(
     found = train_run(config(corpus), corpus)
     for step, weights in wanted.items():
         assert all(torch.equal(found.load(step).state_dict()[name], tensor) for name, tensor in weights.items())
-    assert found.last_weights == run.folder / "checkpoints" / f"{last:06d}.safetensors"
+    brought = shutil.copytree(run.folder, run.folder.with_name("brought"))
+    flat = brought / "checkpoints" / f"{last:06d}.safetensors"
+    assert runs.Run(brought, found.manifest).last_weights == flat
+    os.replace(flat, brought / "model.safetensors")  # as an archive of it brings the last checkpoint
+    shutil.rmtree(brought / "checkpoints")
+    assert runs.Run(brought, found.manifest).load(last).config.hidden_size == 8
+    assert not runs._damaged(runs.Run(brought, found.manifest))
+    edit(brought / "model.safetensors")
+    assert runs._damaged(runs.Run(brought, found.manifest)) == ["model.safetensors"]
+    with pytest.raises(InputError, match="There is no config"):
+        runs.Run(brought, found.manifest).load(min(wanted))
     edit(found.last_weights)
     with pytest.warns(UserWarning, match=rf"{last:06d}\.safetensors is not what was written"):
         assert find_run(config(corpus)) is None
