@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -17,6 +18,21 @@ def check(condition: bool, sentence: str) -> None:
     """Raise InputError with `sentence` unless the condition holds."""
     if not condition:
         raise InputError(sentence)
+
+
+@contextmanager
+def explained(what: str, remedy: str) -> Iterator[None]:
+    """Any failure inside the block as one InputError; transformers, datasets and the hub raise too many kinds to list.
+
+    An InputError passes as it is.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{what} ({reason}); {remedy}.") from error
 
 
 def progress(items: Iterable[Item], about: str, total: int | None = None, shown: bool = True) -> Iterator[Item]:

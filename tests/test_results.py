@@ -33,7 +33,7 @@ from sparsity_utils.laws.holdout import held_out
 from sparsity_utils.laws.power_inputs import power_inputs
 from sparsity_utils.laws.published_laws import PUBLISHED_LAWS
 from sparsity_utils.models.config import ModelConfig, TrainConfig
-from sparsity_utils.models.decoder import load_model
+from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.study.plan import PUBLISHED, QUESTIONS, SCHEMA, planned
 from sparsity_utils.study.profiles import read_profile
 from sparsity_utils.study.runs import RunConfig
@@ -149,7 +149,7 @@ def test_the_recorded_models_are_those_of_the_table(activation):
 
     folder = paths.RECORDED_MODELS / activation
     assert (folder / "model.safetensors").stat().st_size < 2_000_000
-    model = load_model(folder)
+    model = load_weights(folder)
     assert model.config.hidden_act == activation
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == model.config.vocab_size
@@ -236,7 +236,7 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     }
     tables = {QUESTIONS[question].file for question in QUESTIONS if study.answers(question)}
     assert written == {*tables, "verdicts.csv", "manifest.json"} | models
-    assert load_model(paths.RECORDED_MODELS / "silu").config.hidden_size == 16  # the largest
+    assert load_weights(paths.RECORDED_MODELS / "silu").config.hidden_size == 16  # the largest
     training = json.loads((paths.RESULTS / "manifest.json").read_text())["training"]
     assert (training["runs"], training["diverged"], training["parameters"]) == (6, 0, [736, 5888])
     assert training["tokens"] > 6 * 5000 and training["run_hours"] >= 0

@@ -32,10 +32,10 @@ from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.decoder import (
     build_model,
     default_device,
-    load_model,
     parameter_groups,
     training_flops_per_token,
 )
+from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.models.training import Schedule, clock, matmul_rate, train, validation_loss
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.sparsity.literal import bisect_cett_ppl
@@ -282,7 +282,7 @@ def _models(study: Study) -> list[tuple[str, nn.Module]]:
     """The recorded models, and larger ones trained for this bench the first time it runs."""
     models = []
     for folder in sorted(path.parent for path in paths.RECORDED_MODELS.glob("*/model.safetensors")):
-        model = load_model(folder)
+        model = load_weights(folder)
         models.append((f"{model.config.hidden_size}x{model.config.num_hidden_layers} {folder.name}", model))
     for shape, tokens in TRAINED_HERE:
         settings = (study.profile.model_config(*shape, "relu"), study.profile.train_config(tokens, 0))
@@ -309,7 +309,7 @@ def memory(study: Study) -> pd.DataFrame:
 def _peak(tokens: int) -> float:
     """Megabytes at most resident while measuring `tokens` random tokens, calibrated on as many others."""
     torch.set_num_threads(1)
-    model = load_model(paths.RECORDED_MODELS / "relu")
+    model = load_weights(paths.RECORDED_MODELS / "relu")
 
     def stream(seed: int):
         generator = torch.Generator().manual_seed(seed)

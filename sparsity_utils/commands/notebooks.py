@@ -249,11 +249,7 @@ def _report(folder: Path, table: pd.DataFrame) -> None:
     """Print the table of verdicts and the paths of the figures; store the table."""
     with paths.written_aside(folder / "verdicts.csv") as aside:
         table.to_csv(aside, index=False)
-    rows = [list(table.columns), *table.astype(str).to_numpy().tolist()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    print()
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print()
+    left = {name: f"{{:<{table[name].str.len().max()}}}".format for name in table}
+    print(f"\n{table.to_string(index=False, justify='left', formatters=left)}\n")
     for figure in sorted((folder / "figures").glob("*.png")):
         print(figure)

@@ -87,8 +87,9 @@ def _training(study: Study) -> dict:
 def _models(study: Study, activation: str) -> Iterator[Path]:
     """The last checkpoint of the run that stands for an activation, in the form that transformers loads."""
     run, folder = run_with_model(study.largest_config(activation), study.corpus), paths.RECORDED_MODELS / activation
-    yield _copy(run.folder / "config.json", folder / "config.json")
-    yield _copy(run.last_weights, folder / "model.safetensors")
+    last, weights = run.checkpoint(run.last_step)
+    yield _copy(last / "config.json", folder / "config.json")
+    yield _copy(last / weights, folder / "model.safetensors")
     yield _copy(study.corpus.folder / "tokenizer.json", folder / "tokenizer.json")
 
 

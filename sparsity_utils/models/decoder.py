@@ -12,16 +12,12 @@ is AdamW's own, so it is coupled to each group's learning rate: a hidden matrix 
 norm gains are not decayed.
 """
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig
 
@@ -115,6 +111,7 @@ def granite_config(config: ModelConfig) -> GraniteConfig:
     """The `transformers` configuration of this architecture, all muP multipliers set."""
     heads = head_count(config)
     return GraniteConfig(
+        architectures=["GraniteForCausalLM"],
         vocab_size=config.vocabulary,
         hidden_size=config.d_model,
         intermediate_size=d_ff(config.d_model, config.ffn_ratio),
@@ -192,23 +189,3 @@ def training_flops_per_token(config: ModelConfig) -> float:
 def default_device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def save_config(config: GraniteConfig, folder: Path) -> None:
-    """Write config.json, so that `folder` opens with transformers' from_pretrained."""
-    text = json.dumps({**config.to_diff_dict(), "architectures": ["GraniteForCausalLM"]}, indent=2, sort_keys=True)
-    with paths.written_aside(folder / "config.json") as aside:
-        aside.write_text(text + "\n", encoding="utf-8")
-
-
-def load_model(folder: Path, weights: str = "model.safetensors") -> GraniteForCausalLM:
-    """A model from `folder`/config.json and the safetensors file `folder`/`weights`, in evaluation mode."""
-    if not (folder / weights).is_file():
-        raise InputError(f"There is no {weights} in {folder}; name a folder that holds a trained model.")
-    model = GraniteForCausalLM(GraniteConfig.from_pretrained(folder))
-    tensors = load_file(folder / weights)
-    # The head is tied to the embedding and stored once.
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise InputError(f"{folder / weights} does not fit its config.json; copy both from the same training run.")
-    return model.eval()

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import is_protobuf_available, is_sentencepiece_available, logging
 
-from sparsity_utils.console import InputError
+from sparsity_utils.console import InputError, explained
 from sparsity_utils.models.decoder import default_device
 from sparsity_utils.models.minicpm import granite_config, is_minicpm
 
@@ -63,6 +63,16 @@ def open_checkpoint(
     return model.to(default_device()), tokenizer
 
 
+def load_weights(folder: Path, weights: str | None = None) -> PreTrainedModel:
+    """The model alone of a checkpoint's folder, in evaluation mode, on the CPU; errors as of `open_checkpoint`.
+
+    weights: the safetensors file in it; by default model.safetensors or its shards.
+    """
+    with _quiet():
+        config, model_class = _architecture(folder)
+        return _model(folder, config, model_class, weights=weights)
+
+
 def _folder(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -73,7 +83,7 @@ def _folder(name: str | Path) -> Path:
         raise InputError(f"There is no folder {folder}; name one that holds a model, or owner/name of one on the hub.")
     from huggingface_hub import snapshot_download
 
-    with _explained(f"There is no folder {name}, nor can the hub give such a model", "check the name and the network"):
+    with explained(f"There is no folder {name}, nor can the hub give such a model", "check the name and the network"):
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns="*/*"))
 
 
@@ -91,24 +101,12 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@contextmanager
-def _explained(what: str, remedy: str) -> Iterator[None]:
-    """Any failure inside the block as one sentence; transformers and the hub raise too many kinds to list."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{what} ({reason}); {remedy}.") from error
-
-
 def _architecture(folder: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The configuration of the model in `folder` and the class of transformers that it names."""
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"There is no config.json in {folder}; name a folder that holds a model.")
-    with _explained(f"{file} cannot be used", "copy it again from where the weights are"):
+    with explained(f"{file} cannot be used", "copy it again from where the weights are"):
         content = json.loads(file.read_text(encoding="utf-8"))
         if is_minicpm(content):
             return granite_config(content, file), GraniteForCausalLM
@@ -116,7 +114,6 @@ def _architecture(folder: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]
         if kind not in CONFIG_MAPPING:
             raise _not_native(file, f"the model type {kind}")
         config = CONFIG_MAPPING[kind].from_pretrained(folder, local_files_only=True)
-    config.transformers_weights = None  # it could name a pickled file
     name = (config.architectures or ["none"])[0]
     model_class = getattr(transformers, name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
@@ -138,7 +135,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not json_file.is_file() and sentencepiece_file.is_file() and not _reads_sentencepiece():
         raise InputError(f"{sentencepiece_file} is read by the packages sentencepiece and protobuf; install them.")
     remedy = "copy its files again, or choose a model whose tokenizer needs no code of its own"
-    with _explained(f"The tokenizer in {folder} cannot be opened", remedy):
+    with explained(f"The tokenizer in {folder} cannot be opened", remedy):
         if (folder / "tokenizer_config.json").is_file():
             # False, because without it a tokenizer with code of its own asks at the terminal whether to run it.
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -155,14 +152,19 @@ def _reads_sentencepiece() -> bool:
 
 
 def _model(
-    folder: Path, config: PreTrainedConfig, model_class: type[PreTrainedModel], dtype: torch.dtype | None
+    folder: Path,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    dtype: torch.dtype | None = None,
+    weights: str | None = None,
 ) -> PreTrainedModel:
-    if not any((folder / file).is_file() for file in WEIGHTS):
+    config.transformers_weights = weights  # whatever config.json names: it could be a pickled file
+    if not any((folder / file).is_file() for file in ([weights] if weights else WEIGHTS)):
         raise InputError(
             f"There are no weights as safetensors in {folder}, and pickled ones (.bin) are never opened, because they "
             f"can run code; convert them to model.safetensors in a place you trust."
         )
-    with _explained(
+    with explained(
         f"The weights in {folder} cannot be read", "copy them again, with the config.json of the same model"
     ):
         model, loaded = model_class.from_pretrained(

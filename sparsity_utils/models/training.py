@@ -1,8 +1,8 @@
 """One training run: deterministic, resumable, with log-spaced checkpoints.
 
-A run lives in one folder: config.json, checkpoints/<step>.safetensors, and state.safetensors, which holds
-weights, optimizer moments and the log so far. The state is written aside and renamed, so a run killed at any instant
-continues from its last state and, on a CPU with the same thread count, ends in the same weights bit for bit.
+A run lives in one folder: checkpoints/step-<step>/, each of which transformers opens, and state.safetensors, which
+holds weights, optimizer moments and the log so far. The state is written aside and renamed, so a run killed at any
+instant continues from its last state and, on a CPU with the same thread count, ends in the same weights bit for bit.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers import GraniteForCausalLM
 
 from sparsity_utils import paths
 from sparsity_utils.models.config import LAST_CHECKPOINTS, ModelConfig, TrainConfig
@@ -24,7 +25,6 @@ from sparsity_utils.models.decoder import (
     build_model,
     default_device,
     parameter_groups,
-    save_config,
     training_flops_per_token,
 )
 from sparsity_utils.models.loss import linear_cross_entropy
@@ -109,7 +109,6 @@ class Training:
 
     def finish(self) -> list[dict]:
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        save_config(self.model.config, self.folder)
         self._resume()
         keep, saved_at = set(self.schedule.checkpoints()), time.monotonic()
         while self.step < self.schedule.steps:
@@ -165,8 +164,8 @@ class Training:
         self.losses = []
 
     def _keep_checkpoint(self) -> None:
-        with paths.written_aside(checkpoint_file(self.folder, self.step)) as aside:
-            save_file(model_tensors(self.model), aside, metadata={"format": "pt"})  # as transformers expects
+        with paths.written_aside(checkpoint_folder(self.folder, self.step)) as aside:
+            save_checkpoint(self.model, aside)
         tokens_per_second = self.step * self.config.batch_tokens / self.seconds
         flops = training_flops_per_token(self.model_config) * tokens_per_second
         self.rows.append(
@@ -212,9 +211,15 @@ class Training:
         self.first_loss = log["first_loss"]
 
 
-def checkpoint_file(folder: Path, step: int) -> Path:
+def checkpoint_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps lies."""
-    return folder / "checkpoints" / f"{step:06d}.safetensors"
+    return folder / "checkpoints" / f"step-{step:06d}"
+
+
+def save_checkpoint(model: GraniteForCausalLM, folder: Path) -> None:
+    """Write config.json and model.safetensors, so that `folder` opens with transformers' from_pretrained."""
+    model.config.save_pretrained(folder)
+    save_file(model_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})  # as transformers expects
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

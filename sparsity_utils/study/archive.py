@@ -22,11 +22,11 @@ from sparsity_utils.console import InputError
 from sparsity_utils.study.curves import VERSION, decided_by
 from sparsity_utils.study.jobs import Job
 from sparsity_utils.study.plan import QUESTIONS
-from sparsity_utils.study.runs import BROUGHT_WEIGHTS, RECIPE, commit, digest, find_run
+from sparsity_utils.study.runs import CONFIG, RECIPE, WEIGHTS, commit, digest, find_run
 from sparsity_utils.study.study import Study
 
 HEADER = "study.json"
-MANIFEST, CONFIG = "manifest.json", "config.json"
+MANIFEST = "manifest.json"
 MEMBER = re.compile(r"manifest\.json|config\.json|model\.safetensors|[a-z]+-[0-9a-f]{16}\.csv")
 SAME = {  # what runs of one folder share, and how it is called in a message
     "recipe": "the recipe of training",
@@ -108,12 +108,13 @@ def pack_run(asked: Job, everything: Job, folder: Path, with_weights: bool) -> N
     members = {name: store / name for name in (MANIFEST, *tables) if (store / name).exists()}
     target = folder / f"{key}.zip"
     before = _members(target) if target.exists() else {}
-    weights = {CONFIG, BROUGHT_WEIGHTS} if with_weights else set()
+    weights = {CONFIG, WEIGHTS} if with_weights else set()
     if MANIFEST not in members or (before and set(before) >= {*members, *weights}) or not asked.done():
         return
-    last = find_run(asked.config).last_weights
-    if with_weights and last.exists():
-        members |= {CONFIG: store / CONFIG, BROUGHT_WEIGHTS: last}
+    run = find_run(asked.config)
+    if with_weights and run.last_weights.exists():
+        last, _ = run.checkpoint(run.last_step)
+        members |= {CONFIG: last / CONFIG, WEIGHTS: run.last_weights}
     contents = before | {name: file.read_bytes() for name, file in members.items()}
     if contents == before:
         return

@@ -1,12 +1,11 @@
 """The run store: one folder per training run, named by what decides its weights, never trained twice.
 
     build/runs/<key>/             a finished run
-        manifest.json             configuration, versions, device, status, SHA-256 of every checkpoint
-        config.json               the model's, so that a checkpoint opens with transformers
-        checkpoints/<step>.safetensors
+        manifest.json             configuration, versions, device, status, SHA-256 of every file of a checkpoint
+        checkpoints/step-<step>/  config.json and model.safetensors, as transformers opens it; the last, tokenizer.json
         <measurement>-<key>.csv   what was measured on it
     build/runs/<key>/             likewise, of a run brought from an archive: manifest and measurements, and for a few
-                                  runs model.safetensors, the last checkpoint
+                                  runs config.json and model.safetensors of the last checkpoint
     build/runs/.<key>.working/    a run under way: it resumes from its last saved state
     build/runs/.<key>.lock        held by the process that trains it
 
@@ -35,15 +34,15 @@ from sparsity_utils.models.decoder import (
     d_ff,
     default_device,
     head_count,
-    load_model,
     non_embedding_parameters,
     training_flops_per_token,
 )
-from sparsity_utils.models.training import Diverged, checkpoint_file, train
+from sparsity_utils.models.pretrained import load_weights
+from sparsity_utils.models.training import Diverged, checkpoint_folder, train
 from sparsity_utils.text.batches import measurement_batches
 from sparsity_utils.text.corpus import Corpus
 
-BROUGHT_WEIGHTS = "model.safetensors"  # as transformers names the weights beside a config.json
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # as transformers names the files of a checkpoint
 OLD_NAMES = {"ratio": "activation_ratio"}  # of columns of measurements that runs of the second study keep
 RECIPE = 1  # raise it when the same configuration would train to other weights
 
@@ -113,15 +112,22 @@ class Run:
         return (self.folder / "checkpoints").exists()
 
     @property
-    def last_weights(self) -> Path:
-        """The weights after the decay: the last checkpoint, or what an archive brought of it; it may not be there."""
-        return self.folder / (self.last_checkpoint if self.has_weights else BROUGHT_WEIGHTS)
+    def last_step(self) -> int:
+        """The steps of the whole training; 0 for a diverged run, which has no checkpoint."""
+        return max((row["step"] for row in self.manifest["checkpoints"]), default=0)
 
     @property
-    def last_checkpoint(self) -> str:
-        """The last checkpoint as the manifest names it; of a diverged run, which kept none, no file's name."""
-        steps = [row["step"] for row in self.manifest["checkpoints"]]
-        return str(checkpoint_file(Path(), steps[-1])) if steps else "none"
+    def last_weights(self) -> Path:
+        """The weights after the decay, which may not be there."""
+        return Path(*self.checkpoint(self.last_step))
+
+    def checkpoint(self, step: int) -> tuple[Path, str]:
+        """The folder with config.json of the checkpoint after `step` steps, and the file of its weights in there."""
+        flat = f"checkpoints/{step:06d}.safetensors"
+        if (self.folder / flat).exists():  # trained before a checkpoint was a folder: one config.json for all
+            return self.folder, flat
+        brought = not self.has_weights and step == self.last_step
+        return self.folder if brought else checkpoint_folder(self.folder, step), WEIGHTS
 
     @property
     def checkpoints(self) -> pd.DataFrame:
@@ -149,7 +155,7 @@ class Run:
 
     def load(self, step: int) -> transformers.GraniteForCausalLM:
         """The model after `step` steps, in evaluation mode, on the GPU where there is one."""
-        return load_model(self.folder, str(checkpoint_file(Path(), step))).to(default_device())
+        return load_weights(*self.checkpoint(step)).to(default_device())
 
     def has_measured(self, name: str, settings: dict) -> bool:
         """Whether `measured` would only read."""
@@ -176,7 +182,7 @@ def find_run(config: RunConfig) -> Run | None:
     except FileNotFoundError as error:
         if not folder.exists():
             return None
-        damaged = [Path(error.filename).name]
+        damaged = [str(Path(error.filename).relative_to(folder))]
     except (json.JSONDecodeError, KeyError):
         damaged = ["manifest.json"]
     if damaged:
@@ -195,7 +201,8 @@ def _damaged(run: Run) -> list[str]:
     if run.has_weights:
         return [name for name, sha in written.items() if _sha256(run.folder / name) != sha]
     brought = [run.last_weights] if run.last_weights.exists() else []
-    return [file.name for file in brought if _sha256(file) != written[run.last_checkpoint]]
+    last = max((name for name in written if name.endswith(".safetensors")), default=None)  # names are in order of steps
+    return [file.name for file in brought if _sha256(file) != written[last]]
 
 
 def run_with_model(config: RunConfig, corpus: Corpus) -> Run:
@@ -223,7 +230,11 @@ def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], Non
         diverged, rows = "", train(config.model, config.train, corpus.tokens("train"), validation, working, on_progress)
     except Diverged as error:
         diverged, rows = f"{config.title}: {error}", []
-    stored = [*sorted(working.glob("checkpoints/*.safetensors")), working / "config.json"]
+    if rows:  # so that the trained model opens with its tokenizer
+        with paths.written_aside(checkpoint_folder(working, rows[-1]["step"]) / "tokenizer.json") as aside:
+            shutil.copyfile(corpus.folder / "tokenizer.json", aside)
+    kept = ("checkpoints/step-*/*", "checkpoints/*.safetensors", CONFIG)  # the latter of a run begun before
+    stored = sorted(file for pattern in kept for file in working.glob(pattern))
     manifest = {
         "config": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from kernels import MAX_TOKENS
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
-from sparsity_utils.models.decoder import default_device, head_count, load_model
+from sparsity_utils.models.decoder import default_device, head_count
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.study.jobs import Job, do_jobs, measurement
 from sparsity_utils.study.plan import PUBLISHED, QUESTIONS, SCHEMA, SPEEDS, Question, Settings, planned
@@ -139,7 +139,7 @@ class Study:
             return open_checkpoint(paths.RECORDED_MODELS / activation)
         run = run_with_model(self.largest_config(activation), self.corpus)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=self.corpus.tokenizer())
-        return load_model(run.folder, str(run.last_weights.relative_to(run.folder))).to(default_device()), tokenizer
+        return run.load(run.last_step), tokenizer
 
     def environment(self) -> str:
         """One line: what computes here, and where the numbers come from."""

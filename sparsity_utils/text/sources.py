@@ -9,6 +9,7 @@ import base64
 import hashlib
 import importlib.metadata
 import json
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsity_utils.console import InputError
+from sparsity_utils.console import InputError, explained
 from sparsity_utils.text.config import CorpusConfig
 
 # Only packages whose pin in the lock file is the same for every Python version and platform, and whose wheels
@@ -283,33 +284,31 @@ def _jsonl_rows(file: Path) -> Iterator[Any]:
 
 
 def _parquet_rows(file: Path, text_field: str) -> Iterator[dict]:
-    import pyarrow
-    import pyarrow.parquet
+    """The column of texts, by pyarrow: a row group of 400 MB takes 0.3 s and 220 MB, through `datasets` 3 s and 800."""
+    from pyarrow import parquet
 
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
+    with explained(f"{file} is not readable as Parquet", "correct it or take it away"):
+        table = parquet.ParquetFile(file)
         if text_field not in table.schema_arrow.names:
             raise _no_field(str(file), text_field, table.schema_arrow.names)
         for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
             yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file} is not readable as Parquet; correct it or take it away.") from error
 
 
 # Source "hub"
 
 
 def _hub_rows(config: CorpusConfig) -> Iterator[dict]:
-    from datasets import load_dataset
+    import datasets
 
-    try:
-        yield from load_dataset(config.path, revision=config.revision, split="train", streaming=True)
-    except Exception as error:  # `datasets` raises many kinds: no such data set, revision or split, no network
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"The data set {config.path} at revision {config.revision} cannot be read ({reason}); check corpus.path, "
-            "corpus.revision, that it has a train split, and the network."
-        ) from error
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says of a file is also raised
+    what = f"The data set {config.path} at revision {config.revision} cannot be read"
+    with (
+        explained(what, "check corpus.path, corpus.revision, that it has a train split, and the network"),
+        tempfile.TemporaryDirectory() as cache,  # it holds a lock file while the data set is opened
+    ):
+        options = {"revision": config.revision, "split": "train", "streaming": True, "cache_dir": cache}
+        yield from datasets.load_dataset(config.path, **options)
 
 
 # Rows of a table

@@ -11,7 +11,7 @@ from torch import nn
 from kernels import SparseFFN
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.decode import kernel_of, kernel_rule, sparse_kernels
-from sparsity_utils.models.decoder import load_model
+from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.thresholds import Thresholds
@@ -60,7 +60,7 @@ def test_half_precision(dtype):
 @pytest.mark.parametrize("name", ["relu", "silu"])
 @pytest.mark.parametrize("rule", ["relu", "fat", "cett"])
 def test_generate_gives_the_same_greedy_tokens(name, rule):
-    model = load_model(RECORDED_MODELS / name).eval()
+    model = load_weights(RECORDED_MODELS / name).eval()
     prompt = torch.randint(0, model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     chosen = Thresholds(rule, (0.05,) * 4)
     options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(prompt)}

@@ -10,7 +10,7 @@ from mixtures import build as build_mixture
 
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding import speed
-from sparsity_utils.models.decoder import load_model
+from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.paths import RECORDED_MODELS
@@ -21,7 +21,7 @@ IDS = torch.ones(1, 3, dtype=torch.long)
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(RECORDED_MODELS / "relu").eval()
+    return load_weights(RECORDED_MODELS / "relu").eval()
 
 
 @pytest.fixture
@@ -96,6 +96,6 @@ def test_an_encoder_decoder_is_refused():
 def test_a_model_that_no_kernel_fits_is_refused_and_one_without_certificate_is_not(model, prompts):
     with pytest.raises(InputError, match="routed experts"):
         speed.decode_speeds(build_mixture("mixtral", dtype=torch.float32), IDS, CETT, new_tokens=2, rounds=1)
-    silu = load_model(RECORDED_MODELS / "silu").eval()
+    silu = load_weights(RECORDED_MODELS / "silu").eval()
     table = speed.decode_speeds(silu, prompts, CETT, new_tokens=2, rounds=1)
     assert list(table["way"]) == ["dense", "all rows", "sparse"]

@@ -27,8 +27,7 @@ from transformers.utils import logging
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models import pretrained as checkpoints
-from sparsity_utils.models.decoder import load_model
-from sparsity_utils.models.pretrained import open_checkpoint
+from sparsity_utils.models.pretrained import load_weights, open_checkpoint
 
 
 def edit(folder: Path, **changes) -> None:
@@ -77,8 +76,9 @@ def test_a_saved_model_opens_as_it_was(kind: str, tmp_path: Path) -> None:
 def test_the_recorded_models_open_with_their_tokenizer() -> None:
     folder = paths.RECORDED_MODELS / "relu"
     model, tokenizer = open_checkpoint(str(folder))
-    wanted = load_model(folder).state_dict()
-    assert all(torch.equal(tensor.cpu(), wanted[name]) for name, tensor in model.state_dict().items())
+    alone = load_weights(folder).state_dict()
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[name].cpu(), tensor) and torch.equal(alone[name], tensor)
     text = "def f(x):\n    return x\n"
     expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
     assert tokenizer(text)["input_ids"] == expected and len(expected) > 5

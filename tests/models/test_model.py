@@ -5,22 +5,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig
 from sparsity_utils.models.decoder import (
     build_model,
     head_count,
-    load_model,
     non_embedding_parameters,
     parameter_groups,
-    save_config,
     solve_shape,
     training_flops_per_token,
 )
 from sparsity_utils.models.loss import linear_cross_entropy
-from sparsity_utils.models.training import model_tensors
+from sparsity_utils.models.pretrained import load_weights
+from sparsity_utils.models.training import save_checkpoint
 
 PUBLISHED = [
     (768, 16, 0.1e9),
@@ -206,22 +205,22 @@ def test_a_saved_model_loads_here_and_in_transformers(tmp_path):
 
     config = ModelConfig(24, 2, "silu", vocabulary=100, head_size=12)
     model = build_model(config, 0).eval()
-    save_config(model.config, tmp_path)
-    save_file(model_tensors(model), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_checkpoint(model, tmp_path)
     ids = torch.randint(0, 100, (2, 9))
     with torch.no_grad():
         wanted = model(input_ids=ids).logits
-        assert torch.equal(load_model(tmp_path)(input_ids=ids).logits, wanted)
+        assert torch.equal(load_weights(tmp_path)(input_ids=ids).logits, wanted)
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids).logits, wanted)
 
 
 def test_loading_names_what_is_wrong(tmp_path):
-    with pytest.raises(InputError, match=r"no model.safetensors in .*; name a folder that holds a trained model"):
-        load_model(tmp_path)
-    model = build_model(ModelConfig(24, 2, vocabulary=100, head_size=12), 0)
-    save_config(model.config, tmp_path)
-    tensors = model_tensors(model)
+    with pytest.raises(InputError, match=r"no config\.json in .*; name a folder that holds a model"):
+        load_weights(tmp_path)
+    save_checkpoint(build_model(ModelConfig(24, 2, vocabulary=100, head_size=12), 0), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop("model.norm.weight")
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"does not fit its config.json"):
-        load_model(tmp_path)
+    with pytest.raises(InputError, match=r"do not fit its config\.json \(model\.norm\.weight is missing\)"):
+        load_weights(tmp_path)
+    with pytest.raises(InputError, match=r"no weights as safetensors in .*\(\.bin\) are never opened"):
+        load_weights(tmp_path, "other.safetensors")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.loss import CHUNK_TOKENS, linear_cross_entropy
-from sparsity_utils.models.training import Diverged, Schedule, Training, checkpoint_file, train, validation_loss
+from sparsity_utils.models.training import Diverged, Schedule, Training, checkpoint_folder, train, validation_loss
 from sparsity_utils.text.batches import TrainingBatches, measurement_batches
 
 MODEL = ModelConfig(16, 2, vocabulary=64, context=16, head_size=8, base_width=16)
@@ -30,7 +30,7 @@ def validation(tokens) -> list:
 
 
 def weights(folder, step):
-    return load_file(checkpoint_file(folder, step))
+    return load_file(checkpoint_folder(folder, step) / "model.safetensors")
 
 
 def test_a_run_is_the_same_twice(tokens, validation, tmp_path):

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from small import write_text
 
 from sparsity_utils import paths
+from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig, TrainConfig
-from sparsity_utils.models.decoder import load_model
+from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.study import runs
 from sparsity_utils.study.runs import RunConfig, find_run, train_run
 from sparsity_utils.text.batches import TrainingBatches
@@ -74,13 +78,80 @@ def test_the_table_of_checkpoints_describes_the_run(corpus):
 
 
 def test_checkpoints_open_with_transformers(corpus):
-    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM
 
     run = train_run(config(corpus), corpus)
-    step = run.checkpoints["step"].max()
-    assert AutoConfig.from_pretrained(run.folder).model_type == "granite"
-    weights = load_model(run.folder, f"checkpoints/{step:06d}.safetensors").state_dict()
-    assert all(torch.equal(run.load(step).state_dict()[name], tensor) for name, tensor in weights.items())
+    for step in run.checkpoints["step"]:
+        folder = run.folder / "checkpoints" / f"step-{step:06d}"
+        opened, loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict(), run.load(step).state_dict()
+        stored = load_file(folder / "model.safetensors")
+        assert all(
+            torch.equal(opened[name], tensor) and torch.equal(loaded[name], tensor) for name, tensor in stored.items()
+        )
+    model, tokenizer = open_checkpoint(folder)  # the last one has a tokenizer
+    text = corpus.documents("validation")["domain"].iloc[0]
+    assert tokenizer(text)["input_ids"] == corpus.tokenizer().encode(text).ids
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def as_before(folder):
+    """Change a run's folder to the form that runs had before a checkpoint was a folder; return the step of the last."""
+    for each in sorted(folder.glob("checkpoints/step-*")):
+        step = int(each.name.removeprefix("step-"))
+        shutil.copyfile(each / "config.json", folder / "config.json")
+        os.replace(each / "model.safetensors", folder / "checkpoints" / f"{step:06d}.safetensors")
+        shutil.rmtree(each)
+    return step
+
+
+def test_a_run_trained_before_a_checkpoint_was_a_folder_opens_and_is_found_done(corpus, monkeypatch):
+    run = train_run(config(corpus), corpus)
+    wanted = {step: run.load(step).state_dict() for step in run.checkpoints["step"]}
+    last = as_before(run.folder)
+    stored = [*sorted(run.folder.glob("checkpoints/*")), run.folder / "config.json"]
+    files = {str(file.relative_to(run.folder)): runs._sha256(file) for file in stored}
+    assert list(files)[-2:] == [f"checkpoints/{last:06d}.safetensors", "config.json"]
+    (run.folder / "manifest.json").write_text(json.dumps(run.manifest | {"files": files}))
+    monkeypatch.setattr(runs, "train", lambda *args: pytest.fail("trained again"))
+    found = train_run(config(corpus), corpus)
+    for step, weights in wanted.items():
+        assert all(torch.equal(found.load(step).state_dict()[name], tensor) for name, tensor in weights.items())
+    brought = shutil.copytree(run.folder, run.folder.with_name("brought"))
+    flat = brought / "checkpoints" / f"{last:06d}.safetensors"
+    assert runs.Run(brought, found.manifest).last_weights == flat
+    os.replace(flat, brought / "model.safetensors")  # as an archive of it brings the last checkpoint
+    shutil.rmtree(brought / "checkpoints")
+    assert runs.Run(brought, found.manifest).load(last).config.hidden_size == 8
+    assert not runs._damaged(runs.Run(brought, found.manifest))
+    edit(brought / "model.safetensors")
+    assert runs._damaged(runs.Run(brought, found.manifest)) == ["model.safetensors"]
+    with pytest.raises(InputError, match="There is no config"):
+        runs.Run(brought, found.manifest).load(min(wanted))
+    edit(found.last_weights)
+    with pytest.warns(UserWarning, match=rf"{last:06d}\.safetensors is not what was written"):
+        assert find_run(config(corpus)) is None
+
+
+def test_a_run_begun_before_a_checkpoint_was_a_folder_is_finished(corpus, monkeypatch):
+    whole = train_run(dataclasses.replace(config(corpus), threads=3), corpus)  # another key, the same weights
+    steps = list(whole.checkpoints["step"])
+    original = TrainingBatches.__call__
+
+    def stopped(self, step):
+        if step == steps[4]:
+            raise KeyboardInterrupt
+        return original(self, step)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(TrainingBatches, "__call__", stopped)
+        train_run(config(corpus), corpus)
+    assert as_before(paths.runs() / f".{config(corpus).key}.working") == steps[4]
+    run = train_run(config(corpus), corpus)
+    assert find_run(config(corpus)) == run and "config.json" in run.manifest["files"]
+    assert sum(name.endswith(".safetensors") for name in run.manifest["files"]) == len(steps)
+    for step in steps:
+        weights = whole.load(step).state_dict()
+        assert all(torch.equal(run.load(step).state_dict()[name], tensor) for name, tensor in weights.items())
 
 
 def truncate(file):
@@ -97,7 +168,7 @@ def edit(file):
 @pytest.mark.parametrize("what", ["checkpoint", "manifest"])
 def test_damage_is_found_said_and_repaired(corpus, damage, what):
     run = train_run(config(corpus), corpus)
-    last = run.folder / "checkpoints" / f"{run.checkpoints['step'].max():06d}.safetensors"
+    last = run.folder / "checkpoints" / f"step-{run.checkpoints['step'].max():06d}" / "model.safetensors"
     before = last.read_bytes()
     file = last if what == "checkpoint" else run.folder / "manifest.json"
     damage(file)

@@ -17,7 +17,6 @@ from small import one_size, profile_content, write_profile, write_text
 from sparsity_utils import paths
 from sparsity_utils.__main__ import main
 from sparsity_utils.console import InputError
-from sparsity_utils.models.training import checkpoint_file
 from sparsity_utils.study.plan import QUESTIONS
 from sparsity_utils.study.sittings import sit
 from sparsity_utils.study.study import Study
@@ -68,7 +67,8 @@ def test_the_model_that_stands_for_an_activation_is_the_largest_after_its_decay(
     model, tokenizer = study.trained_model("silu")
     assert (model.config.hidden_size, model.config.hidden_act, model.training) == (16, "silu", False)
     rows = tables["relu_vs_silu"].query("activation == 'silu' and d_model == 16 and seed == 0")
-    weights = load_file(checkpoint_file(paths.runs() / rows["run"].iloc[0], rows["step"].max()))
+    folder = paths.runs() / rows["run"].iloc[0] / "checkpoints" / f"step-{rows['step'].max():06d}"
+    weights = load_file(folder / "model.safetensors")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
     text = "abba cafe\n<|endoftext|>"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -274,7 +274,7 @@ def test_a_file_that_cannot_be_read(name: str, tmp_path: Path) -> None:
             r"row 1, has no field 'text'; rename .* corpus.text_field \(body, id\)",
         ),
         ("a.jsonl", b"[1, 2]\n", r"row 1, has no field 'text'; .*\(no field at all\)"),
-        ("a.parquet", b"not parquet", "a.parquet is not readable as Parquet; correct it"),
+        ("a.parquet", b"not parquet", r"a\.parquet is not readable as Parquet \(.*\); correct it"),
         ("a.txt", b"caf\xe9", r"gave 0 usable document\(s\) within 48.0 MB \(left out: 1 not UTF-8\)"),
         ("a.txt", b" \n", r"gave 0 usable document\(s\) within 48.0 MB \(left out: 1 empty\)"),
         ("a.txt", b"one", r"gave 1 usable document\(s\) .*\(left out: none\); training and validation need one each"),

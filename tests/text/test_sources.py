@@ -4,6 +4,7 @@ import base64
 import hashlib
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -159,6 +160,24 @@ def test_half_a_surrogate_pair_and_empty_rows_are_counted(tmp_path: Path) -> Non
     assert corpus.manifest["skipped"] == {"empty": 2, "not UTF-8": 1}
 
 
+def test_a_parquet_table_is_read_whole_whatever_its_name_and_its_other_columns(tmp_path: Path, capfd) -> None:
+    texts = ["", "2020-01-01", " a\r\nb\u2028c\x00 ", "1e400", *(text(seed) for seed in range(3000))]
+    file = tmp_path / "a[1]*?{b}" / "p (1)#%20.parquet"
+    file.parent.mkdir()
+    others = {"number": range(len(texts)), "map": [{"a": 1}] * len(texts)}
+    pd.DataFrame({"text": texts} | others).to_parquet(file, row_group_size=700)
+    for path in (file, file.parent):
+        assert [document.text for document in sources.open_source(config(path)).documents] == texts
+    pd.DataFrame({"text": pd.Categorical(["a", "b", "a"])}).to_parquet(file)
+    assert [document.text for document in sources.open_source(config(file)).documents] == ["a", "b", "a"]
+    pd.DataFrame({"text": []}).to_parquet(file)
+    assert not list(sources.open_source(config(file)).documents)
+    file.write_bytes(b"no")
+    with pytest.raises(InputError, match=r"p \(1\)#%20\.parquet is not readable as Parquet \(.*\); correct it"):
+        list(sources.open_source(config(file)).documents)
+    assert capfd.readouterr() == ("", "")
+
+
 # Source "hub"
 
 
@@ -167,8 +186,10 @@ def hub_config(path: Path | str, **changes) -> CorpusConfig:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    yield
+    assert not (tmp_path / "cache").exists()  # nothing is left in the reader's own
 
 
 def test_hub_streams_a_local_data_set(tmp_path: Path) -> None:
@@ -197,7 +218,9 @@ def test_the_hub_is_asked_for_the_pinned_revision_and_runs_no_remote_code(monkey
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     build_corpus(hub_config("owner/name"))
-    assert calls == [(("owner/name",), {"revision": "0123abc", "split": "train", "streaming": True})]
+    ((names, options),) = calls
+    assert not Path(options.pop("cache_dir")).exists()
+    assert (names, options) == (("owner/name",), {"revision": "0123abc", "split": "train", "streaming": True})
 
 
 # Bad input
