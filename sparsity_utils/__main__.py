@@ -225,9 +225,8 @@ def _notebooks(options: argparse.Namespace) -> None:
 
 def _figures(options: argparse.Namespace) -> None:
     from sparsity_utils.commands.figures import draw_all
-    from sparsity_utils.study.study import Study
 
-    for file in draw_all(Study.recorded(options.folder / "results"), options.folder / "figures"):
+    for file in draw_all(options.folder / "results", options.folder / "figures"):
         print(file)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,8 +13,9 @@ from small import profile_content, write_profile, write_text
 
 from sparsity_utils import measure_sparsity, paths
 from sparsity_utils.commands import record
-from sparsity_utils.commands.figures import draw_all
+from sparsity_utils.commands.figures import draw, draw_all
 from sparsity_utils.commands.measure import window_length
+from sparsity_utils.commands.notebooks import collection
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import (
     activation_patterns,
@@ -189,8 +191,8 @@ def drawn(tmp_path_factory):
     study = ReadOnce("recorded", paths.RESULTS, None)
     study.tables = {}
     folders = [tmp_path_factory.mktemp(f"figures{turn}") for turn in (1, 2)]
-    for folder in folders:
-        list(draw_all(study, folder))
+    for folder, notebook in product(folders, collection()):
+        draw(notebook.stem.partition("_")[2], study, folder)
     return folders
 
 
@@ -241,5 +243,5 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     assert (training["runs"], training["diverged"], training["parameters"]) == (6, 0, [736, 5888])
     assert training["tokens"] > 6 * 5000 and training["run_hours"] >= 0
     monkeypatch.setattr(paths, "NOTEBOOKS", NOTEBOOKS)
-    figures = {file.stem for file in draw_all(Study.recorded(tmp_path / "results"), tmp_path / "figures")}
+    figures = {file.stem for file in draw_all(tmp_path / "results", tmp_path / "figures")}
     assert "02_relu_vs_silu" in figures and figures == {file.stem for file in (tmp_path / "figures").iterdir()}

@@ -35,10 +35,10 @@ MARKERS = "osD^vP"
 LINES = ("-", "--", "-.", ":")
 AXIS = "Active neurons (% of d_ff)"
 # In an SVG: numbers of a path or a place, to the hundredth of a point, so that no rounding of a processor shows; and
-# names of markers and clips, which matplotlib makes from all digits of theirs, in the order of their appearance.
+# names of markers, clips and images, which matplotlib makes from all their digits, in the order of appearance.
 PLACES = re.compile(r'(?<=[\s(">MLCQ])-?\d+\.\d{3,}(?=[\s)"<])')
 PLACED = re.compile(r'(?:\s(?:d|x|y|width|height|points)="[^"]*"|translate\([^)]*\))')
-NAMED = re.compile(r'(?<=[#"])[a-z][0-9a-f]{10}(?=[")])')
+NAMED = re.compile(r'(?<=[#"])\w*?[0-9a-f]{10}(?=[")])')
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _steady(svg: str) -> str:
     """An SVG whose coordinates are rounded and whose names are counted, so that redrawing changes no byte."""
     names: dict[str, str] = {}
     for name in NAMED.findall(svg):
-        names.setdefault(name, f"{name[0]}{len(names)}")
+        names.setdefault(name, f"name{len(names)}")
     svg = NAMED.sub(lambda found: names[found[0]], svg)
     return PLACED.sub(lambda place: PLACES.sub(lambda number: f"{float(number[0]):.2f}", place[0]), svg)
 
