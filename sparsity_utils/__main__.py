@@ -224,14 +224,14 @@ def _notebooks(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from sparsity_utils.commands.figures import draw_all
+    from sparsity_utils.commands.record import draw_all
 
     for file in draw_all(options.folder / "results", options.folder / "figures"):
         print(file)
 
 
 def _refit(options: argparse.Namespace) -> None:
-    from sparsity_utils.laws.published_curves import download_curves, read_curves
+    from sparsity_utils.laws.published import download_curves, read_curves
     from sparsity_utils.laws.refit import write_tables
 
     curves = read_curves(options.curves or download_curves())

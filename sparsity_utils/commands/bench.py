@@ -43,8 +43,8 @@ from sparsity_utils.sparsity.metrics import measure_sparsity
 from sparsity_utils.sparsity.passes import checked, mean_losses
 from sparsity_utils.study.runs import train_run
 from sparsity_utils.study.study import Study
-from sparsity_utils.text.batches import TrainingBatches, measurement_batches
 from sparsity_utils.text.corpus import open_corpus
+from sparsity_utils.text.windows import TrainingBatches, measurement_batches
 
 SPEED_COLUMNS = {
     "sparse_ffn": [

@@ -21,8 +21,7 @@ from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.neurons.rules import METRICS, metric_named
 from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
 from sparsity_utils.sparsity.passes import predicts_next_token
-from sparsity_utils.text.batches import evenly_spaced
-from sparsity_utils.text.texts import read_documents, split_documents, text_batches
+from sparsity_utils.text.windows import evenly_spaced, read_documents, split_documents, text_batches
 
 WINDOW = 256  # tokens, unless the model's context is shorter
 CALIBRATION_SHARE = 1 / 3

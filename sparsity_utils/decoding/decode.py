@@ -14,8 +14,15 @@ from torch import Tensor, nn
 
 from kernels import MAX_TOKENS, SparseFFN
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.activations import activation_name
-from sparsity_utils.neurons.find import FFN, Projection, bypassed, check_not_bypassed, find_ffns, widened
+from sparsity_utils.neurons.find import (
+    FFN,
+    Projection,
+    activation_name,
+    bypassed,
+    check_not_bypassed,
+    find_ffns,
+    widened,
+)
 from sparsity_utils.neurons.hooks import check_layers
 from sparsity_utils.neurons.modes import evaluating, forward_replaced
 from sparsity_utils.neurons.rules import RULES

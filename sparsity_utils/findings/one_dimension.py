@@ -14,15 +14,16 @@ from sparsity_utils.console import InputError
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
 from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.limits import COLUMNS, SHAPE, require
-from sparsity_utils.laws.outcomes import (
+from sparsity_utils.laws.lines import (
     Lines,
+    coefficients,
     nonzero_share,
     on_lines,
+    size_means,
     slopes_on_lines,
     unequal_data,
     weak_tail,
 )
-from sparsity_utils.laws.pooled import coefficients, size_means
 from sparsity_utils.laws.trends import (
     INCONCLUSIVE,
     NOT_SUPPORTED,
@@ -101,7 +102,7 @@ def verdicts(shapes: pd.DataFrame | None, lines: Lines) -> Verdicts:
     """Depth drives the trend of non-zeros, the weak tail shrinks, and larger is sparser by non-zeros.
 
     shapes: a table of checkpoints with the column d_ff, of ReLU shapes that differ from one of them in one dimension;
-    without it its claims are inconclusive. lines: the tables of the lines of sizes, as `outcomes.lines_of`.
+    without it its claims are inconclusive. lines: the tables of the lines of sizes, as `lines.lines_of`.
     Raises InputError for missing columns, duplicates, NaN, and shapes without a centre.
     """
     tail = _tail_verdict(lines)

@@ -21,10 +21,9 @@ from sparsity_utils.findings import one_dimension, relu_vs_silu, scale_insensiti
 from sparsity_utils.findings.claims import SLOPE_MARGIN, Claim
 from sparsity_utils.findings.relu_vs_silu import LOSS_EQUAL, LOSS_MARGIN, RELU_FALLS, RELU_SPARSER, SILU_RISES
 from sparsity_utils.findings.width_depth_ratio import RATIO_RISES, ratio_slope
-from sparsity_utils.laws.outcomes import MAIN, SECOND
-from sparsity_utils.laws.pooled import pooled_means, pooled_slopes, size_means
+from sparsity_utils.laws.lines import MAIN, SECOND, pooled_means, pooled_slopes, size_means
 from sparsity_utils.laws.power_inputs import OUTCOMES, RATIO_OUTCOME
-from sparsity_utils.laws.published_laws import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
+from sparsity_utils.laws.published import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, fit_two_segments
 from sparsity_utils.models.decoder import d_ff, non_embedding_parameters
 from sparsity_utils.study.plan import Settings, planned

@@ -11,13 +11,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
-from sparsity_utils.findings.forms import form_claim, form_gaps, form_verdict
+from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, form_claim, form_gaps, form_verdict, stated
 from sparsity_utils.findings.style import AXIS, COLOURS, Look, ShownFigure, captioned, side_by_side, styled
 from sparsity_utils.laws.data_law import LEVEL, TOKEN_UNIT
-from sparsity_utils.laws.forecasts import LAST_VALUE
+from sparsity_utils.laws.holdout import LAST_VALUE
 from sparsity_utils.laws.limits import published_form, require
-from sparsity_utils.laws.published_laws import PublishedLaw
+from sparsity_utils.laws.published import PublishedLaw
 from sparsity_utils.laws.refit import PRINTED, SCRIPTS, WITHOUT
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Estimate, mean_over_runs
 from sparsity_utils.models.config import ACTIVATIONS

@@ -8,8 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from sparsity_utils.findings.claims import MEANS, Claim, Verdict, Verdicts, stated
-from sparsity_utils.findings.forms import form_claim, form_gaps, form_verdict
+from sparsity_utils.findings.claims import MEANS, Claim, Verdict, Verdicts, form_claim, form_gaps, form_verdict, stated
 from sparsity_utils.findings.style import (
     AXIS,
     Look,
@@ -24,9 +23,9 @@ from sparsity_utils.findings.style import (
     token_axis,
 )
 from sparsity_utils.laws.data_law import Fit, compare_forms
-from sparsity_utils.laws.forecasts import LAST_VALUE, forecast_table
-from sparsity_utils.laws.limits import SHAPE, Curves, fit_curves, fit_points, limits_table, published_form
-from sparsity_utils.laws.outcomes import (
+from sparsity_utils.laws.holdout import LAST_VALUE, forecast_table
+from sparsity_utils.laws.limits import SHAPE, Curves, fit_curves, fit_points, limits_table, published_form, run_table
+from sparsity_utils.laws.lines import (
     MAIN,
     SECOND,
     Lines,
@@ -38,8 +37,7 @@ from sparsity_utils.laws.outcomes import (
     relu_sparser,
     silu_rises,
 )
-from sparsity_utils.laws.published_laws import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
-from sparsity_utils.laws.run_table import run_table
+from sparsity_utils.laws.published import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
 from sparsity_utils.laws.trends import mean_over_runs
 from sparsity_utils.models.config import ACTIVATIONS
 from sparsity_utils.models.decoder import non_embedding_parameters

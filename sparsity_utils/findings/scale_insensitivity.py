@@ -22,7 +22,7 @@ from sparsity_utils.findings.style import (
 )
 from sparsity_utils.laws.convergence import convergence_table
 from sparsity_utils.laws.limits import Curves, fit_curves, limits_table
-from sparsity_utils.laws.outcomes import (
+from sparsity_utils.laws.lines import (
     MAIN,
     SECOND,
     Lines,
@@ -35,7 +35,7 @@ from sparsity_utils.laws.outcomes import (
     slopes_on_lines,
     unequal_data,
 )
-from sparsity_utils.laws.published_laws import PUBLISHED_LAWS
+from sparsity_utils.laws.published import PUBLISHED_LAWS
 from sparsity_utils.laws.trends import INCONCLUSIVE, fit_line
 from sparsity_utils.models.config import ACTIVATIONS
 from sparsity_utils.models.decoder import non_embedding_parameters

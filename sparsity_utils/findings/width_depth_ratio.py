@@ -21,10 +21,8 @@ from sparsity_utils.findings.style import (
     side_by_side,
     styled,
 )
-from sparsity_utils.laws.limits import check_checkpoints, fit_curves, limits_table, require
-from sparsity_utils.laws.outcomes import last_checkpoints, one_value_per_run
-from sparsity_utils.laws.pooled import pooled_slopes, size_means
-from sparsity_utils.laws.run_table import run_table
+from sparsity_utils.laws.limits import check_checkpoints, fit_curves, limits_table, require, run_table
+from sparsity_utils.laws.lines import last_checkpoints, one_value_per_run, pooled_slopes, size_means
 from sparsity_utils.laws.trends import (
     DISTINCT,
     INCONCLUSIVE,

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from sparsity_utils.laws import outcomes
-from sparsity_utils.laws.outcomes import Lines, on_lines
-from sparsity_utils.laws.pooled import size_means
+from sparsity_utils.laws import lines
+from sparsity_utils.laws.lines import Lines, size_means
 
 COLUMNS = ["outcome", "width_depth_ratio", "mean", "first_effect", "sd_seed", "sd_fit", "degrees_seed", "degrees_fit"]
 
@@ -30,30 +29,30 @@ class Outcome(NamedTuple):
 
 
 OUTCOMES = {
-    "loss_difference": Outcome(outcomes.loss_difference, None),
-    "relu_falls": Outcome(outcomes.relu_falls, None),
-    "silu_rises": Outcome(outcomes.silu_rises, None),
-    "relu_sparser": Outcome(outcomes.relu_sparser, None),
-    "relu_ratio": Outcome(outcomes.relu_ratio, "parameters"),
-    "silu_ratio": Outcome(outcomes.silu_ratio, "parameters"),
-    "nonzero_share": Outcome(outcomes.nonzero_share, "parameters"),
-    "metric_gap": Outcome(outcomes.metric_gap, "parameters"),
+    "loss_difference": Outcome(lines.loss_difference, None),
+    "relu_falls": Outcome(lines.relu_falls, None),
+    "silu_rises": Outcome(lines.silu_rises, None),
+    "relu_sparser": Outcome(lines.relu_sparser, None),
+    "relu_ratio": Outcome(lines.relu_ratio, "parameters"),
+    "silu_ratio": Outcome(lines.silu_ratio, "parameters"),
+    "nonzero_share": Outcome(lines.nonzero_share, "parameters"),
+    "metric_gap": Outcome(lines.metric_gap, "parameters"),
 }
 RATIO_OUTCOME = "shape_ratio"  # activation ratio of the shapes of one size, on the width-depth ratio
 
 
-def power_inputs(lines: Lines, shapes: pd.DataFrame) -> pd.DataFrame:
+def power_inputs(tables: Lines, shapes: pd.DataFrame) -> pd.DataFrame:
     """The components and effects of a recorded study: one row per outcome and width-depth ratio, columns COLUMNS.
 
-    lines: its tables of checkpoints by line; shapes: that of ReLU shapes at one size. mean: over sizes;
+    tables: its checkpoints by line; shapes: that of ReLU shapes at one size. mean: over sizes;
     first_effect: the mean, or the slope, over the sizes of the line. All in units of the outcome (shares; slopes per
     decade of parameters or per unit of ratio).
     """
     rows = []
     for name, outcome in OUTCOMES.items():
-        runs = on_lines(lines, outcome.values)
+        runs = lines.on_lines(tables, outcome.values)
         rows += _rows(name, runs[runs["n_layers"] >= 2], outcome.x)
-    runs = outcomes.relu_ratio(shapes).assign(line="")
+    runs = lines.relu_ratio(shapes).assign(line="")
     rows += [row | {"width_depth_ratio": np.nan} for row in _rows(RATIO_OUTCOME, runs, "width_depth_ratio")]
     return pd.DataFrame(rows)[COLUMNS]
 

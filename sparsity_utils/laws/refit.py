@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from sparsity_utils import paths
 from sparsity_utils.laws.data_law import RIVAL_FORMS, TOKEN_UNIT, Array, compare_forms, fit_data_law
-from sparsity_utils.laws.forecasts import forecast_errors
+from sparsity_utils.laws.holdout import forecast_errors
 from sparsity_utils.laws.limits import published_form
-from sparsity_utils.laws.published_laws import PUBLISHED_LAWS, REVISED_LAW, PublishedLaw
+from sparsity_utils.laws.published import PUBLISHED_LAWS, REVISED_LAW, PublishedLaw
 
 NEAR = 0.001  # activation ratio (0.1 points): a curve this close to its limit has arrived
 CURVE = ["activation", "model"]

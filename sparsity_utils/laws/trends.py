@@ -1,7 +1,7 @@
 """Trends across runs: lines, breakpoints, smooth bends and optima, their intervals, and the verdict on an interval.
 
 The unit of every test here is a run (one shape, one seed): checkpoints along a run are correlated and never counted as
-independent. Tests whose unit is a size are in `pooled`. Runs of one seed share initialisation and data order, so seeds
+independent. Tests whose unit is a size are in `lines`. Runs of one seed share initialisation and data order, so seeds
 enter regressions as fixed effects (blocks). Two or three seeds are too few for a random effect or for cluster-robust
 errors, both of which would come out too small; the fixed effects cost one degree of freedom per seed and the interval
 is an exact t interval.

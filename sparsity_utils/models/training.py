@@ -28,7 +28,7 @@ from sparsity_utils.models.decoder import (
     training_flops_per_token,
 )
 from sparsity_utils.models.loss import linear_cross_entropy
-from sparsity_utils.text.batches import TrainingBatches
+from sparsity_utils.text.windows import TrainingBatches
 
 LOG_EVERY = 20  # steps
 SAVE_EVERY = 30.0  # seconds

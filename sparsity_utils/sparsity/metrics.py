@@ -20,9 +20,8 @@ from sparsity_utils.neurons.hooks import find_ffns, layer_count
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.rules import CettPpl, metric_named
 from sparsity_utils.neurons.thresholds import Thresholds
-from sparsity_utils.sparsity.bootstrap import REPLICATES, DocumentBootstrap, interval, standard_error
 from sparsity_utils.sparsity.calibration import TOLERANCE, Calibration, SolvedCett, solve_cett
-from sparsity_utils.sparsity.evaluation import Evaluation
+from sparsity_utils.sparsity.evaluation import REPLICATES, DocumentBootstrap, Evaluation, interval, standard_error
 from sparsity_utils.sparsity.passes import Losses, checked, ppl_ratio
 
 OTHER_DOCUMENTS = 1  # seed of the bootstrap of calibration documents that are not those of the evaluation

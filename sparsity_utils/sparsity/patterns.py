@@ -1,7 +1,8 @@
-"""Which neurons and which tokens are active: counts over any amount of text, streamed through the dense model.
+"""Which neurons and which tokens are active, and whether thresholds carry over from one kind of text to another.
 
-Activity is judged by fixed `Thresholds` on the activations of the dense run (arXiv 2411.02335, section 3). Only counts
-are kept, one per neuron and domain and one per layer and vocabulary token, so memory does not grow with the text.
+Counts over any amount of text are streamed through the dense model. Activity is judged by fixed `Thresholds` on the
+activations of the dense run (arXiv 2411.02335, section 3). Only counts are kept, one per neuron and domain and one per
+layer and vocabulary token, so memory does not grow with the text.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from functools import partial
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsity_utils.console import InputError
@@ -18,7 +19,7 @@ from sparsity_utils.neurons.find import FFN, find_ffns, layer_count
 from sparsity_utils.neurons.hooks import check_layers, observe_neurons
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
-from sparsity_utils.sparsity.metrics import Batches
+from sparsity_utils.sparsity.metrics import Batches, apply_thresholds, measure_sparsity
 from sparsity_utils.sparsity.passes import Batch, checked, run_backbone
 
 DEAD = 1e-3  # a neuron active on a smaller share of tokens is dead (arXiv 2411.02335)
@@ -168,3 +169,45 @@ class _TokenCounts:
             | {part: ratios[picked[part]] if part in picked else float("nan") for part in ("first", "middle", "last")}
         )
         return table[table["count"] > 0].reset_index(drop=True)
+
+
+def transfer_matrix(model: nn.Module, domains: Mapping[str, tuple[Batches, Batches]], p: float = 1.0) -> pd.DataFrame:
+    """CETT-PPL-p% solved on one domain's calibration batches and applied to every domain's evaluation batches.
+
+    Args:
+        model: as `measure_sparsity` takes it.
+        domains: (calibration, evaluation) batches of each kind of text, of different documents. The evaluation batches
+            are read once per domain: give lists.
+        p: accepted rise of perplexity in percent.
+
+    Returns: one row per ordered pair of domains: calibrated_on, applied_to, activation_ratio, ppl_ratio and cett, as
+        `SparsityReport` defines them, on the evaluation batches; note (empty, or how the solution should be read).
+
+    Raises `InputError` without domains and where `measure_sparsity` does.
+    """
+    if not domains:
+        raise InputError(
+            "No domain was given: pass a mapping from a name to its (calibration, evaluation) batches, "
+            "such as {'code': (calibration, evaluation)}."
+        )
+    solved = {
+        domain: measure_sparsity(model, evaluation, "cett-ppl", p, calibration)
+        for domain, (calibration, evaluation) in domains.items()
+    }
+    rows = []
+    for calibrated_on, own in solved.items():
+        for applied_to, (_, evaluation) in domains.items():
+            report = own
+            if applied_to != calibrated_on:
+                report = apply_thresholds(model, evaluation, own.thresholds, dense=solved[applied_to].dense)
+            rows.append(
+                {
+                    "calibrated_on": calibrated_on,
+                    "applied_to": applied_to,
+                    "activation_ratio": report.activation_ratio,
+                    "ppl_ratio": report.ppl_ratio,
+                    "cett": report.cett,
+                    "note": own.note,
+                }
+            )
+    return pd.DataFrame(rows)

@@ -14,8 +14,8 @@ from sparsity_utils.sparsity.calibration import solve_stabilised_cett
 from sparsity_utils.sparsity.metrics import measure_sparsity
 from sparsity_utils.study.profiles import MeasureConfig
 from sparsity_utils.study.runs import Run
-from sparsity_utils.text.batches import measurement_batches
 from sparsity_utils.text.corpus import Corpus
+from sparsity_utils.text.windows import measurement_batches
 
 VERSION = 3  # raise it when the same settings would measure other numbers: stored measurements are then made again
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # wanted activation ratios of Top-k and FAT

@@ -12,13 +12,12 @@ from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.calibration import TOLERANCE, Calibration
 from sparsity_utils.sparsity.passes import checked
-from sparsity_utils.sparsity.patterns import DEAD, Patterns, activation_patterns
-from sparsity_utils.sparsity.transfer import transfer_matrix
+from sparsity_utils.sparsity.patterns import DEAD, Patterns, activation_patterns, transfer_matrix
 from sparsity_utils.study.curves import kept, sparsity_curve, stable_steps, study_batches
 from sparsity_utils.study.profiles import MeasureConfig
 from sparsity_utils.study.runs import Run
-from sparsity_utils.text.batches import domain_batches
 from sparsity_utils.text.corpus import Corpus
+from sparsity_utils.text.windows import domain_batches
 
 CALIBRATION_PART, EVALUATION_PART = 2, 6  # of the tokens that the study measures on: what each domain is given
 DIGITS = 4  # significant ones of the large tables

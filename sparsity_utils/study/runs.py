@@ -39,8 +39,8 @@ from sparsity_utils.models.decoder import (
 )
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.models.training import Diverged, checkpoint_folder, train
-from sparsity_utils.text.batches import measurement_batches
 from sparsity_utils.text.corpus import Corpus
+from sparsity_utils.text.windows import measurement_batches
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # as transformers names the files of a checkpoint
 OLD_NAMES = {"ratio": "activation_ratio"}  # of columns of measurements that runs of the second study keep

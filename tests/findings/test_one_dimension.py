@@ -9,7 +9,7 @@ from scipy import stats
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import one_dimension
 from sparsity_utils.laws import data_law
-from sparsity_utils.laws.outcomes import lines_of
+from sparsity_utils.laws.lines import lines_of
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Estimate
 
 SHAPES = [

@@ -10,7 +10,7 @@ from small import profile_content, write_profile, write_text
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import one_dimension, power, relu_vs_silu, scale_insensitivity, width_depth_ratio
 from sparsity_utils.laws import data_law, power_inputs
-from sparsity_utils.laws.outcomes import MAIN, SECOND
+from sparsity_utils.laws.lines import MAIN, SECOND
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.study.profiles import read_profile
 

@@ -5,7 +5,7 @@ from planted import AT_SECOND, SHAPES, by_claim, check_stated, study
 from scipy import stats
 
 from sparsity_utils.findings import relu_vs_silu
-from sparsity_utils.laws import data_law, outcomes
+from sparsity_utils.laws import data_law, lines
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
 
@@ -46,7 +46,7 @@ def test_each_line_has_verdicts_of_its_own_and_its_sizes_count_once():
     assert other.reason == "3 sizes, 6 runs; spread of 7 sizes on 2 lines"
     checkpoints = study(SHAPES[:3], seeds=(0, 1, 2))
     few = checkpoints[(checkpoints["d_model"] == 40) | (checkpoints["seed"] == 0)]
-    values = outcomes.relu_sparser(few)
+    values = lines.relu_sparser(few)
     expected = values.groupby("d_model")["value"].mean().to_numpy()
     reference = stats.ttest_1samp(expected, 0).confidence_interval(0.90)
     row = by_claim(judged(few))["ReLU ends sparser than SiLU"]

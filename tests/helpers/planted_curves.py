@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sparsity_utils.laws import data_law, refit
-from sparsity_utils.laws.published_laws import PUBLISHED_LAWS
+from sparsity_utils.laws.published import PUBLISHED_LAWS
 
 CHOSEN = [law for law in PUBLISHED_LAWS if law.model in ("0.2B", "0.8B")] + [PUBLISHED_LAWS[5]]
 END = {"0.2B": 85e9, "0.8B": 270e9, "2.4B": 300e9}
@@ -16,9 +16,8 @@ END = {"0.2B": 85e9, "0.8B": 270e9, "2.4B": 300e9}
 @contextmanager
 def few_resamples():
     """Intervals are tested with the laws; elsewhere they only need to be there."""
-    usual = data_law.bootstrap_limit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_law, "bootstrap_limit", lambda fit: usual(fit, resamples=12))
+        patch.setattr(data_law, "RESAMPLES", 12)
         patch.setattr(refit, "MOST_DROPPED", 3)
         patch.setattr(refit, "PARTS", {name: refit.PARTS[name] for name in list(refit.PARTS)[:5]})
         yield

@@ -7,7 +7,7 @@ from planted import study
 
 from sparsity_utils.console import InputError
 from sparsity_utils.laws.data_law import FORMS, RIVAL_FORMS
-from sparsity_utils.laws.forecasts import LAST_VALUE, forecast_errors, forecast_table
+from sparsity_utils.laws.holdout import LAST_VALUE, forecast_errors, forecast_table
 
 TOKENS = np.linspace(1e9, 40e9, 40)
 FALLING = 0.07 + np.exp(-0.06 * (TOKENS / 1e9) ** 1.2 - 2.5)

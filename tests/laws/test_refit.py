@@ -7,8 +7,8 @@ from planted_curves import CHOSEN, few_resamples, planted, tables
 
 from sparsity_utils import paths
 from sparsity_utils.__main__ import main
-from sparsity_utils.laws import published_curves, refit
-from sparsity_utils.laws.published_laws import PUBLISHED_LAWS
+from sparsity_utils.laws import published, refit
+from sparsity_utils.laws.published import PUBLISHED_LAWS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,8 +73,8 @@ def test_stability_has_the_printed_limits_and_the_parts(true):
 
 
 def test_the_command_writes_every_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(published_curves, "read_curves", lambda folder: planted([CHOSEN[0], CHOSEN[2]]))
-    monkeypatch.setattr(published_curves, "download_curves", lambda: pytest.fail("a folder was named"))
+    monkeypatch.setattr(published, "read_curves", lambda folder: planted([CHOSEN[0], CHOSEN[2]]))
+    monkeypatch.setattr(published, "download_curves", lambda: pytest.fail("a folder was named"))
     monkeypatch.setattr(paths, "PUBLISHED", tmp_path)
     assert main(["refit", "--curves", str(tmp_path)]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / f"{name}.csv") for name in refit.TABLES]

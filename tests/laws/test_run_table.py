@@ -5,7 +5,7 @@ import pytest
 from planted import study
 
 from sparsity_utils.console import InputError
-from sparsity_utils.laws.run_table import run_table
+from sparsity_utils.laws.limits import run_table
 
 
 def checkpoints(**kwargs):

@@ -13,7 +13,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.loss import CHUNK_TOKENS, linear_cross_entropy
 from sparsity_utils.models.training import Diverged, Schedule, Training, checkpoint_folder, train, validation_loss
-from sparsity_utils.text.batches import TrainingBatches, measurement_batches
+from sparsity_utils.text.windows import TrainingBatches, measurement_batches
 
 MODEL = ModelConfig(16, 2, vocabulary=64, context=16, head_size=8, base_width=16)
 TRAIN = TrainConfig(tokens=16 * 4 * 30, batch_tokens=16 * 4, checkpoints=8, seed=3)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sparsity_utils.sparsity.bootstrap import REPLICATES, DocumentBootstrap, interval, standard_error
+from sparsity_utils.sparsity.evaluation import REPLICATES, DocumentBootstrap, interval, standard_error
 
 
 def documents(count=300):

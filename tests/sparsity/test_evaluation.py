@@ -24,7 +24,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity import metrics
-from sparsity_utils.sparsity.bootstrap import REPLICATES
+from sparsity_utils.sparsity.evaluation import REPLICATES
 from sparsity_utils.sparsity.metrics import apply_thresholds, measure_sparsity
 from sparsity_utils.sparsity.passes import checked, joined
 

@@ -7,8 +7,8 @@ from metric_cases import model_for, padded_batches, with_own_labels
 
 from sparsity_utils.console import InputError
 from sparsity_utils.sparsity.metrics import apply_thresholds, measure_sparsity
-from sparsity_utils.sparsity.transfer import transfer_matrix
-from sparsity_utils.text.batches import MOST_DOMAINS, domain_batches
+from sparsity_utils.sparsity.patterns import transfer_matrix
+from sparsity_utils.text.windows import MOST_DOMAINS, domain_batches
 
 
 @pytest.fixture(scope="module")

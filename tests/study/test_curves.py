@@ -10,9 +10,9 @@ from sparsity_utils.sparsity.metrics import measure_sparsity
 from sparsity_utils.study.curves import CETTS, metric_comparison, sparsity_curve
 from sparsity_utils.study.profiles import MeasureConfig
 from sparsity_utils.study.runs import RunConfig, train_run
-from sparsity_utils.text.batches import measurement_batches
 from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.corpus import build_corpus
+from sparsity_utils.text.windows import measurement_batches
 
 SETTINGS = MeasureConfig(calibration_tokens=256, evaluation_tokens=512)
 

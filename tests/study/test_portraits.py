@@ -8,15 +8,14 @@ from small import write_text
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import measure_sparsity
-from sparsity_utils.sparsity.patterns import DEAD, activation_patterns
-from sparsity_utils.sparsity.transfer import transfer_matrix
+from sparsity_utils.sparsity.patterns import DEAD, activation_patterns, transfer_matrix
 from sparsity_utils.study.curves import VERSION, decided_by, sparsity_curve
 from sparsity_utils.study.portraits import dead_curve, domain_transfer, neuron_frequencies, token_ratios
 from sparsity_utils.study.profiles import MeasureConfig
 from sparsity_utils.study.runs import RunConfig, train_run
-from sparsity_utils.text.batches import domain_batches, measurement_batches
 from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.corpus import build_corpus
+from sparsity_utils.text.windows import domain_batches, measurement_batches
 
 SETTINGS = MeasureConfig(calibration_tokens=512, evaluation_tokens=1536)
 

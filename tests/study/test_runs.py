@@ -18,9 +18,9 @@ from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.study import runs
 from sparsity_utils.study.runs import RunConfig, find_run, train_run
-from sparsity_utils.text.batches import TrainingBatches
 from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.corpus import Corpus, build_corpus
+from sparsity_utils.text.windows import TrainingBatches
 
 
 @pytest.fixture(scope="module")

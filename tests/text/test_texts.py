@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sparsity_utils.console import InputError
-from sparsity_utils.text.batches import evenly_spaced
-from sparsity_utils.text.texts import read_documents, split_documents, text_batches
+from sparsity_utils.text.windows import evenly_spaced, read_documents, split_documents, text_batches
 
 # Documents
 

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from sparsity_utils.console import InputError
-from sparsity_utils.laws.pooled import line_at, pooled_means, pooled_slopes, size_means
+from sparsity_utils.laws.lines import line_at, pooled_means, pooled_slopes, size_means
 from sparsity_utils.laws.trends import NOT_SUPPORTED, SUPPORTED, decide, mean_over_runs
 
 LINES = np.array(["a"] * 4 + ["b"] * 3)

@@ -8,34 +8,34 @@ import pytest
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
-from sparsity_utils.laws import published_curves
-from sparsity_utils.laws.published_laws import PUBLISHED_LAWS
+from sparsity_utils.laws import published
+from sparsity_utils.laws.published import PUBLISHED_LAWS
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Eleven files that follow the printed laws, taken for the published ones."""
-    monkeypatch.setattr(published_curves, "SHA256", {})
+    monkeypatch.setattr(published, "SHA256", {})
     for law in PUBLISHED_LAWS:
         tokens = np.linspace(5, 100, 20 + law.n_layers) * 1e9
-        write(tmp_path / published_curves.file_name(law), tokens, law.predict(tokens))
+        write(tmp_path / published.file_name(law), tokens, law.predict(tokens))
     return tmp_path
 
 
-def write(file, tokens, ratio, keys=published_curves.KEYS):
+def write(file, tokens, ratio, keys=published.KEYS):
     file.write_text(json.dumps(dict(zip(keys, (list(tokens), list(ratio)), strict=True))))
-    published_curves.SHA256[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    published.SHA256[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_every_published_law_has_a_file_with_a_checksum():
-    assert set(published_curves.SHA256) == {published_curves.file_name(law) for law in PUBLISHED_LAWS}
-    assert len(set(published_curves.SHA256.values())) == 11
-    assert all(len(bytes.fromhex(value)) == 32 for value in published_curves.SHA256.values())
-    assert published_curves.COMMIT in published_curves.ADDRESS
+    assert set(published.SHA256) == {published.file_name(law) for law in PUBLISHED_LAWS}
+    assert len(set(published.SHA256.values())) == 11
+    assert all(len(bytes.fromhex(value)) == 32 for value in published.SHA256.values())
+    assert published.COMMIT in published.ADDRESS
 
 
 def test_curves_come_tidy(folder):
-    table = published_curves.read_curves(folder)
+    table = published.read_curves(folder)
     assert list(table.columns) == ["activation", "model", "tokens", "activation_ratio"]
     sizes = table.groupby(["activation", "model"]).size()
     assert sizes.to_dict() == {(law.activation, law.model): 20 + law.n_layers for law in PUBLISHED_LAWS}
@@ -70,7 +70,7 @@ NAME = "0.4b_silu.txt"
 def test_a_file_that_cannot_be_used_is_one_sentence(folder, spoil, message):
     spoil(folder / NAME)
     with pytest.raises(InputError, match=message) as error:
-        published_curves.read_curves(folder)
+        published.read_curves(folder)
     assert str(error.value).count(". ") == 0
 
 
@@ -88,19 +88,19 @@ def server(folder, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path_factory.mktemp("build")))
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=folder)) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
-        monkeypatch.setattr(published_curves, "ADDRESS", f"http://127.0.0.1:{web.server_port}/")
+        monkeypatch.setattr(published, "ADDRESS", f"http://127.0.0.1:{web.server_port}/")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield folder
         web.shutdown()
 
 
 def test_a_download_is_kept_and_not_repeated(server, capfd):
-    target = published_curves.download_curves()
+    target = published.download_curves()
     assert target == paths.published_curves() and len(list(target.glob("*.txt"))) == 11
     for file in server.glob("*.txt"):
         file.unlink()
-    assert published_curves.download_curves() == target
-    assert len(published_curves.read_curves(target)) == sum(20 + law.n_layers for law in PUBLISHED_LAWS)
+    assert published.download_curves() == target
+    assert len(published.read_curves(target)) == sum(20 + law.n_layers for law in PUBLISHED_LAWS)
     assert str(target) not in "".join(capfd.readouterr())
 
 
@@ -109,11 +109,11 @@ def test_a_download_of_something_else_is_refused_and_not_kept(server):
     with pytest.raises(
         InputError, match=r"0\.4b_silu\.txt could not be fetched \(ValueError\); get the folder data/ of"
     ):
-        published_curves.download_curves()
+        published.download_curves()
     assert not (paths.published_curves() / NAME).exists()
 
 
 def test_a_file_that_is_not_there_is_an_input_error(server):
     (server / NAME).unlink()
     with pytest.raises(InputError, match=r"could not be fetched \(HTTPError\)"):
-        published_curves.download_curves()
+        published.download_curves()
