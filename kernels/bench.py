@@ -29,7 +29,7 @@ BATCHES = (2, 4, 8, 16)
 ROUNDS = 15
 WEIGHTS = {"cpu": 2**28, "cuda": 2**30}  # bytes of all copies together: several times the largest cache
 AGREE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # relative RMS
-DENSE = ("dense", "dense compiled", "all rows")  # ways that read all weights: torch twice, and the kernel itself
+FULL_READS = ("dense", "dense compiled", "all rows")  # ways that read all weights: torch twice, and the kernel itself
 EVERY_ROW = {"rule": "gate", "threshold": -1.0}
 Way = Callable[[Problem], Tensor]
 
@@ -184,7 +184,7 @@ def _check(case: Case, way: str, y: Tensor, problem: Problem) -> None:
 def _row(case: Case, way: str, problem: Problem, ffn: SparseFFN, seconds: dict[str, np.ndarray]) -> dict:
     d, d_ff = SHAPES[case.shape]
     pattern, rows = reading(problem.ffn, problem.x), reading(ffn, problem.x)
-    read = rows.dense_nbytes if way in DENSE else rows.nbytes
+    read = rows.dense_nbytes if way in FULL_READS else rows.nbytes
     low, median, high = np.quantile(seconds[way], (0.05, 0.5, 0.95))
     return {
         "shape": case.shape,
@@ -206,6 +206,6 @@ def _row(case: Case, way: str, problem: Problem, ffn: SparseFFN, seconds: dict[s
         "megabytes": read / 1e6,
         "gb_per_s": read / median / 1e9,
         "ideal_speedup": rows.dense_nbytes / read,
-        **speedups(seconds, way, DENSE),
+        **speedups(seconds, way, FULL_READS),
         "rounds": len(seconds[way]),
     }

@@ -36,7 +36,7 @@ from sparsity_utils.laws.power_inputs import power_inputs
 from sparsity_utils.laws.published import PUBLISHED_LAWS
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.pretrained import load_weights
-from sparsity_utils.study.plan import PUBLISHED, QUESTIONS, SCHEMA, planned
+from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SCHEMA, planned
 from sparsity_utils.study.profiles import read_profile
 from sparsity_utils.study.runs import RunConfig
 from sparsity_utils.study.study import Study
@@ -124,7 +124,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
                 table("transfer"),
             ),
             *sparse_decoding.verdicts(table("sparse_ffn"), table("sparse_decoding")),
-            *published_curves.verdicts(*map(table, PUBLISHED)),
+            *published_curves.verdicts(*map(table, PUBLISHED_TABLES)),
             *design_a_sparse_model.verdicts(held),
         ]
     )
@@ -169,9 +169,10 @@ def test_the_recorded_models_are_those_of_the_table(activation):
 
 
 def test_the_tables_of_the_published_curves_are_those_of_the_refit():
-    assert tuple(refit.TABLES) == PUBLISHED
+    assert tuple(refit.TABLES) == PUBLISHED_TABLES
     curves = [
-        set(zip(table["activation"], table["model"], strict=True)) for table in map(Study.recorded().table, PUBLISHED)
+        set(zip(table["activation"], table["model"], strict=True))
+        for table in map(Study.recorded().table, PUBLISHED_TABLES)
     ]
     assert all(found == {(law.activation, law.model) for law in PUBLISHED_LAWS} for found in curves)
 

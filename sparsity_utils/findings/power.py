@@ -37,7 +37,7 @@ SAME_RATIO = 0.05  # relative: up to here a line of the first study has the widt
 # depth is three times its slope per decade of parameters along such a line.
 DEPTH_PER_LINE = 3
 DEPTH_LINE = 8.0  # the width-depth ratio of that line
-ZERO, PUBLISHED, FIRST, MARGIN = "zero", "published", "first study", "margin"
+ZERO, AS_PUBLISHED, FIRST, MARGIN = "zero", "published", "first study", "margin"
 COLUMNS = [
     *("question", "claim", "rank", "effect", "value", "unit"),
     *("supported", "not_supported", "inconclusive", "runs", "sizes"),
@@ -181,7 +181,7 @@ def _of_means(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]
     simulations = []
     for claim, outcome in relu_vs_silu.ON_LINES.items():
         own = spread[outcome.__name__]
-        effects: dict[str, Effect] = {ZERO: 0.0, PUBLISHED: published[claim], FIRST: _per_line(runs, own)}
+        effects: dict[str, Effect] = {ZERO: 0.0, AS_PUBLISHED: published[claim], FIRST: _per_line(runs, own)}
         effects |= {MARGIN: LOSS_MARGIN} if claim == LOSS_EQUAL else {}
         stated = {line: claim.on(line) for line in lines.unique()}
 
@@ -203,7 +203,7 @@ def _of_slopes(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation
     for name, outcome in outcomes.items():
         own = spread[outcome]
         stated = {line: scale_insensitivity.ON_LINES[name].on(line) for line in lines.unique()}
-        effects: dict[str, Effect] = {ZERO: 0.0, PUBLISHED: published.get(outcome, np.nan)}
+        effects: dict[str, Effect] = {ZERO: 0.0, AS_PUBLISHED: published.get(outcome, np.nan)}
         effects |= {FIRST: _per_line(runs, own), MARGIN: SLOPE_MARGIN}
 
         def judge(means: Array, _: Array, stated: dict[str, Claim] = stated) -> dict[Claim, str]:

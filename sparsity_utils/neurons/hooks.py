@@ -7,32 +7,18 @@ vectors to the same two places.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.find import FFN, check_not_bypassed, find_ffns, layer_count, owners, widened
+from sparsity_utils.neurons.find import FFN, check_not_bypassed, find_ffns, layer_count, owners
 from sparsity_utils.neurons.flow import Down, Flow
 from sparsity_utils.neurons.modes import forward_replaced
-
-__all__ = ["Mask", "check_layers", "observe_neurons", "sparse_neurons", "widened"]
+from sparsity_utils.neurons.thresholds import Thresholds
 
 Visit = Callable[[FFN, Tensor, Tensor, Tensor], Tensor | None]
-
-
-class Mask(Protocol):
-    """What `sparse_neurons` needs; `thresholds.Thresholds` is one."""
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        """One entry per layer."""
-        ...
-
-    def active(self, ffn: FFN, s: Tensor, h: Tensor) -> Tensor:
-        """True where a neuron stays, bool, the shape of `h`."""
-        ...
 
 
 @contextmanager
@@ -57,7 +43,7 @@ def observe_neurons(model: nn.Module, callback: Callable[[FFN, Tensor, Tensor, T
 
 
 @contextmanager
-def sparse_neurons(model: nn.Module, thresholds: Mask) -> Iterator[list[FFN]]:
+def sparse_neurons(model: nn.Module, thresholds: Thresholds) -> Iterator[list[FFN]]:
     """Inside the block, the model runs with the neurons that `thresholds` calls inactive set to zero.
 
     Each FFN is judged on the activations of this sparse run, which earlier masked layers have already altered.
@@ -76,7 +62,7 @@ def sparse_neurons(model: nn.Module, thresholds: Mask) -> Iterator[list[FFN]]:
         yield ffns
 
 
-def check_layers(thresholds: Mask, ffns: list[FFN]) -> None:
+def check_layers(thresholds: Thresholds, ffns: list[FFN]) -> None:
     """Raises `InputError` when `thresholds` was made for another number of layers than `ffns` form."""
     layers = layer_count(ffns)
     if len(thresholds.values) != layers:

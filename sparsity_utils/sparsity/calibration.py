@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_utils.console import InputError, progress
-from sparsity_utils.neurons.hooks import FFN, find_ffns, layer_count, observe_neurons, sparse_neurons
+from sparsity_utils.neurons.find import FFN, find_ffns, layer_count
+from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.rules import METRICS, CettPpl
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.error_curve import NARROWEST, WIDTH_SHARE, ErrorCurve, relative_errors
 from sparsity_utils.sparsity.passes import Batch, Losses, checked, joined, mean_losses, ppl_ratio, run_backbone
 from sparsity_utils.sparsity.search import find_root_near
+from sparsity_utils.text.windows import evenly_spaced
 
 # Perplexity is a rough function of CETT: on 8,192 tokens it wavers by about 1% of a 1% rise. Solving much closer than
 # that chases the roughness; solving to 1e-8 instead moved activation ratios by 0.1 to 0.2 percentage points.
@@ -177,7 +179,7 @@ def _sample(model: nn.Module, batches: list[Batch], with_loss: bool) -> tuple[li
     usable = [batch.usable(with_loss) for batch in batches]  # rows
     places = sum(map(len, usable))
     count = min(places, max(1, round(SAMPLE_TOKENS / tokens * windows)))
-    chosen = {(2 * place + 1) * places // (2 * count) for place in range(count)}
+    chosen = set(evenly_spaced(count, places, centred=True))
     sample, start = [], 0
     for batch, rows in zip(batches, usable, strict=True):
         taken = [row for place, row in enumerate(rows, start) if place in chosen]

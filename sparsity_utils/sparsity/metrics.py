@@ -16,7 +16,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from sparsity_utils.console import check, progress
-from sparsity_utils.neurons.hooks import find_ffns, layer_count
+from sparsity_utils.neurons.find import find_ffns, layer_count
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.rules import CettPpl, metric_named
 from sparsity_utils.neurons.thresholds import Thresholds

@@ -46,7 +46,7 @@ COVERING = (  # questions that together need every run of a profile
 )
 PRIMARY = ("relu_vs_silu", "second_line", "width_depth_ratio")  # what primary claims rest on
 # What `python -m sparsity_utils refit` makes of the published curves: recorded once, read by every study.
-PUBLISHED = ("published_refit", "published_forms", "published_forecasts", "published_stability")
+PUBLISHED_TABLES = ("published_refit", "published_forms", "published_forecasts", "published_stability")
 
 Settings = tuple[ModelConfig, TrainConfig]
 

@@ -21,7 +21,9 @@ from sparsity_utils.study.profiles import SpeedConfig
 SEQUENCES = (1, 4, 16)  # decoded side by side
 PROMPT = 32  # tokens
 DECODING_ROUNDS = 5  # at most
-PUBLISHED = ModelConfig(768, 16, "relu", vocabulary=65_536, base_width=256, head_size=64)  # the 0.1B of 2411.02335
+SMALLEST_PUBLISHED = ModelConfig(
+    768, 16, "relu", vocabulary=65_536, base_width=256, head_size=64
+)  # the 0.1B of 2411.02335
 PUBLISHED_SPARSITIES = (0.9, 0.97)
 
 
@@ -83,8 +85,10 @@ def shape_of(model: nn.Module) -> str:
 
 def _published(settings: SpeedConfig, device: torch.device) -> list[pd.DataFrame]:
     """A decoder of the published shape with random weights: what sparsity would buy if training gave it."""
-    model = build_model(PUBLISHED, seed=0).eval().to(device)
-    prompt = torch.randint(0, PUBLISHED.vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
+    model = build_model(SMALLEST_PUBLISHED, seed=0).eval().to(device)
+    prompt = torch.randint(
+        0, SMALLEST_PUBLISHED.vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     tables = []
     for sparsity in progress(PUBLISHED_SPARSITIES, "decoding at the published 0.1B shape"):
         thresholds = quantile_thresholds(model, prompt, sparsity)

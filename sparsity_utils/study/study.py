@@ -20,7 +20,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.models.decoder import default_device, head_count
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.study.jobs import Job, do_jobs, measurement
-from sparsity_utils.study.plan import PUBLISHED, QUESTIONS, SCHEMA, SPEEDS, Question, Settings, planned
+from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SCHEMA, SPEEDS, Question, Settings, planned
 from sparsity_utils.study.profiles import Profile, read_profile
 from sparsity_utils.study.runs import RunConfig, find_run, run_with_model
 from sparsity_utils.study.speed_tables import decoding_table, ffn_table
@@ -85,7 +85,7 @@ class Study:
 
     def answers(self, question: str) -> bool:
         """Whether this study has, or would make, the table of a question: profiles may leave some out."""
-        if question in PUBLISHED:
+        if question in PUBLISHED_TABLES:
             return True
         if self.profile is None:
             return (self.folder / _known(question).file).exists()
@@ -99,7 +99,7 @@ class Study:
         measure them again. Raises InputError for an unknown question, a profile that leaves it out or, in a recorded
         study, a table that is not there.
         """
-        if question in PUBLISHED:
+        if question in PUBLISHED_TABLES:
             return _stored(paths.PUBLISHED / f"{question}.csv", "make it with python -m sparsity_utils refit")
         file = self.folder / _known(question).file
         if self.profile is not None and not (question in SPEEDS and file.exists()):
@@ -242,6 +242,6 @@ def _stored(file: Path, advice: str) -> pd.DataFrame:
 
 def _known(question: str) -> Question:
     if question not in QUESTIONS:
-        known = ", ".join([*QUESTIONS, *PUBLISHED])
+        known = ", ".join([*QUESTIONS, *PUBLISHED_TABLES])
         raise InputError(f"There is no question {question!r}; choose one of {known}.")
     return QUESTIONS[question]

@@ -31,7 +31,7 @@ from sparsity_utils.text.sources import Document, Source, open_source
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-RECIPE = 2  # raise it when the same source would give other tokens
+VERSION = 2  # raise it when the same source would give other tokens
 SPLITS = ("train", "validation")
 END_OF_TEXT = "<|endoftext|>"
 LONGEST = 100_000  # bytes of one document
@@ -128,7 +128,7 @@ def build_corpus(config: CorpusConfig) -> Corpus:
 
 def request(source: Source, config: CorpusConfig) -> dict[str, Any]:
     """What names a corpus: all that decides its tokens."""
-    return {"recipe": RECIPE, "config": dataclasses.asdict(config), "source": source.identity}
+    return {"recipe": VERSION, "config": dataclasses.asdict(config), "source": source.identity}
 
 
 def corpus_of(asked: dict[str, Any], config: CorpusConfig, collected: Callable[[], "Collected"]) -> Corpus:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from sparsity_utils.console import InputError
 from sparsity_utils.models.pretrained import open_checkpoint
-from sparsity_utils.neurons.hooks import find_ffns
+from sparsity_utils.neurons.find import find_ffns
 
 LAYERS, WIDTH, HEADS, KEY_HEADS, FFN, VOCABULARY = 3, 24, 6, 2, 34, 29
 MINICPM = {

@@ -21,7 +21,7 @@ from sparsity_utils.models.loss import linear_cross_entropy
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.models.training import save_checkpoint
 
-PUBLISHED = [
+PUBLISHED_SHAPES = [
     (768, 16, 0.1e9),
     (1024, 20, 0.2e9),
     (1280, 24, 0.4e9),
@@ -31,7 +31,7 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize(("d_model", "n_layers", "name"), PUBLISHED)
+@pytest.mark.parametrize(("d_model", "n_layers", "name"), PUBLISHED_SHAPES)
 def test_published_shapes_have_the_published_size(d_model, n_layers, name):
     count = non_embedding_parameters(d_model, n_layers)
     assert count == 11.5 * n_layers * d_model**2  # study.md, from arXiv 2411.02335

@@ -9,7 +9,8 @@ from torch.nn import functional
 from transformers import MambaConfig, MambaForCausalLM
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.hooks import find_ffns, observe_neurons, sparse_neurons
+from sparsity_utils.neurons.find import find_ffns
+from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.thresholds import Thresholds
 
 IDS = torch.arange(3 * 7).view(3, 7) % 29

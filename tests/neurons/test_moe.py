@@ -9,7 +9,8 @@ from mixtures import FUSED, IDS, build
 from torch import nn
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.hooks import find_ffns, observe_neurons, sparse_neurons
+from sparsity_utils.neurons.find import find_ffns
+from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.thresholds import Thresholds
 
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm", "fallback"]  # the last: grouped_mm where torch has none

@@ -9,7 +9,7 @@ from sparsity_utils.__main__ import _parser
 from sparsity_utils.console import InputError, check
 from sparsity_utils.decoding.decode import kernel_rule
 from sparsity_utils.neurons import rules
-from sparsity_utils.neurons.hooks import find_ffns
+from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import apply_thresholds, measure_sparsity
 

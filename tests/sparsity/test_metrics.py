@@ -9,7 +9,7 @@ from metric_cases import EXACT, model_for, padded_batches, with_own_labels
 from tiny_granite import hooks_of
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.hooks import find_ffns
+from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.calibration import solve_stabilised_cett

@@ -13,7 +13,7 @@ from mixtures import IDS, build
 from tiny_granite import granite, hooks_of
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.hooks import find_ffns
+from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity import patterns
 from sparsity_utils.sparsity.metrics import measure_sparsity

@@ -9,7 +9,7 @@ import torch
 from metric_cases import model_for, padded_batches, with_own_labels
 from torch import nn
 
-from sparsity_utils.neurons.hooks import find_ffns
+from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.sparsity.calibration import Calibration, every_nth, solve_cett
 from sparsity_utils.sparsity.error_curve import ErrorCurve
