@@ -22,12 +22,12 @@ PUBLIC = {  # name: the module that it lives in
     "measure_sparsity": "sparsity.metrics",
     "observe_neurons": "neurons.hooks",
     "open_checkpoint": "models.pretrained",
-    "read_documents": "text.texts",
+    "read_documents": "text.windows",
     "sparse_kernels": "decoding.decode",
     "sparse_neurons": "neurons.hooks",
-    "split_documents": "text.texts",
-    "text_batches": "text.texts",
-    "transfer_matrix": "sparsity.transfer",
+    "split_documents": "text.windows",
+    "text_batches": "text.windows",
+    "transfer_matrix": "sparsity.patterns",
 }
 __all__ = list(PUBLIC)
 
