@@ -57,8 +57,11 @@ class Job:
 
     def cost(self) -> float:
         """Expected seconds on one CPU core of what is left, as far as the run's folder shows it."""
-        trained = (paths.runs() / self.config.key / "checkpoints").exists()
-        return self.measuring() + (0.0 if trained else self.config.cost())
+        return self.measuring() + (0.0 if self.trained() else self.config.cost())
+
+    def trained(self) -> bool:
+        """Whether the checkpoints that are to be measured are here."""
+        return (paths.runs() / self.config.key / "checkpoints").exists()
 
     def done(self) -> bool:
         """Whether nothing is left to compute."""
@@ -69,7 +72,22 @@ class Job:
 
 
 class OutOfTime(RuntimeError):
-    """The time given to a sitting is over; what was finished is kept, runs under way resume from their last state."""
+    """The deadline has passed; finished runs are kept, runs under way resume from their last state."""
+
+
+def longest_first(jobs: Iterable[Job]) -> list[Job]:
+    """The order in which the last worker is alone for the shortest time."""
+    return sorted(jobs, key=Job.cost, reverse=True)
+
+
+def outlook(jobs: Iterable[Job], workers: int) -> str:
+    """One sentence: how many runs are not done, how many of them are to train, how long `workers` should take."""
+    todo = [job for job in jobs if not job.done()]
+    if not todo:
+        return "No run is left to train or to measure."
+    costs, untrained = [job.cost() for job in todo], sum(not job.trained() for job in todo)
+    minutes = max(sum(costs) / workers, *costs) / 60
+    return f"{len(todo)} runs to do, {untrained} of them to train: about {minutes:.0f} min with {workers} workers."
 
 
 def do_jobs(
