@@ -39,6 +39,7 @@ from sparsity_utils.models.decoder import (
     non_embedding_parameters,
     training_flops_per_token,
 )
+from sparsity_utils.models.quick import quicken
 from sparsity_utils.models.training import Diverged, checkpoint_file, train
 from sparsity_utils.text.batches import measurement_batches
 from sparsity_utils.text.corpus import Corpus
@@ -148,7 +149,7 @@ class Run:
 
     def load(self, step: int) -> transformers.GraniteForCausalLM:
         """The model after `step` steps, in evaluation mode, on the GPU where there is one."""
-        return load_model(self.folder, str(checkpoint_file(Path(), step))).to(default_device())
+        return quicken(load_model(self.folder, str(checkpoint_file(Path(), step))).to(default_device()))
 
     def has_measured(self, name: str, settings: dict) -> bool:
         """Whether `measured` would only read."""
