@@ -66,7 +66,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class QuickAttention(GraniteAttention):
-    """Causal attention over whole windows, for training: no mask of padding, no cache of keys and values."""
+    """Causal attention over whole windows: no mask of padding, no cache of keys and values."""
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **unused) -> tuple:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -78,11 +78,14 @@ class QuickAttention(GraniteAttention):
         return self.o_proj(mixed.transpose(1, 2).reshape(hidden_states.shape)), None
 
 
-def quicken(model: nn.Module, training: bool = False) -> nn.Module:
-    """Let the layers of a study's decoder, if it is on a CPU, compute with the classes above; attention in training."""
+def quicken(model: nn.Module) -> nn.Module:
+    """Let the layers of a study's decoder that is trained on a CPU compute with the classes above.
+
+    A decoder that is measured stays as it is: `find_ffns` follows PyTorch's own operations.
+    """
     for module in model.base_model.modules() if model.device.type == "cpu" else ():
         if type(module) is nn.Linear:
             module.__class__ = QuickLinear
-        elif training and type(module) is GraniteAttention:
+        elif type(module) is GraniteAttention:
             module.__class__ = QuickAttention
     return model
