@@ -164,7 +164,7 @@ def _corpus(options: argparse.Namespace) -> None:
 
 def _study(options: argparse.Namespace) -> int:
     from sparsity_utils.study.plan import QUESTIONS
-    from sparsity_utils.study.sittings import sit, tell_costs
+    from sparsity_utils.study.schedule import run_session, tell_costs
     from sparsity_utils.study.study import Study
 
     study = Study.from_profile(options.profile, options.text)
@@ -174,7 +174,7 @@ def _study(options: argparse.Namespace) -> int:
     if options.cost:
         print(tell_costs(study, options.tables))
         return 0
-    left = sit(study, options.minutes, options.tables, options.questions or QUESTIONS)
+    left = run_session(study, options.minutes, options.tables, options.questions or QUESTIONS)
     if left:
         print(f"The time is over. {left}; the same command continues.")
         return TIME_OVER

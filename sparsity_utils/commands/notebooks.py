@@ -1,4 +1,4 @@
-"""The notebooks as programs: execute them with parameters, collect their verdicts, refresh their stored outputs."""
+"""The notebooks as programs: the runs they need, their execution with parameters, their verdicts, stored outputs."""
 
 import hashlib
 import json
@@ -20,7 +20,9 @@ from nbclient.exceptions import CellControlSignal, DeadKernelError
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError, progress
-from sparsity_utils.study.profiles import read_profile
+from sparsity_utils.study.jobs import Job, do_jobs, longest_first, outlook
+from sparsity_utils.study.plan import QUESTIONS
+from sparsity_utils.study.study import Study
 
 START_TIMEOUT = 120  # seconds that a kernel may take to come up
 CELL_TIMEOUT = 6 * 3600  # seconds of one cell: longer than any profile for one machine trains
@@ -104,22 +106,40 @@ def chosen(numbers: Iterable[str]) -> list[Path]:
     return [notebook for number, notebook in notebooks.items() if number in wanted]
 
 
+def jobs_of(notebooks: Iterable[Path], study: Study) -> list[Job]:
+    """The runs that notebooks read, each once, with all that is measured on it for any of them.
+
+    Read from their code: a cell that calls `study.table` or `study.table_or_none` writes out the names of the questions
+    that it asks, and `study.trained_model` that of the activation function.
+    """
+    asked, models = dict[str, None](), dict[str, None]()  # as ordered sets
+    for notebook in notebooks:
+        for cell in nbformat.read(notebook, as_version=4).cells:
+            if cell.cell_type == "code" and "study.table" in cell.source:
+                asked |= dict.fromkeys(name for name in re.findall(r'"(\w+)"', cell.source) if name in QUESTIONS)
+            if cell.cell_type == "code":
+                models |= dict.fromkeys(re.findall(r'study\.trained_model\("(\w+)"\)', cell.source))
+    return study.jobs(*asked, models=models)
+
+
 def reproduce(profile: str, numbers: Iterable[str] = ()) -> int:
-    """Run notebooks with `source="run"` under `profile`; return the exit status, 1 if a notebook failed.
+    """Train and measure what notebooks need, then run them with `source="run"`; return 1 if a notebook failed, else 0.
 
     `profile` is the name of a shipped profile or the path of a YAML file; `numbers` choose notebooks, as in `chosen`.
-    A failed notebook does not stop the others. The last thing printed is one table (question, published, here,
-    interval, verdict, minutes of its notebook) and the paths of the figures; the table is also stored as
-    `build/<profile>/verdicts.csv`.
+    All runs are done in one pool before the first notebook opens; speeds are left to the notebooks, since nothing else
+    may run meanwhile. A failed run or notebook does not stop the notebooks that do not need it. The
+    last thing printed is one table (question, published, here, interval, verdict, minutes of its notebook) and the
+    paths of the figures; the table is also stored as `build/<profile>/verdicts.csv`.
     """
-    name = read_profile(profile).name
-    folder = paths.profile_output(name)
+    study = Study.from_profile(profile)
+    name, folder = study.name, study.folder.parent
     if profile.endswith((".yaml", ".yml")):
         profile = str(Path(profile).resolve())  # the notebooks run in their own folder
     parameters = {"source": "run", "profile": profile}
     notebooks = chosen(numbers)
     for notebook in notebooks:  # all of them before the first minute is spent
         check_parameters(notebook, parameters)
+    _train(study, notebooks)
     tables, failures = [], []
     for number, notebook in enumerate(notebooks, start=1):
         print(f"[{number}/{len(notebooks)}] {notebook.name}, profile {name}", flush=True)
@@ -133,6 +153,16 @@ def reproduce(profile: str, numbers: Iterable[str] = ()) -> int:
     for failed in failures:
         print(failed, file=sys.stderr)
     return 1 if failures else 0
+
+
+def _train(study: Study, notebooks: list[Path]) -> None:
+    """Do the runs of all `notebooks`, after a line that says how many and how long; print the first error, if any."""
+    try:
+        jobs = jobs_of(notebooks, study)
+        print(f"Profile {study.name}. {outlook(jobs, study.profile.workers)}", flush=True)
+        do_jobs(longest_first(jobs), study.profile)
+    except Exception as error:  # whatever it is, the notebooks that need the run come upon it
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def refresh() -> None:

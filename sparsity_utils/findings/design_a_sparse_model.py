@@ -14,7 +14,7 @@ from sparsity_utils.findings.budget import RATIOS, Machine, machine, plan_budget
 from sparsity_utils.findings.claims import SLOPE_MARGIN, Claim, Verdict, Verdicts, stated
 from sparsity_utils.findings.style import AXIS, Look, ShownFigure, captioned, styled
 from sparsity_utils.laws.data_law import LEVEL
-from sparsity_utils.laws.design import CURVES, MORE_CURVES, Design, Law, fit_design, joined
+from sparsity_utils.laws.design import CURVES, Design, Law, fit_design, joined
 from sparsity_utils.laws.holdout import COLUMNS, errors, held_out
 from sparsity_utils.laws.limits import SHAPE, require
 from sparsity_utils.laws.trends import NOT_SUPPORTED, Estimate, mean_over_runs
@@ -81,11 +81,6 @@ CLAIMS = {claim.key: claim for claim in ALL}
 def claims() -> pd.DataFrame:
     """The claims, tests and thresholds, as the notebook states them before its results."""
     return stated(CLAIMS.values())
-
-
-def all_checkpoints(study: Study) -> pd.DataFrame:
-    """The checkpoints of all runs of a study whose sparsity was measured along training."""
-    return joined(study.table(question) for question in (*CURVES, *filter(study.answers, MORE_CURVES)))
 
 
 def beyond_the_fit(held: pd.DataFrame) -> pd.DataFrame:
@@ -156,8 +151,9 @@ def _reaches(rows: pd.DataFrame, claim: Claim) -> Verdict:
 
 def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
     """The figure, with its name, of the notebook's budget, if the study has the tables for it."""
-    if all(map(study.answers, ("sparse_ffn", "sparse_decoding", *CURVES))):
-        checkpoints, parameters, tokens = all_checkpoints(study), 100_000, 10_000_000
+    if all(map(study.answers, ("sparse_ffn", "sparse_decoding", *CURVES[:2]))):
+        checkpoints = joined(map(study.table, filter(study.answers, CURVES)))
+        parameters, tokens = 100_000, 10_000_000
         fitted, on = fit_design(checkpoints), machine(study.table("sparse_ffn"), study.table("sparse_decoding"), 50.0)
         models = plan_budget(fitted, on, parameters, tokens, vocabulary=1024)
         yield "08_design", figure(fitted, held_out(checkpoints), models, on, parameters, tokens)

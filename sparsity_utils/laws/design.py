@@ -31,8 +31,8 @@ from sparsity_utils.laws.limits import COLUMNS, fit_points, last_means, require
 from sparsity_utils.laws.trends import Estimate
 from sparsity_utils.models.config import ACTIVATIONS
 
-CURVES = ("relu_vs_silu", "width_depth_ratio")  # questions whose tables hold the runs of a design
-MORE_CURVES = ("second_line", "data_limited")  # likewise, where a study has them
+# The questions whose tables hold the runs of a design, as far as a study has them
+CURVES = ("relu_vs_silu", "width_depth_ratio", "second_line", "data_limited")
 EXACT_ZEROS = ("relu", "relu2")  # of the others every gate is non-zero
 PART = 0.25  # a run enters the fits from this part of its stable tokens on: earlier the loss falls faster
 REFERENCE = {"parameters": 1e5, "tokens per parameter": 100.0, "width-depth ratio": 10.0}  # where intercepts are read

@@ -28,6 +28,7 @@ from sparsity_utils.models.decoder import (
     training_flops_per_token,
 )
 from sparsity_utils.models.loss import linear_cross_entropy
+from sparsity_utils.models.quick import quicken
 from sparsity_utils.text.windows import TrainingBatches
 
 LOG_EVERY = 20  # steps
@@ -95,7 +96,7 @@ class Training:
         self.half = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.batches = TrainingBatches(tokens, model_config.context, train_config.batch_tokens, train_config.seed)
         self.schedule = Schedule(train_config)
-        self.model = build_model(model_config, train_config.seed).to(self.device).train()
+        self.model = quicken(build_model(model_config, train_config.seed).to(self.device).train())
         groups = parameter_groups(self.model, model_config, train_config.learning_rate, train_config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=(train_config.beta1, train_config.beta2), fused=True)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]

@@ -19,6 +19,7 @@ from sparsity_utils.text.windows import measurement_batches
 
 VERSION = 3  # raise it when the same settings would measure other numbers: stored measurements are then made again
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # wanted activation ratios of Top-k and FAT
+GATE_WINDOWS = 32  # of the calibration text, on which the thresholds of FAT are chosen
 CETTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 Measurement = Callable[[Run, Corpus, MeasureConfig], pd.DataFrame]
@@ -114,11 +115,10 @@ def study_batches(run: Run, corpus: Corpus, settings: MeasureConfig) -> tuple[li
 
 
 def _gate_quantiles(model, calibration: list) -> list[float]:
-    """The eps at which FAT would keep about each of RATIOS of the neurons: quantiles of |s| in one batch."""
+    """The eps at which FAT would keep about each of RATIOS of the neurons: quantiles of |s| in GATE_WINDOWS windows."""
     sizes = []
     with torch.inference_mode(), observe_neurons(model, lambda ffn, s, h, tokens: sizes.append(s.abs().flatten())):
-        for batch in calibration[:1]:
-            model.base_model(**batch)
+        model.base_model(torch.cat([batch["input_ids"] for batch in calibration])[:GATE_WINDOWS])
     ordered = torch.cat(sizes).sort().values
     quantiles = [float(ordered[int((1 - ratio) * (len(ordered) - 1))]) for ratio in RATIOS]
     return sorted({eps for eps in quantiles if eps > 0})

@@ -32,9 +32,17 @@ MEASUREMENTS = {
     "dead": dead_curve,
     "transfer": domain_transfer,
 }
-# Processor time of each, in training tokens per calibration and evaluation token; measured on 32x4 with 65,536 and
-# 49,152 of them, where the curve took 46 s, metrics 34, dead 17, transfer 15 and training 23 microseconds a token.
-EFFORT = {"curve": 17.5, "metrics": 12.8, "neurons": 0.3, "vocabulary": 0.3, "dead": 6.3, "transfer": 5.7}
+# Processor time of each, in training tokens per calibration token and per evaluation token. Measured on 32x4, where
+# training took 18 microseconds a token: with 16,384 and 49,152 of them the curve took 21 s, metrics 21, dead 10,
+# transfer 10; with 65,536 and 49,152 they took 29, 26, 15 and 11.
+EFFORT = {
+    "curve": (9.3, 20.0),
+    "metrics": (5.5, 22.0),
+    "neurons": (0.0, 0.8),
+    "vocabulary": (0.0, 0.8),
+    "dead": (5.6, 9.7),
+    "transfer": (0.0, 11.6),
+}
 
 
 def measurement(run: Run, corpus: Corpus, settings: MeasureConfig, what: str) -> pd.DataFrame:
@@ -53,13 +61,17 @@ class Job:
 
     def measuring(self) -> float:
         """Expected seconds on one CPU core to measure all of `what`."""
-        tokens = self.measure.calibration_tokens + self.measure.evaluation_tokens
-        return sum(EFFORT[what] for what in self.what) * tokens * self.config.cost() / self.config.tokens
+        calibration, evaluation = map(sum, zip((0.0, 0.0), *(EFFORT[what] for what in self.what), strict=True))
+        tokens = calibration * self.measure.calibration_tokens + evaluation * self.measure.evaluation_tokens
+        return tokens * self.config.token_cost()
 
     def cost(self) -> float:
         """Expected seconds on one CPU core of what is left, as far as the run's folder shows it."""
-        trained = (paths.runs() / self.config.key / "checkpoints").exists()
-        return self.measuring() + (0.0 if trained else self.config.cost())
+        return self.measuring() + (0.0 if self.trained() else self.config.cost())
+
+    def trained(self) -> bool:
+        """Whether the checkpoints that are to be measured are here."""
+        return (paths.runs() / self.config.key / "checkpoints").exists()
 
     def done(self) -> bool:
         """Whether nothing is left to compute."""
@@ -70,7 +82,22 @@ class Job:
 
 
 class OutOfTime(RuntimeError):
-    """The time given to a sitting is over; what was finished is kept, runs under way resume from their last state."""
+    """The deadline has passed; finished runs are kept, runs under way resume from their last state."""
+
+
+def longest_first(jobs: Iterable[Job]) -> list[Job]:
+    """The order in which the last worker is alone for the shortest time."""
+    return sorted(jobs, key=Job.cost, reverse=True)
+
+
+def outlook(jobs: Iterable[Job], workers: int) -> str:
+    """One sentence: how many runs are not done, how many of them are to train, how long `workers` should take."""
+    todo = [job for job in jobs if not job.done()]
+    if not todo:
+        return "No run is left to train or to measure."
+    costs, untrained = [job.cost() for job in todo], sum(not job.trained() for job in todo)
+    minutes = max(sum(costs) / workers, *costs) / 60
+    return f"{len(todo)} runs to do, {untrained} of them to train: about {minutes:.0f} min with {workers} workers."
 
 
 def do_jobs(

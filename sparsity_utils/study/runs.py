@@ -44,6 +44,7 @@ from sparsity_utils.text.windows import measurement_batches
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # as transformers names the files of a checkpoint
 OLD_NAMES = {"ratio": "activation_ratio"}  # of columns of measurements that runs of the second study keep
+FORWARD = 0.3  # of the time of training on a token: that of its validation loss
 RECIPE = 1  # raise it when the same configuration would train to other weights
 
 
@@ -78,15 +79,19 @@ class RunConfig:
         """Training tokens, those of the decay included."""
         return self.train.tokens * (1 + self.train.decay_share)
 
-    def cost(self) -> float:
-        """Expected seconds on one CPU core, for the progress estimate.
+    def token_cost(self) -> float:
+        """Expected seconds on one CPU core to train on one token.
 
-        Per token: operations, traffic of every layer's activations, overhead. Within 15% of nine shapes measured from
-        32x2 (14 microseconds) to 32x14 (64), 120x1 (37) and 64x4 (49).
+        Operations, attention heads, overhead. Within 16% of fourteen shapes measured from 16x2 (5.6 microseconds) to
+        24x7 (25), 48x4 (24), 64x4 (36), 120x1 (27) and 32x14 (54); an AMD EPYC of 2024.
         """
-        width, depth = self.model.d_model, self.model.n_layers
-        microseconds = 14.5e-6 * training_flops_per_token(self.model) + 0.08 * width * depth + 3
-        return 1e-6 * microseconds * self.tokens
+        heads = head_count(self.model) * self.model.n_layers
+        return 7.7e-6 * 1e-6 * training_flops_per_token(self.model) + 1.27e-6 * heads + 1.4e-6
+
+    def cost(self) -> float:
+        """Expected seconds on one CPU core of the run, its validation losses included."""
+        validated = self.train.checkpoints * self.train.validation_tokens
+        return self.token_cost() * (self.tokens + FORWARD * validated)
 
 
 def digest(content: dict) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models.decoder import default_device, head_count
 from sparsity_utils.models.pretrained import open_checkpoint
-from sparsity_utils.study.jobs import Job, do_jobs, measurement
+from sparsity_utils.study.jobs import Job, do_jobs, longest_first, measurement
 from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SCHEMA, SPEEDS, Question, Settings, planned
 from sparsity_utils.study.profiles import Profile, read_profile
 from sparsity_utils.study.runs import RunConfig, find_run, run_with_model
@@ -187,7 +188,9 @@ class Study:
             torch.set_num_threads(threads)
 
     def configs(self, question: str) -> list[RunConfig]:
-        """The runs that a question needs."""
+        """The runs that a question needs: of a speed those whose models are timed, none for bare shapes."""
+        if SPEEDS.get(question) == "relu_vs_silu":
+            return [self.largest_config(activation) for activation in self.profile.study.activations]
         return self.configs_of(planned(self.profile, question))
 
     def configs_of(self, settings: list[Settings]) -> list[RunConfig]:
@@ -197,13 +200,18 @@ class Study:
             for model, train in settings
         ]
 
-    def jobs(self, *questions: str) -> list[Job]:
-        """What is to be trained and measured for some questions, whether done or not: one job per run."""
+    def jobs(self, *questions: str, models: Iterable[str] = ()) -> list[Job]:
+        """What is to be trained and measured for some questions, whether done or not: one job per run.
+
+        models: activation functions whose `trained_model` is wanted as well.
+        """
         wanted: dict[RunConfig, dict[str, None]] = {}  # measurements in order, each once
         for question in questions:
             what = QUESTIONS[question].measurement
             for config in self.configs(question):
                 wanted.setdefault(config, {}).update({what: None} if what else {})
+        for activation in models:
+            wanted.setdefault(self.largest_config(activation), {})
         measure = self.profile.measure
         return [Job(config, self.corpus.folder, measure, tuple(what)) for config, what in wanted.items()]
 
@@ -212,8 +220,7 @@ class Study:
         configs = self.configs(question)
         if not configs:
             raise InputError(f"Profile {self.name} trains no runs for {question}; its section study leaves them out.")
-        # the longest first, so that no worker is left alone at the end
-        do_jobs(sorted(self.jobs(question), key=Job.cost, reverse=True), self.profile)
+        do_jobs(longest_first(self.jobs(question)), self.profile)
         tables = []
         for config in configs:
             run = find_run(config)

@@ -19,7 +19,8 @@ from sparsity_utils.console import InputError
 from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.sources import SUFFIXES, open_source
 
-BATCH_WINDOWS = 32  # of one measurement batch
+# Of one measurement batch. On a CPU 16 windows of 256 tokens took 0.8 of the time of 32: more of them stay in cache.
+BATCH_WINDOWS = 32 if torch.cuda.is_available() else 16
 MOST_DOMAINS = 7  # the largest ones: transfer is measured between every two of them
 CALIBRATION_SHARE = 1 / 3  # of a domain's tokens
 

@@ -1,5 +1,6 @@
 """The rules of the collection on every notebook, and the machinery that executes and refreshes notebooks."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -9,11 +10,14 @@ import nbformat
 import notebook_checks
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from small import one_size, profile_content, write_profile, write_text
 
 from sparsity_utils import paths
 from sparsity_utils.__main__ import main
 from sparsity_utils.commands import notebooks
 from sparsity_utils.console import InputError
+from sparsity_utils.study.plan import QUESTIONS
+from sparsity_utils.study.study import Study
 
 TITLE = new_markdown_cell("# Does it?\nThe claim.")
 PARAMETERS = 'source: str = "recorded"  # or "run"\nprofile: str = "laptop"  # what to train'
@@ -68,6 +72,56 @@ def test_the_collection_is_numbered_without_gaps():
 @pytest.mark.parametrize("path", notebooks.collection(), ids=lambda path: path.stem)
 def test_notebook_keeps_the_rule(path: Path, check: Callable):
     assert list(check(nbformat.read(path, as_version=4))) == []
+
+
+class Asked:
+    """In place of a study: notes what is asked of it and gives nothing, so that every later cell fails at once."""
+
+    def __init__(self, study: Study):
+        self.answers, self.questions, self.models = study.answers, set(), set()
+
+    def table(self, question: str) -> None:
+        self.questions.add(question)
+
+    table_or_none = table
+
+    def trained_model(self, activation: str) -> tuple[None, None]:
+        self.models.add(activation)
+        return None, None
+
+
+@pytest.fixture(scope="module")
+def many_lines(tmp_path_factory):
+    """A study, nothing of it trained, whose profile leaves no question of a notebook out."""
+    folder = tmp_path_factory.mktemp("lines")
+    content = profile_content(write_text(folder / "text"))
+    content["study"] |= {
+        "second_sizes": [one_size("12x1")],
+        "data_limited": [one_size("24x1")],
+        "other_sizes": [one_size("8x1")],
+        "other_activations": ["gelu"],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSITY_BUILD", str(folder / "build"))
+        yield Study.from_profile(write_profile(folder, content))
+
+
+@pytest.mark.parametrize("path", notebooks.collection(), ids=lambda path: path.stem)
+def test_the_runs_of_a_notebook_are_those_that_its_cells_ask_for(path: Path, many_lines, monkeypatch):
+    asked = Asked(many_lines)
+    monkeypatch.setattr(Study, "open", lambda source, profile: asked)
+    names = {"display": print}
+    for cell in notebook_checks.code_cells(nbformat.read(path, as_version=4)):
+        with contextlib.suppress(Exception):
+            exec(cell.source, names)
+    expected = many_lines.jobs(*asked.questions & set(QUESTIONS), models=asked.models)
+    assert work(notebooks.jobs_of([path], many_lines)) == work(expected)
+    assert asked.questions or asked.models
+
+
+def work(jobs) -> set:
+    """What is trained and measured, in no order."""
+    return {(job.config.key, frozenset(job.what)) for job in jobs}
 
 
 # The rules themselves: a good notebook passes them all, and each bad one fails the one it should
@@ -207,11 +261,47 @@ def test_reproduce_goes_on_after_a_failure_and_ends_with_one_table(shelf, capfd)
     assert err.rstrip().endswith("01_a.ipynb failed in cell [3]: ValueError: no")
 
 
+ASKS = """from sparsity_utils import Study
+study = Study.open(source, profile)
+assert all(job.done() for job in study.jobs("metrics", models=["silu"]))
+table, model = study.table("metrics"), study.trained_model("silu")[0]
+print(len(table))"""
+
+
+def test_all_runs_are_done_in_one_pool_before_the_first_notebook_opens(shelf, tmp_path, monkeypatch, capfd):
+    pools, do_jobs = [], notebooks.do_jobs
+    monkeypatch.setattr(notebooks, "do_jobs", lambda jobs, profile: (pools.append(work(jobs)), do_jobs(jobs, profile)))
+    profile = write_profile(tmp_path, profile_content(write_text(tmp_path / "text")))
+    study = Study.from_profile(profile)
+    shelf("01_a.ipynb", ASKS, ASKS.replace("metrics", "width_depth_ratio"))
+    shelf("02_b.ipynb", 'print("token_patterns")', ASKS)
+    notebooks.reproduce(profile)
+    out, err = capfd.readouterr()
+    assert out.startswith("Profile tiny. 6 runs to do, 6 of them to train: about 0 min with 2 workers.\n[1/2] 01_a")
+    assert "failed in cell" not in err
+    assert pools == [work(study.jobs("metrics", "width_depth_ratio"))]
+    everything = notebooks.jobs_of(notebooks.collection(), study)
+    assert notebooks.outlook(everything, 2) == "No run is left to train or to measure."
+
+
 STORES = """import pandas as pd
 from sparsity_utils import Study
 row = ["falls?", "7.1%", "22%", "20 to 24%", "supported"]
 columns = ["question", "published", "here", "interval", "verdict"]
 Study.open(source, profile).keep_verdicts("01_a", pd.DataFrame([row], columns=columns))"""
+
+
+def test_a_run_that_cannot_be_trained_stops_only_the_notebooks_that_need_it(shelf, tmp_path, capfd):
+    content = profile_content(write_text(tmp_path / "text"))
+    content["train"]["batch_tokens"], content["study"]["ratio_tokens"] = 2**20, 2**23
+    content["study"]["sizes"] = [one_size("8x1", 2**23)]
+    profile = write_profile(tmp_path, content)
+    shelf("01_a.ipynb", STORES)
+    shelf("02_b.ipynb", ASKS.replace("assert", "0 and"))
+    assert notebooks.reproduce(profile) == 1
+    out, err = capfd.readouterr()
+    assert err.startswith("InputError: ") and "20 to 24%" in out
+    assert "02_b.ipynb failed in cell [3]: InputError" in err and "01_a.ipynb failed" not in err
 
 
 def test_an_interrupted_notebook_stops_them_all(shelf, capfd):

@@ -16,7 +16,7 @@ from sparsity_utils.study import archive
 from sparsity_utils.study.archive import HEADER, archived
 from sparsity_utils.study.plan import QUESTIONS
 from sparsity_utils.study.runs import find_run, train_run
-from sparsity_utils.study.sittings import sit
+from sparsity_utils.study.schedule import run_session
 from sparsity_utils.study.study import Study
 
 FOREVER = 10.0  # minutes
@@ -31,7 +31,7 @@ def kept(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSITY_BUILD", str(folder / "build"))
         study = Study.from_profile(profile)
-        assert sit(study, FOREVER, folder / "runs") == ""
+        assert run_session(study, FOREVER, folder / "runs") == ""
         yield profile, folder / "runs", study.table("relu_vs_silu")
 
 
@@ -53,7 +53,7 @@ def test_tables_travel_and_the_first_seed_of_the_largest_size_with_its_weights(k
     files = sorted(folder.glob("*.zip"))
     assert [bool("model.safetensors" in zipfile.ZipFile(file).namelist()) for file in files].count(True) == 1
     written = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
-    assert sit(study, 0, folder) == ""  # nothing is left to do
+    assert run_session(study, 0, folder) == ""  # nothing is left to do
     pd.testing.assert_frame_equal(study.table("relu_vs_silu"), kept[2])
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()} == written
     first, second = (find_run(config) for config in study.configs("relu_vs_silu"))

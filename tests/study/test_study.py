@@ -17,8 +17,8 @@ from small import one_size, profile_content, write_profile, write_text
 from sparsity_utils import paths
 from sparsity_utils.__main__ import main
 from sparsity_utils.console import InputError
-from sparsity_utils.study.plan import QUESTIONS
-from sparsity_utils.study.sittings import sit
+from sparsity_utils.study.plan import QUESTIONS, SPEEDS
+from sparsity_utils.study.schedule import run_session
 from sparsity_utils.study.study import Study
 
 
@@ -34,8 +34,10 @@ def built(tmp_path_factory, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSITY_BUILD", str(folder / "build"))
         study = Study.from_profile(write_profile(folder, profile_content(text)))
-        assert sit(study, minutes=10) == ""  # all runs in one go
-        tables = {question: study.table(question) for question in QUESTIONS if study.configs(question)}
+        assert run_session(study, minutes=10) == ""  # all runs in one go
+        tables = {
+            question: study.table(question) for question in set(QUESTIONS) - set(SPEEDS) if study.configs(question)
+        }
         yield study, tables
 
 

@@ -1,4 +1,4 @@
-"""A study in several sittings: what is left and what it costs, in which order it is done, and when it stops."""
+"""A study in several sessions: what is left and what it costs, in which order it is done, and when it stops."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ ABOUT_HOURS = "Hours are those of CPU cores, by a cost model of small models; wh
 OVERRUN = 1.4  # training of the first recorded study took so many times the core hours of the cost model
 
 
-def sit(study: Study, minutes: float, tables: Path | None = None, questions: Iterable[str] = QUESTIONS) -> str:
+def run_session(study: Study, minutes: float, tables: Path | None = None, questions: Iterable[str] = QUESTIONS) -> str:
     """Train and measure for at most `minutes` what the study lacks; return what was left to do, or an empty string.
 
     tables: a folder of finished runs (see `archive`), read first and written after every finished run.

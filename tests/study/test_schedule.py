@@ -1,4 +1,4 @@
-"""A study in several sittings: what it costs, in which order, that it stops in time; text travels compressed."""
+"""A study in several sessions: what it costs, in which order, that it stops in time; text travels compressed."""
 
 import json
 import lzma
@@ -16,7 +16,7 @@ from sparsity_utils import paths
 from sparsity_utils.__main__ import TIME_OVER, main
 from sparsity_utils.console import InputError
 from sparsity_utils.study.plan import QUESTIONS
-from sparsity_utils.study.sittings import costs, in_order, sit
+from sparsity_utils.study.schedule import costs, in_order, run_session
 from sparsity_utils.study.study import Study
 from sparsity_utils.text.packed_text import pack_text, unpack_text
 
@@ -41,13 +41,13 @@ def one_run(tmp_path, text, **study) -> str:
     return write_profile(tmp_path, content)
 
 
-def test_a_sitting_ends_in_time_and_the_next_one_goes_on(tmp_path, text, capsys):
+def test_a_session_ends_in_time_and_the_next_one_goes_on(tmp_path, text, capsys):
     profile, folder = one_run(tmp_path, text), tmp_path / "runs"
     command = ["study", "--profile", profile, "--tables", str(folder), "--minutes"]
     assert main([*command, "0"]) == TIME_OVER
     assert "0 of 1 runs done; the same command continues" in capsys.readouterr().out
     study = Study.from_profile(profile)
-    assert sit(study, FOREVER, folder) == "" and sit(study, 0, folder) == ""
+    assert run_session(study, FOREVER, folder) == "" and run_session(study, 0, folder) == ""
 
 
 def test_settings_are_chosen_first_then_short_runs_then_those_of_primary_claims(tmp_path, text, monkeypatch):
@@ -60,7 +60,7 @@ def test_settings_are_chosen_first_then_short_runs_then_those_of_primary_claims(
     jobs = in_order(study, QUESTIONS)
     seconds = [job.config.cost() for job in jobs]
     assert seconds == sorted(seconds) and len(jobs) == 5  # the centre is one run
-    monkeypatch.setattr("sparsity_utils.study.sittings.SHORT", (seconds[2] + seconds[3]) / 2)
+    monkeypatch.setattr("sparsity_utils.study.schedule.SHORT", (seconds[2] + seconds[3]) / 2)
     assert in_order(study, QUESTIONS) == [*jobs[:3], jobs[4], jobs[3]]  # 8x2 of the main line before the wide one
     (only,) = in_order(study, ["second_line"])
     assert only.config.model.d_model == 16
@@ -76,12 +76,12 @@ def test_costs_are_told_by_line_before_anything_is_trained(tmp_path, text, capsy
     assert main(["study", "--profile", profile, "--cost"]) == 0
     assert "second_line" in capsys.readouterr().out and not list(paths.runs().glob("*"))
     study = Study.from_profile(profile)
-    sit(study, FOREVER, questions=[question for question in QUESTIONS if question != "second_line"])
+    run_session(study, FOREVER, questions=[question for question in QUESTIONS if question != "second_line"])
     table = costs(study).set_index("question")
     capsys.readouterr()
     assert list(table.index) == ["relu_vs_silu", "second_line", "all"]  # a run of both lines counts in the first
     assert table["runs"].tolist() == [1, 1, 2] and table["finished"].tolist() == [1, 0, 1]
-    sit(study, 0, tmp_path / "runs", questions=["relu_vs_silu"])
+    run_session(study, 0, tmp_path / "runs", questions=["relu_vs_silu"])
     shutil.rmtree(paths.runs())
     assert main(["study", "--profile", profile, "--cost", "--tables", str(tmp_path / "runs")]) == 0
     *_, total, about = capsys.readouterr().out.splitlines()
@@ -118,24 +118,24 @@ def test_packed_text_that_is_cut_or_of_another_profile_is_refused(tmp_path, text
 
 
 @pytest.mark.slow
-def test_a_sitting_needs_only_what_a_bare_gpu_image_has(tmp_path, text):
+def test_a_session_needs_only_what_a_bare_gpu_image_has(tmp_path, text):
     profile, packed, archive = one_run(tmp_path, text), tmp_path / "text.jsonl.xz", tmp_path / "runs"
     assert main(["corpus", "--profile", profile, "--pack", str(packed)]) == 0
     blocked = ("scipy", "statsmodels", "matplotlib", "seaborn", "datasketch", "datasets", "papermill", "nbformat")
     blocked += ("pooch", "numba")
     block(tmp_path, blocked)
-    (tmp_path / "sit.py").write_text(f"""
+    (tmp_path / "session.py").write_text(f"""
 if __name__ == "__main__":
     from pathlib import Path
     from sparsity_utils import measure_sparsity
     from sparsity_utils.__main__ import main
-    from sparsity_utils.study.sittings import sit
+    from sparsity_utils.study.schedule import run_session
     from sparsity_utils.study.study import Study
-    assert sit(Study.from_profile({profile!r}, Path({str(packed)!r})), 10.0, Path({str(archive)!r})) == ""
+    assert run_session(Study.from_profile({profile!r}, Path({str(packed)!r})), 10.0, Path({str(archive)!r})) == ""
 """)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(paths.ROOT)])}
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "sit.py")], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, str(tmp_path / "session.py")], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
     (run,) = archive.glob("*.zip")
