@@ -110,13 +110,14 @@ def jobs_of(notebooks: Iterable[Path], study: Study) -> list[Job]:
     """The runs that notebooks read, each once, with all that is measured on it for any of them.
 
     Read from their code: a cell that calls `study.table` or `study.table_or_none` writes out the names of the questions
-    that it asks, and `study.trained_model` that of the activation function.
+    that it asks (a name alone in brackets is a column), and `study.trained_model` that of the activation function.
     """
     asked, models = dict[str, None](), dict[str, None]()  # as ordered sets
     for notebook in notebooks:
         for cell in nbformat.read(notebook, as_version=4).cells:
             if cell.cell_type == "code" and "study.table" in cell.source:
-                asked |= dict.fromkeys(name for name in re.findall(r'"(\w+)"', cell.source) if name in QUESTIONS)
+                names = re.findall(r'(?<!\[)"(\w+)"(?!\])', cell.source)
+                asked |= dict.fromkeys(name for name in names if name in QUESTIONS)
             if cell.cell_type == "code":
                 models |= dict.fromkeys(re.findall(r'study\.trained_model\("(\w+)"\)', cell.source))
     return study.jobs(*asked, models=models)
