@@ -34,7 +34,7 @@ from sparsity_utils.laws.trends import (
     fit_optimum,
     fit_trends,
 )
-from sparsity_utils.study.step_times import PASSES
+from sparsity_utils.study.speeds import PASSES
 from sparsity_utils.study.study import Study
 
 BREAKPOINT = (114.0, 114.0)  # d_model / n_layers (arXiv 2411.02335, Fig. 5)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
-from sparsity_utils.study.curves import VERSION, decided_by
 from sparsity_utils.study.jobs import Job
+from sparsity_utils.study.measurements import VERSION, decided_by
 from sparsity_utils.study.plan import QUESTIONS
 from sparsity_utils.study.runs import CONFIG, RECIPE, WEIGHTS, commit, digest, find_run
 from sparsity_utils.study.study import Study

@@ -12,42 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
-from sparsity_utils.study.curves import decided_by, kept, metric_comparison, sparsity_curve
-from sparsity_utils.study.portraits import dead_curve, domain_transfer, neuron_frequencies, token_ratios
+from sparsity_utils.study.measurements import EFFORT, decided_by, measurement
 from sparsity_utils.study.profiles import MeasureConfig, Profile
-from sparsity_utils.study.runs import Run, RunConfig, find_run, train_run
-from sparsity_utils.text.corpus import Corpus, open_corpus
-
-MEASUREMENTS = {
-    "curve": sparsity_curve,
-    "metrics": metric_comparison,
-    "neurons": neuron_frequencies,
-    "vocabulary": token_ratios,
-    "dead": dead_curve,
-    "transfer": domain_transfer,
-}
-# Processor time of each, in training tokens per calibration token and per evaluation token. Measured on 32x4, where
-# training took 18 microseconds a token: with 16,384 and 49,152 of them the curve took 21 s, metrics 21, dead 10,
-# transfer 10; with 65,536 and 49,152 they took 29, 26, 15 and 11.
-EFFORT = {
-    "curve": (9.3, 20.0),
-    "metrics": (5.5, 22.0),
-    "neurons": (0.0, 0.8),
-    "vocabulary": (0.0, 0.8),
-    "dead": (5.6, 9.7),
-    "transfer": (0.0, 11.6),
-}
-
-
-def measurement(run: Run, corpus: Corpus, settings: MeasureConfig, what: str) -> pd.DataFrame:
-    """A measurement of a run, computed once and kept with it."""
-    return kept(what, MEASUREMENTS[what], run, corpus, settings)
+from sparsity_utils.study.runs import RunConfig, find_run, train_run
+from sparsity_utils.text.corpus import open_corpus
 
 
 @dataclass(frozen=True)

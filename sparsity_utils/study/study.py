@@ -24,8 +24,7 @@ from sparsity_utils.study.jobs import Job, do_jobs, longest_first, measurement
 from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SCHEMA, SPEEDS, Question, Settings, planned
 from sparsity_utils.study.profiles import Profile, read_profile
 from sparsity_utils.study.runs import RunConfig, find_run, run_with_model
-from sparsity_utils.study.speed_tables import decoding_table, ffn_table
-from sparsity_utils.study.step_times import step_times
+from sparsity_utils.study.speeds import decoding_table, ffn_table, step_times
 from sparsity_utils.text.corpus import Corpus, build_corpus
 from sparsity_utils.text.packed_text import unpack_text
 from sparsity_utils.text.windows import measurement_batches

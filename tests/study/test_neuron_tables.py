@@ -9,8 +9,15 @@ from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import measure_sparsity
 from sparsity_utils.sparsity.patterns import DEAD, activation_patterns, transfer_matrix
-from sparsity_utils.study.curves import VERSION, decided_by, sparsity_curve
-from sparsity_utils.study.portraits import dead_curve, domain_transfer, neuron_frequencies, token_ratios
+from sparsity_utils.study.measurements import (
+    VERSION,
+    dead_curve,
+    decided_by,
+    domain_transfer,
+    neuron_frequencies,
+    sparsity_curve,
+    token_ratios,
+)
 from sparsity_utils.study.profiles import MeasureConfig
 from sparsity_utils.study.runs import RunConfig, train_run
 from sparsity_utils.text.config import CorpusConfig

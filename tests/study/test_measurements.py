@@ -7,7 +7,7 @@ from small import write_text
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.sparsity.calibration import solve_stabilised_cett
 from sparsity_utils.sparsity.metrics import measure_sparsity
-from sparsity_utils.study.curves import CETTS, metric_comparison, sparsity_curve
+from sparsity_utils.study.measurements import CETTS, metric_comparison, sparsity_curve
 from sparsity_utils.study.profiles import MeasureConfig
 from sparsity_utils.study.runs import RunConfig, train_run
 from sparsity_utils.text.config import CorpusConfig
