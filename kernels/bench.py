@@ -1,8 +1,8 @@
-"""How fast sparse FFNs are beside dense ones with the same weights, and beside what memory allows.
+"""Measure how fast sparse FFNs are, compared with dense ones of the same weights and with the speed of memory.
 
-All ways of computing a case alternate in one process; weights are kept several times over, together far larger than
-any cache, and every call meets the next copy, as the layers of a model would. A speed is reported only where the
-output agrees with the same rule run densely.
+All ways of computing a case take turns in one process. The weights are kept in several copies, together far larger
+than any cache, and every call uses the next copy, as the layers of a model would. A speed is reported only where the
+output agrees with that of the same rule run densely.
 """
 
 import os
@@ -29,13 +29,17 @@ BATCHES = (2, 4, 8, 16)
 ROUNDS = 15
 WEIGHTS = {"cpu": 2**28, "cuda": 2**30}  # bytes of all copies together: several times the largest cache
 AGREE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # relative RMS
-FULL_READS = ("dense", "dense compiled", "all rows")  # ways that read all weights: torch twice, and the kernel itself
+FULL_READS = ("dense", "dense compiled", "all rows")  # read all weights: torch, torch compiled, the kernel
 EVERY_ROW = {"rule": "gate", "threshold": -1.0}
 Way = Callable[[Problem], Tensor]
 
 
 def grid(shapes: Iterable[str], patterns: Iterable[Pattern]) -> list[Case]:
-    """The cases of the bench: few sparsities on every shape; all of them, dtypes, batches and `patterns` on one."""
+    """The cases of the bench.
+
+    One shape, "2.4B" where it is given, has all sparsities, dtypes, batches and `patterns`; the others have a few
+    sparsities.
+    """
     shapes = list(shapes)
     one = "2.4B" if "2.4B" in shapes else shapes[-1]
 
@@ -75,9 +79,9 @@ def ffn_speeds(
 
 
 def memory_works(device: str, size: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """Copying and reading `size` bytes, the limits of whatever is bound by it, each with the bytes that it moves.
+    """Two jobs that only memory limits, a copy and a read of `size` bytes, each with the number of bytes it moves.
 
-    They alternate with the ways of each case: what memory gives may change from minute to minute.
+    They take turns with the ways of each case, because the speed of memory may change from minute to minute.
     """
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -94,7 +98,7 @@ def dense(problem: Problem) -> Tensor:
 
 
 def sparse(problem: Problem) -> Tensor:
-    """The kernel of this project, with the certified gate where the FFN has one."""
+    """The kernel of this project, which uses the certified gate where the FFN has one."""
     return problem.ffn(problem.x)
 
 
@@ -126,7 +130,7 @@ def _case_rows(
 
 
 def _index_work(problem: Problem) -> Callable[[], object]:
-    """Building the list of active neurons alone, on a CPU."""
+    """The job of building the list of active neurons, and nothing else, on a CPU."""
     from kernels.cpu_ffn import indices
 
     g = F.linear(problem.x.float(), problem.ffn.w_gate.float())
@@ -136,7 +140,7 @@ def _index_work(problem: Problem) -> Callable[[], object]:
 
 
 def _pass(way: Way, problems: list[Problem], device: str) -> Callable[[], object]:
-    """Compute every copy once; on a GPU as one replayed graph, so that no launch is waited for."""
+    """A job that computes every copy once; on a GPU it replays one CUDA graph, so that no launch is waited for."""
 
     def run() -> None:
         for problem in problems:
@@ -153,7 +157,7 @@ def _pass(way: Way, problems: list[Problem], device: str) -> Callable[[], object
 
 
 def _compiled(device: str, act: str, shape: torch.Size, dtype: torch.dtype) -> Way | None:
-    """`dense` under torch.compile for x of a shape; None where that cannot be had."""
+    """`dense` under torch.compile, for x of the given `shape`; None where torch cannot compile it."""
     function = naive.ACTIVATIONS[act]
 
     def linear_maps(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -171,7 +175,7 @@ def _compiled(device: str, act: str, shape: torch.Size, dtype: torch.dtype) -> W
 
 
 def _check(case: Case, way: str, y: Tensor, problem: Problem) -> None:
-    """Raises `RuntimeError` unless `y` is the rule's output; dense ways are held against the rule without threshold."""
+    """Raises `RuntimeError` unless `y` is the rule's output; ways that read all weights are compared at threshold 0."""
     ffn = problem.ffn
     threshold = ffn.threshold if way in ("sparse", "certified") else 0.0
     gate, up, down = (weight.float() for weight in (ffn.w_gate, ffn.w_up, ffn.w_down_t))

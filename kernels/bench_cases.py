@@ -1,4 +1,4 @@
-"""FFNs for the bench: random weights of a published shape, steered to a given pattern of active neurons."""
+"""FFNs for the bench: random weights of a published shape, adjusted so that a given pattern of neurons is active."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from kernels.shapes import SHAPES
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which neurons are active on some tokens of a text, in their order."""
+    """Which neurons are active on each of some tokens, in the order of the text."""
 
     name: str
     act: str
@@ -33,7 +33,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What all ways of computing one case are given."""
+    """The input and the weights of one case, the same for all ways of computing it."""
 
     x: Tensor  # (tokens, d)
     ffn: SparseFFN
@@ -41,25 +41,28 @@ class Problem:
 
     @property
     def nbytes(self) -> int:
-        """Of the weights of the dense FFN."""
+        """Bytes of the weights of the dense FFN."""
         return 3 * self.w_down.nbytes
 
     def copied(self) -> "Problem":
-        """The same numbers elsewhere in memory."""
+        """The same numbers at another place in memory."""
         ffn = self.ffn
         weights = (weight.clone() for weight in (ffn.w_gate, ffn.w_up, ffn.w_down_t))
         return Problem(self.x, SparseFFN(*weights, ffn.threshold, ffn.act, ffn.rule), self.w_down.clone())
 
 
 def random_pattern(sparsity: float, neurons: int, tokens: int) -> Pattern:
-    """Each token with its own random neurons, a ReLU FFN under the rule "gate": the worst case for several tokens."""
+    """Random active neurons for each token, of a ReLU FFN under the rule "gate".
+
+    This is the worst case for several tokens, because they have few active neurons in common.
+    """
     ranks = np.random.default_rng(0).random((tokens, neurons)).argsort(axis=1)
     active = ranks >= round(sparsity * neurons)
     return Pattern("random", "relu", "gate", active, active)
 
 
 def build(case: Case, device: str) -> Problem:
-    """Random weights, of which those of gate and up are moved a little to give the pattern on `tokens` random x."""
+    """Random x and random weights, W_gate and W_up adjusted a little so that x activates the neurons of the pattern."""
     d, d_ff = SHAPES[case.shape]
     random = torch.Generator().manual_seed(0)
     x = torch.randn(case.tokens, d, generator=random)
@@ -78,7 +81,7 @@ def build(case: Case, device: str) -> Problem:
 
 
 def spread(mask: np.ndarray, d_ff: int, tokens: int) -> Tensor:
-    """The first tokens of a mask, (d_ff, tokens); neurons of another number are drawn at random, or repeated."""
+    """The first `tokens` of a mask, (d_ff, tokens); a mask of more neurons is sampled, one of fewer is repeated."""
     order = np.arange(d_ff)
     if mask.shape[1] != d_ff:
         order = np.resize(np.random.default_rng(0).permutation(mask.shape[1]), d_ff)
@@ -86,10 +89,10 @@ def spread(mask: np.ndarray, d_ff: int, tokens: int) -> Tensor:
 
 
 def shifted_normal(positive: Tensor, active: Tensor, random: torch.Generator) -> Tensor:
-    """Numbers of one normal distribution per token, shifted so that just those in `positive`, (d_ff, tokens), are > 0.
+    """Normally distributed numbers, shifted for each token so that just those in `positive`, (d_ff, tokens), are > 0.
 
     Gates of trained models look like this, and how near they lie to zero decides what a certified gate can prove. The
-    largest go to the neurons in `active`, a part of `positive`.
+    largest numbers go to the neurons in `active`, a part of `positive`.
     """
     g = torch.empty(positive.shape)
     for token in range(positive.shape[1]):

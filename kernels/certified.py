@@ -36,18 +36,22 @@ class CertifiedGate:
     bits: Tensor  # (d_ff, d), int8
     scale: Tensor  # (d_ff,), float64 of a float32
     radius: Tensor  # (d_ff,), float64: largest distance of g_i from its estimate, per unit of ||x||
-    fixed: Tensor  # (d_ff,), float64: what is added to that for any x
+    fixed: Tensor  # (d_ff,), float64: what is added to radius * ||x||, whatever x is
     most: Tensor  # (d_ff,), float64: the ||x|| up to which no float32 sum can overflow
     region: Tensor  # (3, d_ff), float64: tail, low, high
 
     @property
     def nbytes(self) -> int:
-        """Of all that is read for a call."""
+        """Bytes that one call reads of the copy."""
         parts = (self.bits, self.scale, self.radius, self.fixed, self.most, self.region)
         return sum(part.nbytes for part in parts)
 
     def certain(self, x: Tensor, b_gate: Tensor | None = None) -> Tensor:
-        """Which neurons are certainly inactive for which token, bool, (tokens, d_ff): the kernel's rule in float64."""
+        """Which neurons are certainly inactive for which token, bool, (tokens, d_ff): the kernel's rule in float64.
+
+        With the estimate m = a_i q_i . x + b_i and r = radius_i ||x|| + fixed_i: m + r <= tail, or low <= m - r and
+        m + r <= high.
+        """
         wide = x.double()
         middle = wide @ (self.scale[:, None] * self.bits.double()).T
         middle = middle if b_gate is None else middle + b_gate.double()
@@ -106,7 +110,7 @@ def inactive_region(act: str, limit: Tensor) -> Tensor:
 
 
 def _around_a_minimum(act: str, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SiLU and GELU fall from 0 to a minimum at some g < 0, then rise for ever, through 0 at 0."""
+    """tail, low and high of SiLU and GELU, which fall from 0 to a minimum at some g < 0, then rise, through 0 at 0."""
     function, far = naive.ACTIVATIONS[act], torch.full_like(limit, 40.0)
     grid = torch.linspace(-3, 0, 300_001, dtype=torch.float64)
     place = grid[function(grid).argmin()]
@@ -121,7 +125,7 @@ def _around_a_minimum(act: str, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _bisected(inside, start: Tensor, end: Tensor) -> Tensor:
-    """The farthest number from `start`, which is inside, towards `end` that still is, to 1e-15 of the distance."""
+    """The number nearest to `end` that is still `inside`, as `start` is, to 1e-15 of the distance between the two."""
     for _ in range(60):
         middle = (start + end) / 2
         good = inside(middle)

@@ -1,10 +1,10 @@
-"""Sparse FFNs on a CPU: numba, threads over rows of the weights. Needs no compiler.
+"""Sparse FFNs on a CPU, in numba; threads share the rows of the weights. No C++ compiler is needed.
 
     select   s = act(W_gate x + b), and which neurons some token needs
     combine  for those alone: u = W_up x + b, h = s * u, y += h W_down row
 
-A call is bound by the weights it reads, so each row is read once for all tokens. Every thread takes a fixed share of
-the rows and sums into a y of its own; these are added in a fixed order, so that equal calls with equal numbers of
+A call takes as long as reading its weights, so each row is read once for all tokens. Every thread takes a fixed share
+of the rows and sums into a y of its own. These are added in a fixed order, so that equal calls with equal numbers of
 threads give equal bits.
 """
 
@@ -30,7 +30,7 @@ RELU, RELU2, SILU, GELU, GELU_TANH = (ACTIVATIONS[name] for name in ("relu", "re
 # Sums may be reordered and fused; unlike with fastmath=True, infinities and NaNs are respected.
 MATH = {"reassoc", "contract", "nsz"}
 BITS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16}  # numba has neither: their bits, told apart by sign
-# Bytes of the next row asked for ahead; the processor fetches what follows by itself. At d = 2304 in float32, half and
+# Bytes of the next row to prefetch; the processor fetches what follows by itself. At d = 2304 in float32, half and
 # nine tenths of 5,760 neurons inactive: 2.38 and 1.19 ms, against 2.54 and 1.35 without and 2.71 and 1.37 with 4,096.
 FETCHED = 256
 BYTES_PER_THREAD = 2**18  # of weights; below, starting a thread costs more than it saves
@@ -55,14 +55,14 @@ def run(ffn: SparseFFN, x: Tensor) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """A matrix with one row per neuron, or their bits, and the bias, in float32; empty for none."""
+    """A matrix with one row per neuron, in half precision its bits, and the float32 bias; empty where there is none."""
 
     weight: np.ndarray
     bias: np.ndarray
 
 
 class Quantised(NamedTuple):
-    """The arrays of a `CertifiedGate`; of no rows where an FFN has none."""
+    """The arrays of a `CertifiedGate`; they have no rows where an FFN has none."""
 
     bits: np.ndarray
     scale: np.ndarray
@@ -114,7 +114,7 @@ def vector(bias: Tensor | None) -> np.ndarray:
 
 @intrinsic
 def widened(context, number):
-    """float32 of a float32, a small integer, or the bits of a float16 (uint16) or a bfloat16 (int16)."""
+    """The float32 value of a float32, a small integer, or the bits of a float16 (uint16) or a bfloat16 (int16)."""
 
     def code(context, builder, signature, arguments):
         (bits,), (kind,) = arguments, signature.args
@@ -132,7 +132,7 @@ def widened(context, number):
 
 @intrinsic
 def fetch(context, place):
-    """Ask for the memory at an address, and go on."""
+    """Prefetch: ask the processor to load the memory at an address into its cache, without waiting for it."""
 
     def code(context, builder, signature, arguments):
         i32 = context.get_value_type(types.int32)
@@ -147,7 +147,7 @@ def fetch(context, place):
 
 @njit(cache=True)
 def fetch_start(row):
-    """Ask for the first part of a row; what follows the processor then fetches ahead by itself."""
+    """Prefetch the first part of a row; the processor then fetches what follows by itself."""
     for offset in range(0, min(FETCHED, row.nbytes), 64):
         fetch(row.ctypes.data + offset)
 
@@ -170,7 +170,7 @@ def activated(g, act):
 def dots(row, x, tokens, count, bias, out, wide):
     """out[t] = row . x[t] + bias for the first `count` of `tokens`.
 
-    Four at a time, so that one reading of the row serves four. `wide`, (d,), holds the row in float32 meanwhile.
+    Four tokens at a time, so that the row is read once for four. `wide`, (d,), holds the row in float32 meanwhile.
     """
     d = x.shape[1]
     if count >= 4:
@@ -195,7 +195,7 @@ def dots(row, x, tokens, count, bias, out, wide):
 
 @njit(cache=True)
 def indices(chosen):
-    """The numbers of the neurons that are chosen, bool (d_ff,), in rising order."""
+    """The numbers of the neurons that are chosen, bool (d_ff,), in increasing order."""
     return np.flatnonzero(chosen)
 
 
@@ -216,7 +216,7 @@ def computed(x, gate, up, down, quantised, limits, threshold, by_neuron, act, sh
 
 @njit(fastmath=MATH, cache=True, parallel=True)
 def undecided(x, bias, quantised, shares, chosen):
-    """Sets chosen, (d_ff,), to whether the 8-bit copy leaves any doubt that the neuron is inactive."""
+    """Sets chosen, (d_ff,), to False where the 8-bit copy proves the neuron inactive for all tokens, else to True."""
     bits, scale, radius, fixed, most, region = quantised
     sizes = np.sqrt((x.astype(np.float64) ** 2).sum(axis=1))  # ||x|| of each token
     for share in prange(shares):
@@ -255,7 +255,7 @@ def select(x, gate, neurons, limits, act, shares, g, needed):
 
 @njit(fastmath=MATH, cache=True, parallel=True)
 def combine(x, neurons, g, up, down, limits, threshold, by_neuron, act, y):
-    """Adds the output of the given neurons to y, (shares, tokens, d_out)."""
+    """Adds the output h_i W_down[i] of the given neurons to y, (shares, tokens, d_out), one y for each thread."""
     weight, bias = up
     gated = len(weight) > 0
     shares, tokens = y.shape[:2]

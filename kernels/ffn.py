@@ -24,8 +24,8 @@ class SparseFFN:
 
     Symbols and rules are those of `kernels.naive`. All tensors are on one device and of one dtype (float32, float16 or
     bfloat16), sums are kept in float32. The same input gives the same bits on every call. No gradient flows through
-    it. More than MAX_TOKENS tokens are computed densely, by `naive.sparse_ffn`: in half precision that compares rounded
-    numbers with the threshold, the kernels unrounded ones, so that a neuron next to it may differ.
+    it. More than MAX_TOKENS tokens are computed densely, by `naive.sparse_ffn`. In half precision that compares rounded
+    numbers with the threshold, and the kernels compare unrounded ones; neurons very near it may be judged differently.
 
     Raises `ValueError` when shapes, dtypes or devices do not fit, and when act or rule is unknown.
     """
@@ -65,9 +65,9 @@ class SparseFFN:
         return arrays(self)
 
     def certified(self) -> "SparseFFN":
-        """The same FFN with an 8-bit copy of W_gate, which is read first: see `kernels.certified`. The same bits.
+        """This FFN, which first reads an 8-bit copy of W_gate (`kernels.certified`). Its outputs have the same bits.
 
-        The copy is made of the weights as they are now: after a change of them make another.
+        The copy is made of the weights as they are now: make another after they change.
 
         Raises `ValueError` on other devices than a CPU, and where no neuron could ever be certainly inactive.
         """
@@ -124,7 +124,7 @@ class SparseFFN:
             raise ValueError("b_up was given without w_up; give a plain FFN's bias as b_gate.")
 
     def _threshold_per_neuron(self) -> Tensor:
-        """(d_ff,), float32, on the device of the weights."""
+        """The threshold of each neuron, (d_ff,), float32, on the device of the weights."""
         given, device = self.threshold, self.w_gate.device
         if isinstance(given, (int, float)):
             given = torch.tensor(float(given), dtype=torch.float64, device=device)
@@ -169,7 +169,7 @@ def run_dense(ffn: SparseFFN, x: Tensor) -> Tensor:
 
 @cache  # so that it warns once
 def backend(device: str) -> Callable[[SparseFFN, Tensor], Tensor]:
-    """What computes on this kind of device; `run_dense`, after a warning, where the kernel for it cannot be had."""
+    """The function that computes on this kind of device: its kernel or, after a warning, `run_dense` if none works."""
     if device not in BACKENDS:
         reason = f"there is no kernel for {device!r}"
     else:

@@ -6,9 +6,9 @@ y = W_down h; a plain one (w_up is None) h = s. A neuron is inactive for a token
 - under the rule "gate" where |s_i| <= t_i: known before u, so a kernel reads W_up and W_down for active neurons alone;
 - under the rule "neuron" (CETT) where |h_i| < t_i or h_i = 0: a kernel reads W_up wherever s_i is not zero.
 
-Comparisons are made in float32 or wider; a threshold below zero leaves every neuron active under the rule "gate". A
-neuron whose g_i is infinite or NaN is always active, and under "neuron" one whose h_i is, so that broken numbers reach
-the output as they do in a dense FFN; only those in weights that the rule does not read stay unseen.
+Comparisons are made in float32 or wider. A threshold below zero leaves every neuron active under the rule "gate". A
+neuron whose g_i is infinite or NaN is always active, under "neuron" also one whose h_i is. So broken numbers reach the
+output as they do in a dense FFN, unless they are in weights that the rule does not read.
 """
 
 from collections.abc import Callable

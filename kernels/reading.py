@@ -1,4 +1,4 @@
-"""What a sparse FFN reads for given tokens, counted by its rule and not by its kernel."""
+"""Count the weights that a sparse FFN reads for given tokens: those its rule asks for, whatever the kernel does."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from kernels.ffn import SparseFFN
 
 @dataclass(frozen=True)
 class Reading:
-    """Shares of the rows of W_gate, W_up and W_down that one call needs, united over its tokens."""
+    """Shares of the rows of W_gate, W_up and W_down that one call needs: all that at least one of its tokens needs."""
 
     gate: float  # 1, or with a certificate the rows that it leaves undecided
     up: float  # 0 of a plain FFN
-    active: float
+    active: float  # of W_down
     sparsity: float  # share of pairs of token and neuron that are inactive
     nbytes: int  # of weights and of the certificate's 8-bit copy
     dense_nbytes: int  # of all weights
@@ -50,5 +50,5 @@ def reading(ffn: SparseFFN, x: Tensor) -> Reading:
 
 
 def share(rows: Tensor) -> float:
-    """Share of neurons that are true for any token; `rows`: bool, (tokens, d_ff)."""
+    """Share of neurons for which `rows`, bool, (tokens, d_ff), is true for at least one token."""
     return rows.any(dim=0).float().mean().item()

@@ -1,4 +1,4 @@
-"""Timing several ways of one job on one machine: all in turn over rounds, medians with intervals, ratios by round."""
+"""Time several ways of one job on one machine: all take turns in rounds, and ratios are taken within each round."""
 
 import math
 import platform
@@ -15,7 +15,7 @@ Way = TypeVar("Way")
 
 
 def timed(work: Callable[[], object], device: str = "cpu") -> float:
-    """Seconds of one call; on "cuda" of what it has the GPU do."""
+    """Seconds that one call of `work` takes; on "cuda" those of the work that it gives the GPU."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -31,8 +31,8 @@ def timed(work: Callable[[], object], device: str = "cpu") -> float:
 def alternate(ways: Mapping[Way, Callable[[], float]], rounds: int, *, warm_up: bool = False) -> dict[Way, np.ndarray]:
     """What each way measures in each round, (rounds,).
 
-    All ways take their turn in a round, every other round in reverse order, so that drift meets them alike. A way
-    measures itself (`timed` does), so that what it prepares need not count. `warm_up`: first each once, uncounted.
+    All ways take their turn in a round, every other round in reverse order, so that drift affects them alike. A way
+    measures itself (as `timed` does), so that its preparations need not count. `warm_up`: run each once before that.
     """
     measured = {way: np.empty(rounds) for way in ways}
     for measure in ways.values() if warm_up else ():
@@ -44,7 +44,11 @@ def alternate(ways: Mapping[Way, Callable[[], float]], rounds: int, *, warm_up: 
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """The median between the ends of its 90% interval: order statistics by the sign test, NaN below five values."""
+    """Lower end of a 90% interval, median, upper end; the ends are NaN below five values.
+
+    The ends are order statistics, by the sign test: the k-th smallest and the k-th largest value, k the largest number
+    with 2 P(Binomial(n, 1/2) < k) <= 0.1.
+    """
     ordered, n = np.sort(values), len(values)
     tails = np.cumsum([math.comb(n, k) for k in range(n + 1)]) / 2**n  # P(at most k of n values below the median)
     outside = int((2 * tails <= 0.1).sum())  # values to leave out on either side
@@ -54,10 +58,10 @@ def median_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def speedups(seconds: Mapping[str, np.ndarray], way: str, all_weights: Iterable[str]) -> dict[str, float]:
-    """How much faster `way` is, median ratio of single rounds with its 90% interval, low_ and high_.
+    """How much faster `way` is than another: the median over rounds of seconds of the other / seconds of `way`.
 
-    Columns: speedup (over the way "dense"), strict_speedup (over the fastest of the ways that read `all_weights`, as
-    far as they have times).
+    Columns: speedup (over the way "dense") and strict_speedup (over the fastest way in `all_weights` that has times),
+    each with its 90% interval, low_ and high_.
     """
     timed_ways = (name for name in all_weights if name in seconds and not np.isnan(seconds[name]).any())
     fastest = min(timed_ways, key=lambda name: np.median(seconds[name]))
@@ -69,7 +73,7 @@ def speedups(seconds: Mapping[str, np.ndarray], way: str, all_weights: Iterable[
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """What a speed was measured on."""
+    """Device, threads, versions and date: what a speed was measured on."""
     backend = "triton" if device == "cuda" else "numba"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})"
     versions = f"torch {torch.__version__}, {backend} {version(backend)}"

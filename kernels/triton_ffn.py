@@ -215,7 +215,7 @@ def down_kernel(
                    T, BLOCK_N, SPLIT, OWN, ROWS, BLOCK_D, STAGES)  # fmt: skip
     last = True
     if SPLIT > 1:
-        # Whoever comes last adds all parts in their order: the bits do not depend on who that is.
+        # The program that comes last adds all parts in their order, so that the bits do not depend on which that is.
         tl.store(parts_ptr + split * tokens * d_out + place, y, mask=inside)
         tl.debug_barrier()
         last = tl.atomic_add(arrived_ptr + column, 1, sem="acq_rel") == SPLIT - 1
@@ -243,7 +243,7 @@ def products(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x times the rows `neuron` of w, plus b, (T, N), float32. Where `read` is false no row is read, a sum void."""
+    """x times the rows `neuron` of w, plus b, (T, N), float32; undefined where `read` is false: no row is read."""
     row = tl.arange(0, T)[:, None]
     w_rows = w_ptr + neuron.to(tl.int64)[:, None] * d
     if T == 1:

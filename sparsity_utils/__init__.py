@@ -33,7 +33,7 @@ __all__ = list(PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, at its first use (PEP 562)."""
+    """Load a public name at its first use (PEP 562)."""
     if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = getattr(importlib.import_module(f"{__name__}.{PUBLIC[name]}"), name)

@@ -22,7 +22,7 @@ def check(condition: bool, sentence: str) -> None:
 
 @contextmanager
 def explained(what: str, remedy: str) -> Iterator[None]:
-    """Any failure inside the block as one InputError; transformers, datasets and the hub raise too many kinds to list.
+    """Raise any failure inside the block as an InputError; libraries and the hub raise too many kinds to list.
 
     An InputError passes as it is.
     """

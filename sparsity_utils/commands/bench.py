@@ -1,8 +1,8 @@
-"""`make bench`: sparse FFNs and decoding, training beside transformers.Trainer and side by side, and the price of a
-measurement.
+"""`make bench`: speeds of sparse FFNs, of decoding, of training (beside transformers.Trainer, and several runs at
+once), and what a measurement of sparsity costs.
 
-Each comparison alternates its sides in one process and quotes medians over rounds with their range; training also
-stands beside the measured rate of a large matrix product. Before a speed of training is printed, both sides must reach
+Each comparison alternates its sides in one process and quotes medians over rounds with their range. Training is also
+compared with the measured rate of a large matrix product. Before a speed of training is printed, both sides must reach
 the same loss; before one of a sparse FFN, its output must agree with the same rule run densely.
 """
 
@@ -241,7 +241,7 @@ def _one_of_them(
 
 
 def search(study: Study) -> pd.DataFrame:
-    """One row per model and way of measuring: seconds, plain forward passes, speed against literal, difference."""
+    """One row per model and way of measuring: seconds, and speed and result compared with the literal algorithm."""
     text = study.corpus.tokens("validation")
     batches = measurement_batches(text, 256, "evaluation", TOKENS)
     subsample = measurement_batches(text, 256, "calibration", SUBSAMPLE)

@@ -26,7 +26,7 @@ from sparsity_utils.text.windows import evenly_spaced, read_documents, split_doc
 WINDOW = 256  # tokens, unless the model's context is shorter
 CALIBRATION_SHARE = 1 / 3
 HEATMAP_TOKENS = 48
-FAR = 0.5  # of the promised price: how far the price may be from it without a note
+FAR = 0.5  # share of log(1 + p/100) by which log(PPL ratio) may differ from it without a note
 NUMBERS = (
     "activation_ratio", "standard_error", "interval", "ratio_of_all_neurons", "nonzero_share", "ppl_ratio",
     "ppl_ratio_interval", "loss_dense", "loss_sparse", "cett", "target_cett", "tokens", "documents", "skipped_tokens",
@@ -38,7 +38,7 @@ Batches = list[dict[str, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A report, the tokenizer that can read it, and how it came about."""
+    """A report, the tokenizer that can read its token ids, and the settings it was made with."""
 
     report: SparsityReport
     tokenizer: PreTrainedTokenizerBase
@@ -142,7 +142,7 @@ def thinned(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> Batches:
 
 
 def summary(measured: Measured) -> str:
-    """What the command prints: the headline and what it means, the price, the layers, and the note if there is one."""
+    """What the command prints: the activation ratio, its cost in perplexity, the layers, and any notes."""
     report = measured.report
     spread, price = "one document, so its error is unknown", ""
     if report.documents > 1:
@@ -163,7 +163,7 @@ def summary(measured: Measured) -> str:
 
 
 def _price_note(measured: Measured) -> str:
-    """A warning where the thresholds cost something else than promised."""
+    """A warning where log(PPL ratio) differs from log(1 + p/100), which was solved for, by more than the share FAR."""
     report, p = measured.report, measured.settings.get("p")
     if p is None or abs(math.log(report.ppl_ratio) / math.log1p(p / 100) - 1) <= FAR:
         return ""
@@ -186,7 +186,7 @@ def _basis(measured: Measured) -> str:
 
 
 def _layer_lines(report: SparsityReport) -> str:
-    """The table of layers as text; the columns of a mixture of experts only where there is one."""
+    """The table of layers as text; columns on experts only where the model is a mixture of experts."""
     layers = report.layers
     shown = layers[["layer", "name", "threshold"]].copy()
     shown["threshold"] = [f"{value:.3g}" for value in layers["threshold"]]
@@ -241,7 +241,7 @@ def _headline(measured: Measured) -> dict[str, Any]:
 
 
 def _known(value: Any) -> Any:
-    """NaN, which JSON does not have, as None."""
+    """`value` with None for each number that JSON does not have: NaN and infinity."""
     if isinstance(value, tuple):
         return [_known(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

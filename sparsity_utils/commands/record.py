@@ -57,7 +57,7 @@ def _judged(notebook: Path, folder: Path, judged: pd.DataFrame) -> bool:
 
 
 def _manifest(study: Study) -> dict:
-    """What the numbers rest on: profile, text, machine, versions."""
+    """What the numbers depend on: profile, text, machine, versions."""
     run = find_run(study.configs("relu_vs_silu")[0])
     corpus = study.corpus.manifest
     return {

@@ -1,1 +1,1 @@
-"""Run a model on sparse kernels, and how fast."""
+"""Run a model on sparse kernels, and measure how fast it is."""

@@ -1,4 +1,4 @@
-"""Put a sparse kernel in the place of a model's FFNs inside a `with` block, so that decoding skips idle neurons.
+"""Put a sparse kernel in the place of a model's FFNs inside a `with` block, so that decoding skips inactive neurons.
 
 The modules that compute W_gate x, W_up x and W_down h are bypassed: the first computes all of the FFN with
 `kernels.SparseFFN`, the last returns it, and what lies between runs on zeros. No module is replaced, so that this works
@@ -29,8 +29,8 @@ from sparsity_utils.neurons.rules import RULES
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.neurons.trace import Inputs, tiny_inputs
 
-ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative RMS, of one FFN's output
-THROUGH_LAYERS = 10  # the same of the model's output, times this
+ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative RMS error of one FFN's output
+THROUGH_LAYERS = 10  # times as much is allowed in the model's output
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def sparse_kernels(
     16 tokens, such as prompts, run densely under the same mask. The weights of the down projections are copied for the
     block; change no weights inside it.
 
-    Before the block begins, kernels that skip nothing are held against the model's own FFNs on a tiny input.
+    Before the block begins, kernels that skip nothing are compared with the model's own FFNs on a tiny input.
 
     Args:
         thresholds: of a rule with a `limit`: "relu", "fat", "cett"; None: nothing is skipped.
@@ -55,7 +55,7 @@ def sparse_kernels(
     was.
 
     Raises `InputError` when a FFN has routed experts, is computed without modules of its own, has another activation
-    function than `kernels.naive.ACTIVATIONS`, or when more is made of its parts than its kernel computes; when
+    function than `kernels.naive.ACTIVATIONS`, or when the model makes more of its parts than the kernel; when
     `thresholds` are for another number of layers or of a rule without a limit, such as "top-k"; when `certified` is
     asked for where it cannot work; and inside the block when the model is in training mode or should give gradients.
     """
@@ -99,7 +99,7 @@ def kernel_of(ffn: FFN, thresholds: Thresholds | None, certified: bool = False) 
 
 
 def kernel_rule(ffn: FFN, thresholds: Thresholds | None) -> tuple[str, Tensor | float]:
-    """The kernels' rule and threshold with which the same neurons of `ffn` are active; None: all of them.
+    """The kernels' rule and threshold with which the same neurons of `ffn` are active; `thresholds` None: all of them.
 
     On the gate a rule keeps |s| >= limit, the kernels |s| > t: t is the next smaller float32.
     """
@@ -176,7 +176,7 @@ def _output(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def _watch(stack: ExitStack, ffn: FFN, given: dict[FFN, tuple[Tensor, Tensor]]) -> None:
-    """Keep the first x and y of an FFN, (tokens, d)."""
+    """Keep the input x and the output y of an FFN's first call in `given`, (tokens, d) each."""
     pending: list[Tensor] = []
 
     def keep_x(module: nn.Module, args: tuple) -> None:

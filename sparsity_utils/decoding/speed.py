@@ -1,4 +1,4 @@
-"""How fast a model decodes: dense, and with sparse kernels, with the same weights in one process.
+"""Measure how fast a model decodes, dense and with sparse kernels, with the same weights in one process.
 
 A speed is reported only where the kernels give the tokens that the masked dense model gives.
 """
@@ -102,7 +102,7 @@ def _wait(x: Tensor) -> None:
 
 def _can_certify(model: nn.Module, thresholds: Thresholds) -> bool:
     """Whether a certified gate can prove anything for this model, on its device."""
-    replaceable_ffns(model)  # what is wrong with the model itself is an error
+    replaceable_ffns(model)  # raises what is wrong with the model itself
     try:
         with sparse_kernels(model, thresholds, certified=True):
             return True
@@ -111,7 +111,7 @@ def _can_certify(model: nn.Module, thresholds: Thresholds) -> bool:
 
 
 def _anatomy(model: PreTrainedModel, prompts: Tensor, new_tokens: int, kernels: list[SparseFFN] | None) -> dict:
-    """Where the time goes, and what is read per decoding step, in a pass of its own."""
+    """Share of the time that each part of the model takes, and what a decoding step reads, in runs of their own."""
     ffns, readings = find_ffns(model), list[Reading]()
     with parts_timed(model, ffns) as parts:
         _, seconds = greedy(model, prompts, new_tokens)

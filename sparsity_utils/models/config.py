@@ -1,4 +1,4 @@
-"""What decides a model and its training; importing this loads nothing heavy."""
+"""The settings of a model and of its training; importing this loads nothing heavy."""
 
 from dataclasses import dataclass
 

@@ -2,8 +2,8 @@
 
 Such a checkpoint brings its own Python code, which is never run. It is not needed: both architectures are Llama's
 (RMSNorm, rotary attention, gated FFN, the same names of the weights) with the muP multipliers of arXiv 2404.06395,
-and differ in the words of config.json alone. Read from the authors' model code (GitHub thunlp/SparsingLaw,
-src/model):
+and differ only in the names that config.json uses. The authors' model code (GitHub thunlp/SparsingLaw, src/model)
+gives the mapping:
 
     Granite               MiniCPM
     embedding_multiplier  scale_emb
@@ -43,13 +43,13 @@ HOLDS_AT = {
     "ffn_type": "vanilla",
     "pretraining_tp": 1,
 }
-# Of attention and FFN types that are not vanilla, so without effect.
+# Keys of attention and FFN types that are not vanilla, so without effect.
 UNUSED = {
     "qk_nope_head_dim", "qk_rope_head_dim", "q_lora_rank", "kv_lora_rank", "v_head_dim",
     "router_act", "expert_size", "moe_top_k", "moe_top_p", "moe_routing_strategy",
 }  # fmt: skip
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Of every configuration, or of training alone.
+# Keys of every configuration, or of training alone.
 WITHOUT_EFFECT = {
     "_name_or_path", "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version",
     "initializer_range", "attention_dropout", "use_cache",

@@ -89,7 +89,7 @@ def _folder(name: str | Path) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No load reports and bars of transformers inside the block: what matters of them is raised."""
+    """Inside the block transformers prints no load reports and no bars; what matters of them is raised."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -29,7 +29,7 @@ class Projection:
     Constants that the model multiplies by or adds on the way, other than that bias, are not looked for.
     """
 
-    module: nn.Module  # the innermost one that runs the map; its first argument is x; the same of both where fused
+    module: nn.Module  # the innermost one that runs the map; its first argument is x; may be the same of gate and up
     outputs: slice  # which columns of what it returns are of this map
     holder: nn.Module  # the module that has the parameter with W
     parameter_name: str  # its name there
@@ -58,7 +58,7 @@ class FFN:
     activation: nn.Module | None = None  # its output is s  (batch, length, d_ff)
     down: nn.Module | None = None  # its first argument is h  (batch, length, d_ff)
     gate: Projection | None = None  # what s is computed from; None of routed experts and without modules of their own
-    up: Projection | None = None  # what s is multiplied by; None of a plain FFN, and where gate is
+    up: Projection | None = None  # what s is multiplied by; None of a plain FFN, and where gate is None
     owner: str = ""  # where activation or down is missing: name of a module that computes all of the FFN
     expert: int = 0  # which of the routed experts of its layer
     experts: int = 1  # how many routed experts share its layer and its threshold; 1 in a dense model
@@ -76,7 +76,7 @@ class FFN:
 
     @property
     def down_bias(self) -> Tensor | None:
-        """What the module `down` adds to W_out h, (d,), as `Projection.bias`; None also where `down` is."""
+        """What the module `down` adds to W_out h, (d,), as `Projection.bias`; None also where `down` is None."""
         return _bias(self.down, slice(None), self.matrix.size[0])
 
     @property
@@ -99,7 +99,7 @@ bypassed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose FFNs ru
 
 
 def check_not_bypassed(model: nn.Module) -> None:
-    """Raises `InputError` for a model inside a `sparse_kernels` block: between its FFNs' modules run zeros."""
+    """Raises `InputError` for a model inside a `sparse_kernels` block, where modules of its FFNs are given zeros."""
     if model in bypassed:
         raise InputError(
             f"The FFNs of this {type(model).__name__} run on sparse kernels; leave that block before they are "
@@ -119,7 +119,7 @@ def layer_count(ffns: list[FFN]) -> int:
 
 @dataclass(frozen=True)
 class _Found:
-    """The FFNs of a model as long as it consists of the same modules."""
+    """The FFNs that were found in a model; they hold as long as it consists of the same modules."""
 
     modules: list[weakref.ref]
     ffns: list[FFN]
@@ -169,7 +169,7 @@ def _nothing_found(model: nn.Module) -> str:
     )
 
 
-# From the down projections that ran to FFNs.
+# FFNs from the down projections that ran.
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def _layer(model: nn.Module, layer: int, members: list[Use], ran: set[str], encoder: set[nn.Module]) -> list[FFN]:
-    """The FFNs of one layer, given those of it that ran."""
+    """The FFNs of one layer, given its down projections that ran: some experts may not have run."""
     use = members[0]
     name, frames = use.frames[-1], use.frames
     activation, down = use.activation, use.down
@@ -260,7 +260,7 @@ def _projection(model: nn.Module, first: FirstMap | None) -> Projection | None:
 
 
 def _fused_experts(model: nn.Module, matrix: Matrix) -> int:
-    """How many matrices like this one make up its parameter; 1 where it is no such stack."""
+    """How many matrices like this one make up its parameter; 1 where that is no stack of matrices."""
     whole = getattr(*_place(model, matrix)).numel()
     d, d_ff = matrix.size
     solid = matrix.stride in ((d_ff, 1), (1, d))
@@ -285,7 +285,7 @@ def _container(model: nn.Module, use: Use) -> _Container | None:
 def _siblings(
     model: nn.Module, container: _Container, matrix: Matrix, members: set[str], ran: set[str]
 ) -> list[Matrix]:
-    """W_out of all experts in the container: those that ran on the same vectors and those, alike, that did not run."""
+    """W_out of the experts in the container: those that ran on the same vectors, and those alike that did not run."""
     entries = model.get_submodule(container.name)
     parameters = dict(entries.named_parameters())
     kind, shape = type(getattr(entries, container.child, None)), parameters[f"{container.child}.{container.rest}"].shape
@@ -304,7 +304,7 @@ def _outside(frames: Frames, container: str) -> Frames:
 
 
 def owners(ffns: Iterable[FFN]) -> dict[str, list[FFN]]:
-    """Those FFNs that are not computed by an activation and a down projection module, by the name of their owner."""
+    """The FFNs without a module for their activation function or their down projection, by the name of their owner."""
     found: dict[str, list[FFN]] = {}
     for ffn in ffns:
         if ffn.activation is None or ffn.down is None:
@@ -315,8 +315,8 @@ def owners(ffns: Iterable[FFN]) -> dict[str, list[FFN]]:
 def activation_name(module: nn.Module) -> str | None:
     """The one of `kernels.naive.ACTIVATIONS` that `module` computes, element by element; None if it is none of them.
 
-    It is evaluated in float32, without its hooks, and left as it is. A module that holds tensors is none of them: what
-    it computes may change.
+    The module is called in float32, without its hooks, and stays as it is. A module that holds tensors is none of them,
+    because what it computes may change.
     """
     if any(True for _ in chain(module.parameters(), module.buffers())):
         return None
@@ -331,11 +331,14 @@ def activation_name(module: nn.Module) -> str | None:
 
 
 def _grid() -> Tensor:
-    """Where the functions differ, and far out, where some are cut off; made anew, for modules that work in place."""
+    """Numbers at which activation functions are compared: where they differ, and far out, where some are clipped.
+
+    A new tensor each time, because a module may work in place.
+    """
     near, far = torch.linspace(-10, 10, 2001), 2.0 ** torch.arange(4, 11)
     return torch.cat([-far, near, far]).to("cpu", torch.float32)
 
 
 def _same(values: Tensor, expected: Tensor) -> bool:
-    """Whether they differ by no more than the rounding of float32 and of constants written with eight digits."""
+    """Whether two results differ by no more than the rounding of float32 and of constants written with eight digits."""
     return torch.allclose(values.float(), expected, rtol=1e-5, atol=1e-6)

@@ -3,9 +3,9 @@
 `Flow` is a dispatch mode: torch shows it each primitive operation of a forward pass, whoever wrote the model. It tags
 every tensor with what its vectors are to the vector x they were computed from (`vectors.py`): a linear image of x,
 s = act(linear image), or h = s * (linear image of the same x). A linear map that takes s (plain FFN) or h (gated FFN)
-back to the size of x is a down projection. An attention output, a state-space gate or a pooler is none: what it maps
-is not computed from x in this way. Tags also tell which token each row is of, through every view, gather and copy, so
-that routed experts can be followed.
+back to the size of x is a down projection. An attention output, a state-space gate or a pooler is not one, because
+what it maps is not computed from x in this way. Tags also tell which token each row is of, through every view, gather
+and copy, so that routed experts can be followed.
 """
 
 import threading
@@ -73,7 +73,7 @@ class Weights:
         self.starts = [start for start, _, _ in self.spans]
 
     def find(self, x: Tensor) -> tuple[str, int] | None:
-        """Name, and elements from its first to the first of `x`."""
+        """Name of the parameter or buffer that `x` lies in, and its offset there in elements; None outside all."""
         index = bisect_right(self.starts, x.data_ptr()) - 1
         if index < 0 or x.data_ptr() >= self.spans[index][1]:
             return None
@@ -101,7 +101,7 @@ class Flow(TorchDispatchMode):
     @classmethod
     @contextmanager
     def paused(cls) -> Iterator[None]:
-        """No flow follows what runs in the block."""
+        """Inside the block, no flow follows what runs."""
         before = getattr(cls._local, "paused", False)
         cls._local.paused = True
         try:
@@ -203,7 +203,7 @@ class Flow(TorchDispatchMode):
         self.tags[out] = Vectors(source, lead.rows, lead.columns, image, lead.gathered)
 
     def _other(self, args: tuple, out: Any) -> None:
-        """Any other operation makes new vectors; those of chosen rows keep the tokens of these."""
+        """Any other operation makes new vectors; they keep the tokens of an argument whose rows were gathered."""
         if not isinstance(out, Tensor):
             return
         self.tags.pop(out, None)
@@ -218,7 +218,7 @@ class Flow(TorchDispatchMode):
     # Linear maps.
 
     def _linear_map(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        """x W for x (..., in) and W (..., in, out); or W x with both transposed, the output then transposed too."""
+        """Run a linear map and tag its output: x W for x (..., in) and W (..., in, out) or, `flipped`, W.T x.T."""
         first = LINEAR_MAPS[operation(func)]
         constants = [self._constant(args[first]), self._constant(args[first + 1])]
         flipped = constants[1] is None
@@ -257,7 +257,7 @@ class Flow(TorchDispatchMode):
     def _down(
         self, func: Any, args: tuple, kwargs: dict, x: Tensor, constant: Constant, tag: Vectors, flipped: bool
     ) -> Tensor | None:
-        """Show a down projection to `visit`; the h that takes the place of `x`, in its layout, or None."""
+        """Show a down projection to `visit`; return the h that takes the place of `x`, in its layout, or None."""
         s = x if tag.image.role is Role.ACTIVATED else tag.image.s.mT if flipped else tag.image.s
         tokens = tag.row_tokens()
         with self.paused():

@@ -1,4 +1,4 @@
-"""Observe or skip the neurons of a model's FFNs inside a `with` block that leaves no trace.
+"""Observe or skip the neurons of a model's FFNs inside a `with` block, and leave the model as it was.
 
 Where an FFN's activation function and down projection are modules, two hooks see s and h. Where they are not (routed
 experts, fused expert tensors, functions), the module that computes it runs under a `flow.Flow`, which follows its
@@ -27,7 +27,7 @@ def observe_neurons(model: nn.Module, callback: Callable[[FFN, Tensor, Tensor, T
 
     `s` and `h`, (rows, d_ff), are the model's own numbers in its own dtype: read them, never write them. `tokens`,
     (rows,) int64, tells which token each row belongs to: its position in the batch, flattened (batch * length,). A
-    dense FFN sees every token once and in order; a routed expert only those sent to it, and none sent, no call.
+    dense FFN sees every token once and in order. A routed expert sees those sent to it, if there are any.
     What the callback returns is ignored, so that no output bit changes. Inside a `sparse_neurons` block, `h` is seen
     after the mask. Yields the FFNs. The hooks are gone when the block ends, also by an exception.
 
@@ -101,7 +101,7 @@ def _hook(stack: ExitStack, ffn: FFN, visit: Visit, pending: dict[nn.Module, Ten
 
 
 def _follow(stack: ExitStack, owner: nn.Module, ffns: list[FFN], visit: Visit) -> None:
-    """Let `owner` run under a flow that visits `ffns`."""
+    """Inside the stack, `owner` runs under a `Flow` that calls `visit` for each of `ffns`."""
     names = {id(parameter): name for name, parameter in [*owner.named_parameters(), *owner.named_buffers()]}
     by_place = {(names[id(ffn.parameter)], ffn.matrix.offset): ffn for ffn in ffns}
     forward = owner.forward

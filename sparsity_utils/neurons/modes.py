@@ -1,4 +1,4 @@
-"""What a model is given for the length of a block and loses again: evaluation mode, another forward."""
+"""Change a model for the length of a `with` block: set evaluation mode, or replace the forward of a module."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import nn
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run the block in evaluation mode and without gradients; give every module its own mode back afterwards.
 
-    Not in inference mode: what modules cache now must serve training later.
+    Inference mode is not used, because tensors that modules cache in the block must serve training later.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -25,7 +25,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let `module` compute `forward`; afterwards what it did before, be it its class's method or one of its own."""
+    """Inside the block `module` computes `forward`; afterwards again its class's method, or its own."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:

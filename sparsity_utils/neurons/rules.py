@@ -1,7 +1,7 @@
-"""The rules that call a neuron active: each is one class, and all that is known of it.
+"""The rules that decide which neurons are active. Each rule is one class, which holds all that is known of it.
 
-A rule compares, for each token, the size of one number of every neuron (see `neurons.find` for s and h) with a limit.
-What it leaves out is the set D of arXiv 2411.02335, section 3. To add a rule, write its class and name it in `RULES`.
+For each token and neuron a rule compares one size, |s_i| or |h_i| (see `neurons.find`), with a limit. The inactive
+neurons are the set D of arXiv 2411.02335, section 3. To add a rule, write its class and name it in `RULES`.
 Nothing here imports torch, so that the command line, whose options are these rules and knobs, answers at once.
 """
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 class Knob(NamedTuple):
-    """The number that sets a rule."""
+    """The number that a rule is set with, such as k of Top-k."""
 
-    name: str  # of the argument and, behind two dashes, of the option
+    name: str  # of the keyword argument and, behind two dashes, of the option
     kind: type
     about: str
     default: float | None = None  # None: it must be given
 
 
 class Rule:
-    """What the package asks of a rule; `value` is that of its knob, or of one layer where thresholds are solved."""
+    """What the package asks of a rule. `value` is its knob's or, where thresholds are solved, that of a layer."""
 
     name: str
     label: str  # in figures
@@ -46,7 +46,7 @@ class Rule:
         raise NotImplementedError
 
     def limit(self, ffn: FFN, value: float) -> Tensor | float:
-        """The size from which on a neuron is active, of all or of each, (d_ff,): what a kernel compares with.
+        """The size from which on a neuron is active: one number for all, or (d_ff,). Kernels compare with it.
 
         Raises `InputError` where it differs from token to token.
         """
@@ -72,11 +72,11 @@ class Rule:
         return {own: value}
 
     def weights_read(self, activation_ratio: float, nonzero_share: float) -> float:
-        """Share of the weights of a gated FFN that one token needs, 1 for the dense FFN.
+        """Share of the weights of a gated FFN that one token needs, (1 + up + activation_ratio) / 3; 1 if dense.
 
-        W_gate is read in full, since it decides. A rule on the gate then needs the active rows of W_in and the active
-        columns of W_out. A rule on the neuron's output needs W_in wherever s is not zero, to know h, and W_out for
-        active neurons. All three matrices are of one size.
+        W_gate is read in full, since it decides; `up` is the share of W_in that is read, and of W_out the active
+        columns are read. A rule on the gate reads W_in for active neurons. A rule on the neuron's output reads it
+        wherever s is not zero, to know h. All three matrices are of one size.
         """
         up = nonzero_share if self.decided_on == "neuron" else activation_ratio
         return (1 + up + activation_ratio) / 3
@@ -126,7 +126,7 @@ class Fat(Rule):
 
 
 class Cett(Rule):
-    """Active: ||n_i||_2 = |h_i| * ||W_out[:, i]||_2 >= value, solved for each layer's relative error of its output."""
+    """Active: ||n_i||_2 = |h_i| * ||W_out[:, i]||_2 >= value, solved for a relative error of the layer's output."""
 
     name, label = "cett", "CETT"
     knob = Knob("cett", float, "accepted relative error of a layer's output, 0 to 1")
@@ -145,7 +145,7 @@ class Cett(Rule):
 
 
 class CettPpl(Cett):
-    """CETT at the value that a price allows. Its thresholds are those of `Cett`."""
+    """CETT at the value that raises perplexity by p%. Its thresholds are of the rule `Cett`."""
 
     name, label = "cett-ppl", "CETT-PPL"
     knob = Knob("p", float, "accepted rise of perplexity in percent", default=1.0)

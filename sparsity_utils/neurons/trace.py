@@ -65,7 +65,10 @@ class _Tracer:
         self.flow.frames = tuple(call.name for call in self.calls)
 
     def leave(self, output: Any) -> None:
-        """A projection makes all of W x of x; an activation module makes s of a linear image of x."""
+        """Note whether the module that ends is a projection or an activation module.
+
+        A projection returns all of W x of its argument x; an activation module returns s of a linear image of x.
+        """
         call = self.calls.pop()
         self.flow.frames = self.flow.frames[:-1]
         tag = self._tag(output)
@@ -94,7 +97,7 @@ class _Tracer:
             self.uses.append(Use(matrix, image.x, frames, down.vectors.gathered, image.activation, name, *first))
 
     def _first_maps(self, down: Down) -> tuple[FirstMap | None, FirstMap | None]:
-        """Gate and up; both or, in a plain FFN, the one that there is, or none."""
+        """Gate and up. A plain FFN has no up; both are None where a map is not computed by a module."""
         image = down.vectors.image
         factors = image.factors if image.role is Role.PRODUCT else ((image.map, down.vectors.part),)
         found = [self._first_map(*factor, down.h.shape[-1]) for factor in factors]

@@ -1,4 +1,4 @@
-"""What the vectors in a tensor are to the vector x they were computed from, and what each operation makes of that.
+"""How the vectors in a tensor relate to the vector x they were computed from, and what operations make of that.
 
     linear     W x + b, a part of it, or a multiple
     activated  s: a nonlinear function, applied element by element, of one linear image of x
@@ -24,7 +24,7 @@ Frames = tuple[str, ...]  # names of the modules that are running, outermost fir
 
 
 class Role(Enum):
-    """What a vector is to the x it was computed from; see the top of this file."""
+    """How a vector relates to the x it was computed from; see the top of this file."""
 
     LINEAR = "linear"
     ACTIVATED = "activated"
@@ -33,7 +33,7 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Matrix:
-    """Where in a module W of a linear map is kept: `size` and `stride` describe W as (out, in)."""
+    """Where a module keeps W of a linear map; `size` and `stride` describe W as (out, in)."""
 
     parameter: str
     offset: int  # elements from the first of the parameter
@@ -110,7 +110,7 @@ def fresh(x: Tensor) -> Vectors:
 def moved_places(
     tag: Vectors, name: str, func: Any, args: tuple, kwargs: dict, out: Tensor, part: int | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`rows` and `columns` of what an operation that only moves elements makes of them; Nones where it mixes them."""
+    """`rows` and `columns` after an operation that only moves elements; None for both where it mixes them."""
     if name in COPIES:
         return tag.rows, tag.columns
     tokens = tag.row_tokens()
@@ -148,7 +148,7 @@ def leaves_columns(name: str, args: tuple) -> bool:
 
 
 def image_of(name: str, args: tuple, data: list[Tensor], tags: list[Vectors], per_row: list[bool]) -> Image | None:
-    """What an element-wise function of `data` (and of constants) is to the x they were computed from."""
+    """How an element-wise function of `data` (and of constants) relates to the x they were computed from."""
     images = [tag.image for tag in tags]
     if len(data) == 1 or (len(data) == 2 and sum(per_row) == 1):
         at = per_row.index(False) if False in per_row else 0

@@ -1,10 +1,10 @@
 """Solve the thresholds of CETT and the CETT of CETT-PPL-p% on calibration text (arXiv 2411.02335, section 3, App. E).
 
-The activations of a sample of the calibration windows are kept in memory; on them an error curve costs a matrix
-product a point and a trial of a CETT a short pass. The sample gives the shape of the search: where the solution lies
-and how thresholds move with the CETT. One dense pass over all windows then sets the level of each layer's curve, and
-a few sparse passes find the CETT: two or three where perplexity is smooth, up to seven where it is rough (ReLU 48x4).
-The memory of activations does not depend on how many calibration tokens there are.
+The activations of a sample of the calibration windows are kept in memory. On the sample, a point of an error curve
+costs one matrix product, and a trial of a CETT costs one short pass. So it tells roughly where the solution lies, and
+how thresholds change with the CETT. Then one dense pass over all windows corrects the error curve of each layer by a
+factor, and a few sparse passes find the CETT: two or three where perplexity is smooth, up to seven where it is rough
+(ReLU 48x4). The memory of activations does not depend on how many calibration tokens there are.
 """
 
 import math
@@ -31,9 +31,9 @@ from sparsity_utils.text.windows import evenly_spaced
 TOLERANCE = 5e-3  # of log(1 + p/100): at p = 1 the PPL ratio is solved to 5e-5
 SAMPLE_TOLERANCE = 0.05  # the same on the sample, whose solution is only a start
 THRESHOLD_SHARE = 0.1  # of TOLERANCE: how much closer the CETT of each layer is solved, as a share of the CETT
-FALL = 0.05  # of log(1 + p/100): a fall of perplexity with rising CETT worth a note
-NEAR, ALIGNMENTS = 1.3, 2  # levels hold for CETTs within this factor; otherwise they are measured once more
-FIRST_GUESS = 0.2  # CETT at p = 1; the rise of the loss is about quadratic in CETT
+FALL = 0.05  # of log(1 + p/100): a fall of perplexity as CETT increases that is worth a note
+NEAR, ALIGNMENTS = 1.3, 2  # correction factors hold up to 1.3 times the CETT or 1/1.3; else they are measured again
+FIRST_GUESS = 0.2  # CETT at p = 1; the increase of the loss is about quadratic in CETT
 SAMPLE_TOKENS = 2048  # kept with their activations, 8 bytes per token, neuron and layer in float32
 CACHE_BYTES = 2**29  # a large model keeps fewer
 ROUTED = 8  # experts that a token is assumed to reach at most, for that estimate
@@ -67,7 +67,7 @@ class KeptTokens:
         self.curves = [ErrorCurve(parts) for parts in layers]
 
     def thresholds(self, cetts: Sequence[float]) -> Thresholds:
-        """The threshold of each layer at its CETT; asked again, the same ones."""
+        """The threshold of each layer at its CETT; a second call gives the same ones."""
         key = tuple(cetts)
         if key not in self.solved:  # a curve that has gained points could find another crossing
             tolerance = self.tolerance * THRESHOLD_SHARE
@@ -83,16 +83,16 @@ class KeptTokens:
 
 
 def every_nth(h: Tensor, n: int) -> Tensor:
-    """Every n-th row of `h`: a copy, for a view would keep all of its memory; all rows are `h` itself."""
+    """Every n-th row of `h`: `h` itself for n = 1, else a copy, because a view would keep all of its memory."""
     return h if n == 1 else h[::n].clone()
 
 
 class Calibration:
     """A model and its calibration windows: a kept sample, and passes over all of them.
 
-    Where the sample is the whole, every threshold is exact. Otherwise the threshold of a layer at a CETT is that of
-    the sample's curve at CETT x level, where `align` has measured the level: the error of the sample over that of all
-    tokens, at the same threshold. Near the CETT it was measured at, the level hardly changes.
+    Where the sample is the whole, every threshold is exact. Otherwise the threshold of a layer at a CETT is that of the
+    sample's curve at factor * CETT. `align` measures the factor: err(eps) of the sample / err(eps) of all tokens, at
+    one threshold eps. Near the CETT that it was measured at, the factor hardly changes.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Calibration:
         self.sparse: dict[float, Losses] = self.sample.sparse if self.whole else {}  # at each CETT tried
 
     def align(self, cett: float) -> None:
-        """One dense pass: the level of each layer at `cett`, and the dense losses. Nothing to do for a whole sample."""
+        """Measure the factor of each layer at `cett` and the dense losses: one dense pass, none for a whole sample."""
         if self.whole:
             return
         self.levels, self.dense, self.sparse = [1.0] * len(self.levels), Losses(), {}
@@ -139,7 +139,7 @@ class Calibration:
                 self.levels[layer] = curve.error(thresholds.values[layer]) / (errors[layer] / counts[layer])
 
     def thresholds(self, cett: float) -> Thresholds:
-        """The threshold of each layer at a CETT shared by all; asked again, the same ones."""
+        """The threshold of each layer at a CETT shared by all; a second call gives the same ones."""
         inside = 0 < cett < 1
         return self.sample.thresholds([min(cett * level, 1 - 1e-9) if inside else cett for level in self.levels])
 
@@ -166,9 +166,9 @@ class Calibration:
 
 
 def _sample(model: nn.Module, batches: list[Batch], with_loss: bool) -> tuple[list[Batch], int]:
-    """Evenly spaced windows with about SAMPLE_TOKENS tokens, and of how many of their tokens memory allows to keep one.
+    """Evenly spaced windows with about SAMPLE_TOKENS tokens, and n where memory allows to keep every n-th token.
 
-    Only windows that have something to measure. The batches themselves where they hold no more tokens than that.
+    Windows without anything to measure are left out. The sample is `batches` itself where that has no more tokens.
     """
     tokens = sum(batch.windows * (batch.length or _patches(model, batch)) for batch in batches)
     routed = {ffn.layer: ffn.d_ff * min(ffn.experts, ROUTED) for ffn in find_ffns(model)}
@@ -190,7 +190,7 @@ def _sample(model: nn.Module, batches: list[Batch], with_loss: bool) -> tuple[li
 
 
 def _patches(model: nn.Module, batch: Batch) -> int:
-    """Tokens that a layer sees of one image of `batch`, which the image does not show: one short pass."""
+    """How many patches a layer sees of one image of `batch`: one short pass tells, since the image does not."""
     seen: list[int] = []
     with observe_neurons(model, lambda ffn, s, h, tokens: seen.append(int(tokens.max()) + 1)):
         run_backbone(model, batch.rows(torch.tensor([0])))
@@ -204,7 +204,7 @@ class SolvedCett:
     cett: float
     ppl_ratios: tuple[float, ...]  # of each model at that CETT, on the calibration tokens
     evaluations: int  # values of CETT tried on all tokens: each one sparse pass of each model
-    exponent: float  # of the rise of the loss as a power of the CETT, from half to one and a half times the solution
+    exponent: float  # b, the increase of the loss being about CETT^b from half to one and a half times the solution
     note: str  # empty, or what the reader should know about this solution
 
 
@@ -224,7 +224,7 @@ def solve_stabilised_cett(
     Args:
         checkpoint_models: loaded models of one shape.
         calibration: batches as `measure_sparsity` takes them.
-        p: accepted rise of perplexity in percent, above 0 and at most 100.
+        p: accepted increase of perplexity in percent, above 0 and at most 100.
         tolerance: accepted error of the log of the mean PPL ratio, as a share of log(1 + p/100).
 
     Raises `InputError` for p outside its range, no models, and unusable batches.
@@ -242,10 +242,10 @@ def solve_stabilised_cett(
 
 
 def solve_cett(calibrations: list[Calibration], p: float) -> SolvedCett:
-    """As `solve_stabilised_cett`, on calibrations already made: first on their samples, from there on all windows.
+    """As `solve_stabilised_cett`, on calibrations already made: first on their samples, then on all windows.
 
-    The sample is also asked at half and one and a half times its solution: that gives the slope there, and hints at
-    a perplexity that does not rise throughout.
+    The samples are also tried at half and at one and a half times their solution. That gives the slope for the search
+    on all windows, and may show that perplexity does not increase with CETT throughout.
     """
     guess, tolerance = FIRST_GUESS * math.sqrt(p), calibrations[0].tolerance
     sample = Rise([calibration.sample for calibration in calibrations], p)
@@ -264,9 +264,9 @@ def solve_cett(calibrations: list[Calibration], p: float) -> SolvedCett:
         cett = rise.solve(guess, slope, tolerance)
         if cett in (0, 1) or guess / NEAR <= cett <= guess * NEAR:
             break
-        guess = cett  # the levels measured there do not hold here
+        guess = cett  # the factors measured there do not hold here
     for probe in (low, high) if not whole else ():
-        if probe in sample.falls(FALL):  # the roughness of a few tokens, or the truth? All of them know
+        if probe in sample.falls(FALL):  # is it noise of the few tokens of the sample? All tokens tell
             rise.height(probe)
     note = ""
     if cett == 0:
@@ -279,10 +279,10 @@ def solve_cett(calibrations: list[Calibration], p: float) -> SolvedCett:
 
 
 class Rise:
-    """The rise of the mean PPL ratio of several models with their CETT, as far as it has been tried.
+    """How the mean PPL ratio of several models increases with CETT: the CETTs tried so far, and a search for one.
 
-    The log of the mean PPL ratio is about quadratic in CETT, so its signed square root, almost straight and zero at
-    CETT 0, is what the root finder sees.
+    y = log(mean PPL ratio) is about quadratic in CETT. The root finder works on its signed square root, which is almost
+    straight and zero at CETT 0. The target is y = log(1 + p/100).
     """
 
     def __init__(self, measured: Sequence[KeptTokens | Calibration], p: float) -> None:
@@ -290,7 +290,7 @@ class Rise:
         self.tried: dict[float, tuple[float, ...]] = {}  # CETT -> PPL ratio of each model
 
     def height(self, cett: float) -> float:
-        """Signed square root of the rise at `cett`, minus that of the target."""
+        """sign(y) sqrt(|y|) - sqrt(target) at `cett`."""
         if cett not in self.tried:
             ratios = []
             for one in self.measured:
@@ -301,7 +301,7 @@ class Rise:
         return math.copysign(math.sqrt(abs(rise)), rise) - math.sqrt(self.target)
 
     def solve(self, guess: float, slope: float, tolerance: float) -> float:
-        """The CETT where the rise meets the target to the share `tolerance`; 1 where it never does.
+        """The CETT at which y is the target, up to the share `tolerance` of it; 1 where y stays below.
 
         `slope` is what is known of d height / d CETT at the `guess`.
         """
@@ -312,12 +312,12 @@ class Rise:
         return cett
 
     def exponent(self, low: float, high: float) -> float:
-        """d log rise / d log CETT between two CETTs tried; 2 where perplexity does not rise."""
+        """d log y / d log CETT between two CETTs tried; 2 where perplexity does not increase."""
         below, above = (_log_mean(self.tried[cett]) for cett in (low, high))
         return math.log(above / below) / math.log(high / low) if 0 < below < above else 2.0
 
     def falls(self, slack: float) -> list[float]:
-        """The CETTs tried at which the log of the mean ratio lies by `slack` of the target below the one before."""
+        """The CETTs tried at which y is more than `slack` * target below the y of the next smaller CETT."""
         rises = [(0.0, 0.0), *((cett, _log_mean(self.tried[cett])) for cett in sorted(self.tried))]
         return [cett for (_, before), (cett, after) in pairwise(rises) if after < before - slack * self.target]
 

@@ -1,7 +1,7 @@
 """The truncation error of a layer as a function of its threshold, on activations in memory (arXiv 2411.02335, sec. 3).
 
-Once the activations are there, the error at any threshold costs one matrix product, and every product is kept as a
-point of the curve, so that a later search starts from all that is known.
+Once the activations are there, the error at a threshold costs one matrix product. Every error is kept as a point of
+the curve, so that a later search starts from all that is known.
 """
 
 import bisect
@@ -61,7 +61,7 @@ class ErrorCurve:
         """`parts`: the FFN of a layer, or its routed experts, each with its h on the kept tokens, (tokens, d_ff)."""
         self.parts = [_Part(ffn, h) for ffn, h in parts]
         self.tokens = sum(len(part.norms) for part in self.parts)
-        self.points: list[Point] = [(0.0, 0.0)]  # (eps, err), rising eps
+        self.points: list[Point] = [(0.0, 0.0)]  # (eps, err), in order of eps
         sizes = torch.cat([part.magnitudes.flatten() for part in self.parts])
         positive = sizes[sizes > 0]
         self.empty = positive.numel() == 0
@@ -86,10 +86,10 @@ class ErrorCurve:
         return active / sum(part.magnitudes.numel() for part in self.parts)
 
     def threshold(self, cett: float, tolerance: float) -> float:
-        """An eps with err(eps) = `cett` to the share `tolerance`; where err jumps over it, the last eps below the jump.
+        """An eps with |err(eps) - cett| <= tolerance * cett; where err jumps over `cett`, the last eps below the jump.
 
-        err mostly rises with eps. Where it does not, err may cross `cett` more than once, and this is the upper end of
-        one crossing. CETT 0 truncates nothing but exact zeros (eps = 0), CETT 1 everything (eps = infinity).
+        err mostly increases with eps. Where it does not, err may cross `cett` more than once, and this is one of the
+        crossings. CETT 0 truncates nothing but exact zeros (eps = 0), CETT 1 everything (eps = infinity).
         """
         if cett == 0 or self.empty:
             return 0.0
@@ -109,7 +109,7 @@ class ErrorCurve:
         return self._search(cett, low, high, tolerance)
 
     def _search(self, cett: float, low: Point, high: Point, tolerance: float) -> float:
-        """Root of log err - log cett over log eps, in which an error curve is almost straight."""
+        """The eps where log err - log cett is zero; as a function of log eps that is almost straight."""
 
         def height(error: float) -> float:
             return math.log(max(error / cett, 1e-3))
@@ -125,7 +125,7 @@ class ErrorCurve:
 
 
 class _Part:
-    """The kept activations of one FFN, tokens with a zero output left out."""
+    """The kept activations of one FFN. Tokens with a zero output are left out."""
 
     def __init__(self, ffn: FFN, h: Tensor) -> None:
         h, self.ffn = widened(h), ffn
@@ -140,6 +140,6 @@ class _Part:
         return widened(self.ffn.down_weight)
 
     def errors(self, eps: float) -> float:
-        """Sum over tokens of the relative truncation error."""
+        """Sum over tokens of the relative truncation error, ||sum_{i: ||n_i|| < eps} n_i|| / ||W_out h||."""
         tail = self.h.masked_fill(self.magnitudes >= eps, 0)  # (tokens, d_ff)
         return float((output_norms(self.weight, tail) / self.norms).sum(dtype=torch.float64))

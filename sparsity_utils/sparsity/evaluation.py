@@ -1,10 +1,10 @@
 """One pass over the evaluation batches: activations and losses under given thresholds, and their standard errors.
 
-Everything is summed by window as it streams by: what stays of a window are its losses (and, asked for, its tokens).
+Everything is summed while it is read. What is kept of a window are its losses and, on request, its tokens.
 
 Standard errors over documents come from the same pass by a Poisson bootstrap, which keeps no values of single
 documents. Each document enters each replicate a Poisson(1) number of times, which for many documents is resampling with
-replacement (Hanley & MacGibbon 2006, doi:10.1016/j.cmpb.2006.04.006). The weights are a function of the document's
+replacement (Hanley & MacGibbon 2006, doi:10.1016/j.cmpb.2006.04.006). These weights follow from the document's
 number alone, so that a document may come in several parts, with others between them.
 """
 
@@ -30,10 +30,10 @@ COVERAGE = (5, 95)  # percentiles: a 90% interval
 
 
 class DocumentBootstrap:
-    """Sums over resampled documents."""
+    """Sums over resampled documents: replicate r is sum_d w_dr * values_d, w_dr ~ Poisson(1)."""
 
     def __init__(self, columns: int, seed: int = 0) -> None:
-        """`columns`: quantities summed. Bootstraps with one seed resample the same documents alike."""
+        """`columns`: number of quantities that are summed. Bootstraps with one seed give a document equal weights."""
         self.seed, self.replicates = seed, np.zeros((REPLICATES, columns))
         self._seen: set[int] = set()
         self._last: int | None = None
@@ -82,29 +82,29 @@ class LayerTally:
 
     @property
     def activation_ratio(self) -> float:
-        """Of the neurons that a row could have activated: in a mixture of experts those of its routed experts."""
+        """active / (rows * d_ff), the share of active neurons; in a mixture, of the experts that tokens reach."""
         return self.active / (self.rows * self.ffn.d_ff)
 
     @property
     def ratio_of_all_neurons(self) -> float:
-        """Of all neurons of the layer, experts that were not asked included."""
+        """active / (tokens * experts * d_ff), the share among all neurons of the layer, in every expert."""
         return self.active / (self.tokens * self.ffn.experts * self.ffn.d_ff)
 
     @property
     def nonzero_share(self) -> float:
-        """Of the same neurons as `activation_ratio`, those with s != 0."""
+        """nonzero / (rows * d_ff), the share with s != 0 among the same neurons as for `activation_ratio`."""
         return self.nonzero / (self.rows * self.ffn.d_ff)
 
     @property
     def cett(self) -> float:
-        """Mean relative truncation error; NaN where every output is zero."""
+        """Mean relative truncation error, errors / (rows - skipped); NaN where every output is zero."""
         counted = self.rows - self.skipped
         return self.errors / counted if counted else math.nan
 
 
 @dataclass
 class Evaluation:
-    """What a pass over the evaluation batches adds up."""
+    """The sums that a pass over the evaluation batches makes."""
 
     model: PreTrainedModel
     thresholds: Thresholds
@@ -128,7 +128,7 @@ class Evaluation:
             )
 
     def run(self, batches: Iterable[Batch], known: tuple[Losses | None, Losses | None]) -> None:
-        """Read `batches` once. `known`: dense and sparse losses of these very batches where they are at hand."""
+        """Read `batches` once. `known`: dense and sparse losses of these very batches; None: computed here."""
         for place, batch in enumerate(batches):
             windows = _Windows(self, batch)
             with observe_neurons(self.model, windows.add):
@@ -157,7 +157,10 @@ class Evaluation:
         return math.fsum(getattr(tally, quantity) for tally in self.layers) / len(self.layers)
 
     def replicates(self) -> tuple[np.ndarray, np.ndarray]:
-        """Activation ratio and PPL ratio of each bootstrap replicate, (REPLICATES,) each."""
+        """Activation ratio (mean over layers) and PPL ratio of each bootstrap replicate, (REPLICATES,) each.
+
+        Of the sums of a replicate: active / (rows * d_ff), and exp((loss sparse - loss dense) / predicted tokens).
+        """
         layers, sums = len(self.layers), self.bootstrap.replicates
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             ratios = sums[:, :layers] / (sums[:, layers : 2 * layers] * [tally.ffn.d_ff for tally in self.layers])
@@ -180,7 +183,7 @@ class _Windows:
     def add(self, ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor) -> None:
         """One observation: `s` and `h` (rows, d_ff), `tokens` (rows,)."""
         tally, real = self.evaluation.layers[ffn.layer], self.batch.real(ffn, tokens)
-        if ffn.layer not in self.seen:  # once, however many experts of it are asked
+        if ffn.layer not in self.seen:  # once, however many of its experts ran
             self.seen.add(ffn.layer)
             tally.tokens += self.batch.real_tokens(ffn, tokens)
         s, h, tokens = s[real], h[real], tokens[real]

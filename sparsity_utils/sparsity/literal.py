@@ -1,6 +1,6 @@
-"""CETT-PPL-p% by the book: the bisections of arXiv 2411.02335, App. E, step by step, with nothing reused or guessed.
+"""CETT-PPL-p% as published: the bisections of arXiv 2411.02335, App. E, step by step, with nothing reused or guessed.
 
-It is what the search of `calibration.py` is timed and tested against, and no part of it.
+The search of `calibration.py` is timed and tested against it, and uses none of it.
 """
 
 import math
@@ -22,7 +22,7 @@ THRESHOLD_STEPS = 16  # halvings of [0, largest magnitude], per layer and CETT
 
 @dataclass(frozen=True)
 class LiteralSolution:
-    """What the bisections end at."""
+    """The result of the bisections."""
 
     cett: float
     thresholds: Thresholds

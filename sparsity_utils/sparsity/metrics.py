@@ -25,7 +25,7 @@ from sparsity_utils.sparsity.evaluation import REPLICATES, DocumentBootstrap, Ev
 from sparsity_utils.sparsity.passes import Losses, checked, ppl_ratio
 
 OTHER_DOCUMENTS = 1  # seed of the bootstrap of calibration documents that are not those of the evaluation
-TIMES = (0.1, 10.0)  # bounds of a replicate's rise over the rise: few documents may even gain from the mask
+TIMES = (0.1, 10.0)  # bounds of a replicate's loss increase over that of all: few documents may even gain from the mask
 CETT_STEPS = 9  # between these, at which the activation ratio is looked up
 Batches = Iterable[Mapping[str, Tensor]]
 
@@ -35,8 +35,8 @@ class SparsityReport:
     """What `measure_sparsity` found. Every number is of the evaluation tokens; losses are in nats per token.
 
     Intervals are 90% and, like the standard error, from a bootstrap over documents; NaN where there is only one. For
-    "cett-ppl" they include that another choice of calibration documents, if there are several, would have solved
-    another CETT.
+    "cett-ppl" they include the effect of the choice of calibration documents, if there are several: others would have
+    solved another CETT.
     """
 
     metric: str
@@ -88,16 +88,16 @@ def measure_sparsity(
         batches: evaluation batches, dicts as the model takes them: see `passes.checked`. Each is read once, so a
             generator will do, and only the losses of each window stay in memory. Padding does not count.
         metric: "relu", "top-k" (needs `k`), "fat" (needs `eps`), "cett" (needs `cett`) or "cett-ppl" (uses `p`).
-        p: "cett-ppl": accepted rise of perplexity in percent, above 0 and at most 100.
+        p: "cett-ppl": accepted increase of perplexity in percent, above 0 and at most 100.
         calibration: batches on which thresholds and the PPL target are solved, disjoint from `batches`; their token
             ids are held in memory. None: solved on `batches` themselves, which the report says.
         per_token: also report every token; that table grows with the text.
         dense: `SparsityReport.dense` of an earlier report on the same batches: saves computing the dense loss again.
-        tolerance: accepted error of log(PPL ratio) as a share of log(1 + p/100). The CETT of each layer is solved ten
-            times closer on up to 2,048 calibration tokens; on more, by a sample of them, to about 1%.
+        tolerance: accepted error of log(PPL ratio) as a share of log(1 + p/100). On up to 2,048 calibration tokens the
+            CETT of each layer is solved ten times closer; on more, a sample of them gives it to about 1%.
         show_progress: show a bar for each pass over the batches (never in CI).
-        knobs: that of the metric, `neurons.rules`: k, neurons kept per token, 1 to d_ff; eps, threshold on |s_i|, not
-            negative; cett, 0 to 1.
+        knobs: the one that the metric has (`neurons.rules`): k, neurons kept per token, 1 to d_ff; eps, threshold on
+            |s_i|, not negative; cett, 0 to 1.
 
     Raises `InputError` for an argument or a batch that cannot be used, and for activations or logits that are NaN.
     """
@@ -149,7 +149,7 @@ def apply_thresholds(
 
 @dataclass
 class _Solution:
-    """Thresholds, and how they came about."""
+    """Thresholds, and how they were found."""
 
     thresholds: Thresholds
     metric: str
@@ -163,8 +163,8 @@ class _Solution:
 def _shift(solver: Calibration, solved: SolvedCett, own: bool) -> np.ndarray:
     """By how much the activation ratio would differ had other calibration documents solved the CETT, (REPLICATES,).
 
-    With the rise of the loss a power of the CETT, documents that rise x times as much allow x^(-1/power) of the CETT;
-    the ratio there is read off the kept sample.
+    The increase of the loss is about CETT^b. Documents with x times the increase therefore allow x^(-1/b) * CETT, and
+    the shift is ratio(x^(-1/b) * CETT) - ratio(CETT), both on the kept sample.
     """
     bootstrap = DocumentBootstrap(3, seed=0 if own else OTHER_DOCUMENTS)
     cett, dense, sparse = solved.cett, solver.dense, solver.losses(solved.cett)

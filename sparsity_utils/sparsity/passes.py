@@ -40,19 +40,19 @@ class Batch:
         return max(lengths, default=None)
 
     def usable(self, with_loss: bool) -> list[int]:
-        """The windows that have a real token and, `with_loss`, one to predict."""
+        """The windows that have a real token (no padding) and, if `with_loss`, a token to predict."""
         usable = torch.ones(self.windows, dtype=torch.bool) if self.mask is None else self.mask.any(1).cpu()
         if with_loss and self.targets is not None:
             usable &= (self.targets != IGNORED).reshape(self.windows, -1).any(1).cpu()
         return usable.nonzero().flatten().tolist()
 
     def real(self, ffn: FFN, tokens: Tensor) -> Tensor | slice:
-        """Which rows of what `ffn` was seen to compute, of the given `tokens` (rows,), are of real tokens."""
+        """Which of the rows that `ffn` was observed on are of real tokens; `tokens` (rows,) is the token of each."""
         mask = self._mask(ffn)
         return slice(None) if mask is None else mask.flatten()[tokens]
 
     def real_tokens(self, ffn: FFN, tokens: Tensor) -> int:
-        """Number of real tokens that reach the layer of `ffn`, which shows these `tokens` or, routed, some of them."""
+        """Number of real tokens that reach the layer of `ffn`; a routed expert sees only some of them, `tokens`."""
         mask = self._mask(ffn)
         return self.windows * self._length(ffn, tokens) if mask is None else int(mask.sum())
 
@@ -83,7 +83,7 @@ class Batch:
 
 
 def joined(batches: list[Batch]) -> list[Batch]:
-    """Neighbouring batches of one shape as one: small batches waste most of their time."""
+    """Join neighbouring batches of one shape: small batches waste most of their time."""
     result: list[Batch] = []
     for batch in batches:
         if result and _shapes(result[-1]) == _shapes(batch):
@@ -104,7 +104,7 @@ def _shapes(batch: Batch) -> dict[str, tuple | None]:
 
 
 def checked(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], role: str) -> Iterator[Batch]:
-    """Each of `batches` checked and moved to the model's device, one at a time.
+    """Check each of `batches` and move it to the model's device, one at a time.
 
     A batch is what the transformers model takes, one row per window, plus
 
@@ -300,7 +300,7 @@ class Losses:
 
     @property
     def value(self) -> float:
-        """Nats per predicted token; NaN where there is none."""
+        """Mean loss in nats, sum of losses / number of predicted tokens; NaN where none is predicted."""
         count = sum(int(part.sum()) for part in self.counts)
         return math.fsum(float(part.sum()) for part in self.sums) / count if count else math.nan
 

@@ -1,6 +1,6 @@
-"""Which neurons and which tokens are active, and whether thresholds carry over from one kind of text to another.
+"""How often neurons are active, how many a token activates, and whether thresholds carry over to other kinds of text.
 
-Counts over any amount of text are streamed through the dense model. Activity is judged by fixed `Thresholds` on the
+Text of any length is streamed through the dense model. Activity is judged by fixed `Thresholds` on the
 activations of the dense run (arXiv 2411.02335, section 3). Only counts are kept, one per neuron and domain and one per
 layer and vocabulary token, so memory does not grow with the text.
 """
@@ -33,8 +33,8 @@ class Patterns:
     frequencies: one row per domain and neuron: domain, layer, expert, neuron, frequency (share of `tokens` on which it
         is active; NaN without any), tokens (seen by its FFN: in a mixture of experts those routed to its expert).
     vocabulary: one row per vocabulary token that occurs, over all domains: token_id, count, activation_ratio
-        (activation ratio, mean over its occurrences and all layers), first, middle and last (that of one layer,
-        `representative_layers`; NaN where the model has no such layer).
+        (mean over its occurrences and all layers), first, middle and last (the same in one layer each, as
+        `representative_layers` names them; NaN where the model has no such layer).
     """
 
     frequencies: pd.DataFrame
@@ -178,7 +178,7 @@ def transfer_matrix(model: nn.Module, domains: Mapping[str, tuple[Batches, Batch
         model: as `measure_sparsity` takes it.
         domains: (calibration, evaluation) batches of each kind of text, of different documents. The evaluation batches
             are read once per domain: give lists.
-        p: accepted rise of perplexity in percent.
+        p: accepted increase of perplexity in percent.
 
     Returns: one row per ordered pair of domains: calibrated_on, applied_to, activation_ratio, ppl_ratio and cett, as
         `SparsityReport` defines them, on the evaluation batches; note (empty, or how the solution should be read).

@@ -1,1 +1,1 @@
-"""Sources to documents to tokens to windows."""
+"""Text: from sources to documents to tokens to windows."""

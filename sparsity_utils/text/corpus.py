@@ -127,7 +127,7 @@ def build_corpus(config: CorpusConfig) -> Corpus:
 
 
 def request(source: Source, config: CorpusConfig) -> dict[str, Any]:
-    """What names a corpus: all that decides its tokens."""
+    """All that decides the tokens of a corpus; its hash names the folder."""
     return {"recipe": VERSION, "config": dataclasses.asdict(config), "source": source.identity}
 
 
@@ -254,8 +254,8 @@ def _pieces(data: bytes) -> Iterator[str]:
 def split_documents(parts: list[Part], validation_share: float) -> tuple[list[Part], list[Part]]:
     """Training and validation parts, both ordered by key: a fixed shuffle that keeps the parts of a document together.
 
-    Every domain gives its first parts, up to `validation_share` of its bytes and at least one where it has two;
-    so at most one long document per domain stands on both sides, and no part of it twice.
+    Every domain gives its first parts to validation, up to `validation_share` of its bytes, and at least one where it
+    has two. So at most one long document per domain has parts on both sides, and no part is on both.
     """
     by_domain: dict[str, list[Part]] = {}
     for part in sorted(parts, key=lambda part: part.key):

@@ -31,7 +31,7 @@ class Duplicates:
         self._empty = MinHash(num_perm=PERMUTATIONS, seed=SEED, hashfunc=int)
 
     def kind(self, text: str) -> str | None:
-        """`"exact"` or `"near"` when `text` repeats a document seen before; None, and it is remembered, otherwise."""
+        """`"exact"` or `"near"` when `text` repeats a document seen before; otherwise remember it and return None."""
         digest = hashlib.sha256(" ".join(text.split()).encode()).digest()
         if digest in self._exact:
             return "exact"

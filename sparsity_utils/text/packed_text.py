@@ -1,7 +1,8 @@
 """The text of a corpus as one compressed file, so that a machine without its source builds the same tokens.
 
-A packed text is JSON lines under LZMA: first what the corpus was asked to be and what was left out of it, then one
-line per document part. The corpus built from it has the name and the tokens of the one built from the source.
+A packed text is JSON lines, compressed by LZMA. The first line has the corpus section of the profile and what was left
+out; every other line is one document part. The corpus built from it has the name and the tokens of the one built from
+the source.
 """
 
 import json

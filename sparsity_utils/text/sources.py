@@ -34,7 +34,7 @@ FAMILIES = {
     ),
 }  # fmt: skip
 PROSE = "prose"
-PROSE_ONE_IN = 5  # files
+PROSE_ONE_IN = 5  # one file in so many gives its docstrings, the others their code
 PROSE_LEAST = 400  # characters of docstring worth a document of their own
 
 # Written while a wheel is built or repaired, so they differ between platforms or between CPU and CUDA wheels.
@@ -257,7 +257,7 @@ def _file_hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
 
 
 def _path_documents(root: Path, files: list[Path], text_field: str, skipped: Counter) -> Iterator[Document]:
-    """Domain: the first sub-folder; directly in the folder, a table's own name, or the kind of text file."""
+    """Read text files and tables. Domain: the first sub-folder or, without one, a table's name or a text's suffix."""
     for file in files:
         name = _relative(root, file)
         suffix = file.suffix.lower()

@@ -1,4 +1,4 @@
-"""Documents to windows of tokens: what a training step or a measurement sees.
+"""Cut documents into windows of tokens, for the steps of training and for measurements.
 
 A batch is a dict of input_ids and attention_mask, (windows, length), and documents, (windows,): which document each
 window is of. All are int64. Batches of training are pure functions of the corpus, the seed and the step.
@@ -65,7 +65,7 @@ def measurement_batches(tokens: np.ndarray, context: int, part: str, wanted: int
     """About `wanted` validation tokens of one part, as a list of {"input_ids": (windows, context)}.
 
     part "calibration" is the first third of the validation text, "evaluation" the rest, so that no document (but the
-    one at the seam) is on both sides; within a part the windows lie evenly spaced, so that a small set still visits
+    one at the boundary) is on both sides; within a part the windows lie evenly spaced, so that a small set still visits
     many documents. Raises InputError when that part of the text is too short.
     """
     windows = (len(tokens) - 1) // context
@@ -130,7 +130,7 @@ def _joined(tokens: np.ndarray, documents: pd.DataFrame) -> np.ndarray:
 
 
 def evenly_spaced(count: int, total: int, *, centred: bool = False) -> list[int]:
-    """Positions of `count` of `total` items: the first, or `centred` the middle one, of each of `count` equal parts.
+    """Positions of `count` of `total` items: the first, or if `centred` the middle one, of each of `count` equal parts.
 
     Three of nine: 0, 3, 6, or 1, 4, 7.
     """
@@ -180,8 +180,8 @@ def text_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches of windows of `length` tokens, in reading order, each window of one document alone.
 
-    Each document is tokenised whole, with the special tokens that the tokenizer itself adds to a text, so once. Its
-    last, shorter window is padded on the right with attention_mask 0; one of a single token is left out.
+    Each document is tokenised whole, so that the special tokens of the tokenizer are added once. Its last, shorter
+    window is padded on the right with attention_mask 0; a last window of a single token is left out.
 
     Args:
         tokenizer: the model's own.
@@ -217,7 +217,7 @@ def text_batches(
 def split_documents(
     batches: Sequence[Mapping[str, Tensor]], share: float = 1 / 3
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """(calibration, evaluation): about `share` of the documents, spread evenly over all of them, and the others.
+    """(calibration, evaluation): batches of about `share` of the documents, evenly spaced, and batches of the others.
 
     A single document is divided instead: its first windows calibrate, the rest evaluate. Batches are of the size of
     the first one given.
