@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 from sparsity_utils import paths
-from sparsity_utils.choices import DTYPES, MEASURED_TOKENS
 from sparsity_utils.console import InputError
+from sparsity_utils.models.config import DTYPES
 from sparsity_utils.neurons.rules import METRICS
 from sparsity_utils.study.profiles import read_profile
+from sparsity_utils.text.config import MEASURED_TOKENS
 
 TIME_OVER = 75  # EX_TEMPFAIL: try again
 

@@ -10,7 +10,7 @@ from sparsity_utils import paths
 
 PACKAGE = Path(sparsity_utils.__file__).parent
 ROOMS = ["neurons", "text", "models", "sparsity", "decoding", "study", "laws", "findings", "commands"]
-TOP = {"paths", "choices", "console"}  # what everybody needs
+TOP = {"paths", "console"}  # what everybody needs
 
 
 def imported(file: Path) -> set[str]:

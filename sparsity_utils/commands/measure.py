@@ -15,16 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsity_utils import paths
-from sparsity_utils.choices import DTYPES, MEASURED_TOKENS
 from sparsity_utils.console import InputError
+from sparsity_utils.models.config import DTYPES
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.neurons.rules import METRICS, metric_named
 from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
 from sparsity_utils.sparsity.passes import predicts_next_token
-from sparsity_utils.text.windows import evenly_spaced, read_documents, split_documents, text_batches
+from sparsity_utils.text.config import MEASURED_TOKENS
+from sparsity_utils.text.windows import CALIBRATION_SHARE, evenly_spaced, read_documents, split_documents, text_batches
 
 WINDOW = 256  # tokens, unless the model's context is shorter
-CALIBRATION_SHARE = 1 / 3
 HEATMAP_TOKENS = 48
 FAR = 0.5  # share of log(1 + p/100) by which log(PPL ratio) may differ from it without a note
 NUMBERS = (
@@ -87,7 +87,7 @@ def measure_checkpoint(
     if others:
         solved_on = text_batches(tokenizer, others, length)
     elif rule.solved:
-        solved_on, evaluation = split_documents(evaluation, CALIBRATION_SHARE)
+        solved_on, evaluation = split_documents(evaluation)
     if solved_on:
         solved_on = thinned(solved_on, round(CALIBRATION_SHARE * max_tokens))
         max_tokens -= round(CALIBRATION_SHARE * max_tokens)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from sparsity_utils.console import check
 
 ACTIVATIONS = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "relu2": "ReLU²"}  # as configured -> as written
+DTYPES = ("float32", "bfloat16", "float16")  # of a model's weights, named as in torch
 LAST_CHECKPOINTS = 5  # stable ones solved together by the stabilised protocol (arXiv 2411.02335, appendix E)
 WHOLE = 1e-6  # how far rounding may take d_model x (d_ff / d_model) from the whole number d_ff
 

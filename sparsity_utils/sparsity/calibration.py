@@ -26,7 +26,7 @@ from sparsity_utils.sparsity.passes import Batch, Losses, checked, joined, mean_
 from sparsity_utils.sparsity.search import find_root_near
 from sparsity_utils.text.windows import evenly_spaced
 
-# Perplexity is a rough function of CETT: on 8,192 tokens it wavers by about 1% of a 1% rise. Solving much closer than
+# Perplexity is a rough function of CETT: on 8,192 tokens it wavers by about 1% of a 1% increase. Solving closer than
 # that chases the roughness; solving to 1e-8 instead moved activation ratios by 0.1 to 0.2 percentage points.
 TOLERANCE = 5e-3  # of log(1 + p/100): at p = 1 the PPL ratio is solved to 5e-5
 SAMPLE_TOLERANCE = 0.05  # the same on the sample, whose solution is only a start
@@ -109,7 +109,7 @@ class Calibration:
         sample, every = _sample(model, batches, with_loss)
         self.sample = KeptTokens(model, sample, tolerance, with_loss, every)
         self.whole = sample is batches and every == 1
-        self.levels = [1.0] * len(self.sample.curves)
+        self.factors = [1.0] * len(self.sample.curves)
         self.dense = self.sample.dense if self.whole else Losses()  # of all windows, once `align` has run
         self.sparse: dict[float, Losses] = self.sample.sparse if self.whole else {}  # at each CETT tried
 
@@ -117,9 +117,9 @@ class Calibration:
         """Measure the factor of each layer at `cett` and the dense losses: one dense pass, none for a whole sample."""
         if self.whole:
             return
-        self.levels, self.dense, self.sparse = [1.0] * len(self.levels), Losses(), {}
+        self.factors, self.dense, self.sparse = [1.0] * len(self.factors), Losses(), {}
         thresholds = self.thresholds(cett)
-        errors, counts = [0.0] * len(self.levels), [0] * len(self.levels)
+        errors, counts = [0.0] * len(self.factors), [0] * len(self.factors)
         for batch in self._read("dense pass"):
 
             def add(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor, batch: Batch = batch) -> None:
@@ -136,12 +136,12 @@ class Calibration:
                     run_backbone(self.model, batch)
         for layer, curve in enumerate(self.sample.curves):
             if errors[layer] > 0 and not curve.empty:
-                self.levels[layer] = curve.error(thresholds.values[layer]) / (errors[layer] / counts[layer])
+                self.factors[layer] = curve.error(thresholds.values[layer]) / (errors[layer] / counts[layer])
 
     def thresholds(self, cett: float) -> Thresholds:
         """The threshold of each layer at a CETT shared by all; a second call gives the same ones."""
         inside = 0 < cett < 1
-        return self.sample.thresholds([min(cett * level, 1 - 1e-9) if inside else cett for level in self.levels])
+        return self.sample.thresholds([min(cett * factor, 1 - 1e-9) if inside else cett for factor in self.factors])
 
     def ppl_ratio(self, cett: float) -> float:
         """exp(loss_sparse - loss_dense) on all windows: one sparse pass. `align` comes first."""
@@ -247,38 +247,37 @@ def solve_cett(calibrations: list[Calibration], p: float) -> SolvedCett:
     The samples are also tried at half and at one and a half times their solution. That gives the slope for the search
     on all windows, and may show that perplexity does not increase with CETT throughout.
     """
-    guess, tolerance = FIRST_GUESS * math.sqrt(p), calibrations[0].tolerance
-    sample = Rise([calibration.sample for calibration in calibrations], p)
+    guess, tolerance = min(FIRST_GUESS * math.sqrt(p), 0.9), calibrations[0].tolerance
+    sample = PplIncrease([calibration.sample for calibration in calibrations], p)
     whole = all(calibration.whole for calibration in calibrations)
-    guess = min(guess, 0.9)
     cett = sample.solve(guess, math.sqrt(sample.target) / guess, tolerance if whole else SAMPLE_TOLERANCE)
     guess = cett or min(tried for tried in sample.tried if tried > 0)
     low, high = guess / 2, min(1.5 * guess, 1.0)
     slope = (sample.height(high) - sample.height(low)) / (high - low)
-    rise = sample
+    increase = sample
     for _ in range(0 if whole else ALIGNMENTS):
         for calibration in calibrations:
             with evaluating(calibration.model):
                 calibration.align(guess)
-        rise = Rise(calibrations, p)
-        cett = rise.solve(guess, slope, tolerance)
+        increase = PplIncrease(calibrations, p)
+        cett = increase.solve(guess, slope, tolerance)
         if cett in (0, 1) or guess / NEAR <= cett <= guess * NEAR:
             break
         guess = cett  # the factors measured there do not hold here
     for probe in (low, high) if not whole else ():
         if probe in sample.falls(FALL):  # is it noise of the few tokens of the sample? All tokens tell
-            rise.height(probe)
+            increase.height(probe)
     note = ""
     if cett == 0:
         note = f"every CETT tried raises perplexity by more than {p:g}%; CETT 0 was used"
-    elif cett == 1 and _log_mean(rise.tried[1.0]) < rise.target * (1 - tolerance):
+    elif cett == 1 and _log_mean(increase.tried[1.0]) < increase.target * (1 - tolerance):
         note = f"no CETT in [0, 1] raises perplexity by {p:g}%; CETT 1 was used"
-    elif rise.falls(FALL):
+    elif increase.falls(FALL):
         note = "perplexity did not rise with CETT throughout; the solution found may be one of several"
-    return SolvedCett(cett, rise.tried[cett], len(rise.tried), sample.exponent(low, high), note)
+    return SolvedCett(cett, increase.tried[cett], len(increase.tried), sample.exponent(low, high), note)
 
 
-class Rise:
+class PplIncrease:
     """How the mean PPL ratio of several models increases with CETT: the CETTs tried so far, and a search for one.
 
     y = log(mean PPL ratio) is about quadratic in CETT. The root finder works on its signed square root, which is almost
@@ -297,8 +296,8 @@ class Rise:
                 with evaluating(one.model):
                     ratios.append(one.ppl_ratio(cett))
             self.tried[cett] = tuple(ratios)
-        rise = _log_mean(self.tried[cett])
-        return math.copysign(math.sqrt(abs(rise)), rise) - math.sqrt(self.target)
+        increase = _log_mean(self.tried[cett])
+        return math.copysign(math.sqrt(abs(increase)), increase) - math.sqrt(self.target)
 
     def solve(self, guess: float, slope: float, tolerance: float) -> float:
         """The CETT at which y is the target, up to the share `tolerance` of it; 1 where y stays below.
@@ -318,8 +317,8 @@ class Rise:
 
     def falls(self, slack: float) -> list[float]:
         """The CETTs tried at which y is more than `slack` * target below the y of the next smaller CETT."""
-        rises = [(0.0, 0.0), *((cett, _log_mean(self.tried[cett])) for cett in sorted(self.tried))]
-        return [cett for (_, before), (cett, after) in pairwise(rises) if after < before - slack * self.target]
+        tried = [(0.0, 0.0), *((cett, _log_mean(self.tried[cett])) for cett in sorted(self.tried))]
+        return [cett for (_, before), (cett, after) in pairwise(tried) if after < before - slack * self.target]
 
 
 def _log_mean(ratios: tuple[float, ...]) -> float:

@@ -171,12 +171,12 @@ def _shift(solver: Calibration, solved: SolvedCett, own: bool) -> np.ndarray:
     for batch, *columns in zip(solver.batches, dense.sums, sparse.sums, dense.counts, strict=True):
         for document, values in zip(batch.documents.tolist(), np.stack(columns, axis=1), strict=True):
             bootstrap.add(document, values)
-    rise = sparse.value - dense.value
-    if not 0 < cett < 1 or rise <= 0:
+    increase = sparse.value - dense.value
+    if not 0 < cett < 1 or increase <= 0:
         return np.zeros(REPLICATES)
     sums = bootstrap.replicates.T
     with np.errstate(invalid="ignore", divide="ignore"):
-        times = np.clip((sums[1] - sums[0]) / sums[2] / rise, *TIMES)
+        times = np.clip((sums[1] - sums[0]) / sums[2] / increase, *TIMES)
     low, high = np.log(TIMES)
     steps = np.linspace(low, high, CETT_STEPS)
     ratios = [solver.activation_ratio(min(1.0, cett * math.exp(-step / solved.exponent))) for step in steps]

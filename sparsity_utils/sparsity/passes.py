@@ -307,8 +307,8 @@ class Losses:
 
 def ppl_ratio(sparse: Losses, dense: Losses) -> float:
     """exp(loss_sparse - loss_dense), infinite where that is beyond floating point; NaN where nothing is predicted."""
-    rise = sparse.value - dense.value
-    return math.inf if rise > math.log(sys.float_info.max) else math.exp(rise)
+    increase = sparse.value - dense.value
+    return math.inf if increase > math.log(sys.float_info.max) else math.exp(increase)
 
 
 def _predicted(batch: Batch) -> Tensor:

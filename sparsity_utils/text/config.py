@@ -1,9 +1,10 @@
-"""Which text a study reads, and its tokenizer."""
+"""Which text is read, how much of it, and with which tokenizer; importing this loads nothing heavy."""
 
 from dataclasses import dataclass
 
 from sparsity_utils.console import check
 
+MEASURED_TOKENS = 50_000  # of a text that `python -m sparsity_utils measure` uses at most, unless told otherwise
 SOURCES = ("python-source", "path", "hub")
 
 

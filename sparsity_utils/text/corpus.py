@@ -26,7 +26,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError, progress
 from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.duplicates import PERMUTATIONS, SEED, SIMILARITY, WORDS, Duplicates
-from sparsity_utils.text.sources import Document, Source, open_source
+from sparsity_utils.text.sources import Document, Source, open_source, sha256
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -111,7 +111,7 @@ def open_corpus(folder: Path) -> Corpus:
     for name, written in wanted.items():
         file = folder / name
         whole = file.is_file() and file.stat().st_size == written["bytes"]
-        if not whole or _sha256(file.read_bytes()) != written["sha256"]:
+        if not whole or sha256(file.read_bytes()) != written["sha256"]:
             raise InputError(f"{file} is not what its manifest says was written; build the corpus again.")
     return Corpus(folder, manifest)
 
@@ -133,7 +133,7 @@ def request(source: Source, config: CorpusConfig) -> dict[str, Any]:
 
 def corpus_of(asked: dict[str, Any], config: CorpusConfig, collected: Callable[[], "Collected"]) -> Corpus:
     """The corpus that answers the request `asked`; one that is missing or damaged is built from `collected()`."""
-    folder = paths.corpora() / _sha256(json.dumps(asked, sort_keys=True).encode())[:16]
+    folder = paths.corpora() / sha256(json.dumps(asked, sort_keys=True).encode())[:16]
     with paths.locked(folder):  # somebody else may be building it
         if folder.exists():
             try:
@@ -160,10 +160,6 @@ def _build(folder: Path, asked: dict[str, Any], config: CorpusConfig, text: "Col
         }
         _write_text(aside / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return Corpus(folder, manifest)
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -229,7 +225,7 @@ def _parts(source: Source) -> Iterator[Part]:
         except UnicodeEncodeError:  # half a surrogate pair, written as an escape
             source.skipped["not UTF-8"] += 1
             continue
-        digest = _sha256(data)
+        digest = sha256(data)
         if len(data) <= LONGEST:
             yield Part((digest, 0), len(data), dataclasses.replace(document, text=text))
             continue
@@ -362,4 +358,4 @@ def _plain(row: pd.Series) -> dict[str, int]:
 def _write_text(file: Path, text: str) -> str:
     """Write UTF-8 text as it is; return its SHA-256."""
     file.write_bytes(text.encode())
-    return _sha256(text.encode())
+    return sha256(text.encode())

@@ -84,7 +84,7 @@ def open_source(config: CorpusConfig) -> Source:
         identity = {
             "packages": {p: importlib.metadata.version(p).partition("+")[0] for p in _packages()},
             "files": len(files),
-            "listing_sha256": _sha256(listing.encode()),
+            "listing_sha256": sha256(listing.encode()),
         }
         return Source(identity, _python_documents(files, skipped), skipped)
     if config.source == "path":
@@ -100,7 +100,8 @@ def open_source(config: CorpusConfig) -> Source:
     return Source(identity, documents, skipped)
 
 
-def _sha256(data: bytes) -> str:
+def sha256(data: bytes) -> str:
+    """SHA-256 of `data`, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -130,7 +131,7 @@ def _package_files() -> list[PackageFile]:
         for package in packages
         for file in _sources_of(package)
     ]
-    return sorted(found, key=lambda item: _sha256(item[0].encode()))
+    return sorted(found, key=lambda item: sha256(item[0].encode()))
 
 
 def _sources_of(package: str) -> list[importlib.metadata.PackagePath]:
@@ -238,7 +239,7 @@ def _text_files(root: Path) -> list[Path]:
     files = [file for file in candidates if file.suffix.lower() in SUFFIXES and not file.is_dir()]
     if not files:
         raise InputError(f"{root} holds no text; give a file or folder of {', '.join(SUFFIXES)}.")
-    return sorted(files, key=lambda file: _sha256(_relative(root, file).encode()))  # a cap keeps a sample of all
+    return sorted(files, key=lambda file: sha256(_relative(root, file).encode()))  # a cap keeps a sample of all
 
 
 def _relative(root: Path, file: Path) -> str:

@@ -22,7 +22,7 @@ from sparsity_utils.text.sources import SUFFIXES, open_source
 # Of one measurement batch. On a CPU 16 windows of 256 tokens took 0.8 of the time of 32: more of them stay in cache.
 BATCH_WINDOWS = 32 if torch.cuda.is_available() else 16
 MOST_DOMAINS = 7  # the largest ones: transfer is measured between every two of them
-CALIBRATION_SHARE = 1 / 3  # of a domain's tokens
+CALIBRATION_SHARE = 1 / 3  # of a domain's tokens, or of the documents
 
 
 class TrainingBatches:
@@ -215,7 +215,7 @@ def text_batches(
 
 
 def split_documents(
-    batches: Sequence[Mapping[str, Tensor]], share: float = 1 / 3
+    batches: Sequence[Mapping[str, Tensor]], share: float = CALIBRATION_SHARE
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """(calibration, evaluation): batches of about `share` of the documents, evenly spaced, and batches of the others.
 

@@ -13,9 +13,9 @@ from transformers import BertConfig, BertForMaskedLM
 
 from sparsity_utils import paths
 from sparsity_utils.__main__ import _parser, main
-from sparsity_utils.choices import MEASURED_TOKENS
 from sparsity_utils.commands import measure
 from sparsity_utils.console import InputError
+from sparsity_utils.text.config import MEASURED_TOKENS
 from sparsity_utils.text.sources import package_documents
 
 RELU = str(paths.RECORDED_MODELS / "relu")
