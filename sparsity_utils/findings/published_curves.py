@@ -186,16 +186,16 @@ def misfits(refit: pd.DataFrame) -> pd.DataFrame:
 
 
 def limits_by_part(stability: pd.DataFrame) -> pd.DataFrame:
-    """The limit of the 2.4B curve in percent, by who says so and which of its points are fitted."""
+    """The limit of the 2.4B curve in percent: printed, in the authors' scripts, and by the points that are fitted."""
     rows = stability.query(PRINTED_MODEL).set_index("source")
     shares = 100 * rows[["limit", "low", "high", "rmse", "unseen"]]
     return shares.round(2).join(rows["points"].astype("Int64"))
 
 
 def distance_to_limit(refit: pd.DataFrame) -> pd.DataFrame:
-    """Tokens after which a law stays near its limit, over those of its curve; the unseen part of its change in percent.
+    """Tokens after which a law stays near its limit, over the last tokens of its curve, as refitted and as printed.
 
-    As refitted and as printed.
+    unseen_percent: share of the refitted change from first point to limit that lies beyond the last point.
     """
     rows = refit.set_index(CURVE)
     tokens = {"refitted": rows["tokens_to_limit"], "as printed": rows["published_tokens_to_limit"]}
@@ -297,7 +297,7 @@ def _left_out(axes: Axes, stability: pd.DataFrame) -> None:
 
 @styled
 def forecasts_figure(table: pd.DataFrame) -> ShownFigure:
-    """Error of each form on the second half of a curve, fitted to the first; the last value is the floor to beat."""
+    """Error of each form on the second half of a curve, fitted to the first; the last value is the one to beat."""
     figure, panels = side_by_side(2, share_y=True)
     for axes, (activation, rows) in zip(panels, table.groupby("activation", sort=True), strict=True):
         forms = list(dict.fromkeys(rows["form"]))

@@ -115,8 +115,8 @@ def claims() -> pd.DataFrame:
 def verdicts(ffns: pd.DataFrame, decoding: pd.DataFrame) -> Verdicts:
     """Single FFNs against their ideal, and whole decoding steps: one verdict per claim.
 
-    The tables of the questions sparse_ffn and sparse_decoding, as results/columns.csv describes them. Raises
-    InputError for missing columns, duplicates and NaN.
+    ffns, decoding: the tables of the questions sparse_ffn and sparse_decoding (results/columns.csv). Raises InputError
+    for missing columns, duplicates and NaN.
     """
     numbers = ["sparsity", "ideal_speedup", "speedup", "strict_speedup"]
     require(ffns, [*FFN_CASE, *INTERVALS, "ideal_speedup"], FFN_CASE, numbers, "FFN speeds")
@@ -169,7 +169,7 @@ def break_even(ffns: pd.DataFrame, column: str = "speedup") -> pd.DataFrame:
     """Sparsity in percent from which on a sparse way is faster than dense, random patterns.
 
     One row per shape, dtype and tokens, one column per way: 0 where it is faster with nothing to skip, NaN where it
-    never is. Between two measured sparsities the log of the speed-up is taken as straight.
+    never is. Between two measured sparsities the log of the speed-up is interpolated linearly.
 
     Args:
         column: "speedup" over torch, or "strict_speedup" over the fastest way that reads all weights.
@@ -219,9 +219,10 @@ def undecided_rows(decoding: pd.DataFrame) -> pd.DataFrame:
 
 
 def decoding_limits(sparsity: float) -> pd.DataFrame:
-    """Largest speed-up of decoding a study shape at that sparsity of a ReLU model, rule "gate", by what FFNs read.
+    """Largest speed-up at that sparsity of a ReLU model of a study shape, rule "gate", by what its FFNs read.
 
-    The certified gate is counted at its best, with nothing undecided but the needed rows, for weights of 4 and 2 bytes.
+    For the FFN alone it is 1 / share of the weights read, for the whole model `decoding_limit`. The certified gate is
+    counted at its best, with nothing undecided but the needed rows, for weights of 4 and 2 bytes.
     """
     active = 1 - sparsity
     read = {
@@ -308,7 +309,7 @@ def roofline_figure(ffns: pd.DataFrame) -> ShownFigure:
 
 @styled
 def batches_figure(ffns: pd.DataFrame) -> ShownFigure:
-    """How the speed-up decays when several tokens are decoded side by side and their active neurons unite."""
+    """Speed-up against the tokens decoded side by side: an FFN reads the union of their active neurons."""
     rows = ffns[(ffns["dtype"] == "float32") & (ffns["way"] == "sparse")]
     rows = rows[rows["shape"].isin(rows.loc[rows["tokens"] > 1, "shape"])]
     chosen = {f"random, {100 * s:.0f}% inactive": _near(rows, s) for s in (0.5, 0.9, 0.97)}
@@ -358,7 +359,7 @@ def decoding_figure(steps: pd.DataFrame) -> ShownFigure:
 def _steps(axes: Axes, table: pd.DataFrame) -> None:
     """One bar per way and sparsity, cut by the part of the model that the time goes to."""
     full = table["way"].isin(DENSE)
-    table = table[~full | ~table["way"].duplicated()]  # these are timed beside each sparsity
+    table = table[~full | ~table["way"].duplicated()]  # full reads were timed anew beside each sparsity
     names = [row.way if row.way in DENSE else f"{row.way}\n{100 * row.sparsity:.0f}%" for row in table.itertuples()]
     left = np.zeros(len(table))
     total = 1e3 / table["tokens_per_second"].to_numpy()

@@ -1,4 +1,4 @@
-"""Trends across runs: lines, breakpoints, smooth bends and optima, their intervals, and the verdict on an interval.
+"""Trends across runs: lines, breakpoints, saturating curves, optima, their intervals, and the verdict on an interval.
 
 The unit of every test here is a run (one shape, one seed): checkpoints along a run are correlated and never counted as
 independent. Tests whose unit is a size are in `lines`. Runs of one seed share initialisation and data order, so seeds
@@ -79,7 +79,7 @@ class Segments:
 class Saturation:
     """y = plateau - gap exp(-(x - start) / scale): no breakpoint anywhere; `start` is the smallest x.
 
-    `scale` is the x over which the distance to the plateau falls to 1/e; it has the profile interval of a breakpoint.
+    `scale` is the x over which the distance to the plateau falls to 1/e; its interval is that of a profile.
     """
 
     scale: Estimate
@@ -98,9 +98,10 @@ Trend = Line | Segments | Saturation
 
 
 def decide(estimate: Estimate, low: float = 0.0, high: float = math.inf) -> str:
-    """The verdict on the claim that a quantity lies between `low` and `high`: its whole interval must.
+    """The verdict on the claim that a quantity lies between `low` and `high`.
 
-    An interval wholly outside speaks against the claim; anything else, an unknown interval too, is inconclusive.
+    It is supported if the whole interval lies inside, not supported if the whole interval lies outside, and
+    inconclusive otherwise, also for an unknown interval.
     """
     if low < estimate.low and estimate.high < high:
         return SUPPORTED
@@ -108,7 +109,10 @@ def decide(estimate: Estimate, low: float = 0.0, high: float = math.inf) -> str:
 
 
 def mean_over_runs(values: ArrayLike, level: float = LEVEL) -> Estimate:
-    """Mean of one value per run (or per pair of runs) with its t interval; fewer than two runs give a reason."""
+    """Mean of one value per run (or per pair of runs) with its interval; fewer than two runs give a reason.
+
+    The interval is mean +- t sd / sqrt(n), with the quantile t of n - 1 degrees of freedom.
+    """
     values = finite(values, "values")
     if values.size < SMALLEST_DOF + 1:
         return no_estimate(f"only {values.size} runs; at least {SMALLEST_DOF + 1} are needed", values.size, level)
@@ -118,7 +122,7 @@ def mean_over_runs(values: ArrayLike, level: float = LEVEL) -> Estimate:
 
 
 def fit_line(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Line:
-    """Straight line by ordinary least squares (statsmodels); `groups` become fixed effects."""
+    """y = slope x + intercept of the group, by ordinary least squares; `groups` become fixed effects."""
     x, y = _xy(x, y)
     blocks, dof = _blocks(x.size, groups), _dof(x.size, groups)
     if np.unique(x).size < 2 or dof < SMALLEST_DOF:
@@ -147,10 +151,12 @@ def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
     """Continuous two-segment regression as published: a slope, then flat (arXiv 2411.02335, Fig. 5).
 
     The breakpoint runs over a grid inside the sampled x (its second smallest to its largest value); its interval holds
-    the values that a profile F test at `level` does not reject. It is inconclusive with fewer than five positions,
-    unless AICc is at least DISTINCT below that of a straight line and of a smooth saturating curve, when the interval
-    reaches an end of the grid (the breakpoint may lie outside the sampled positions), or with a single position beyond
-    it.
+    the values that a profile F test at `level` does not reject. The breakpoint has a reason not to be used
+
+    - with fewer than five positions, or too few runs for AICc,
+    - unless AICc is at least DISTINCT below that of a straight line and that of a smooth saturating curve,
+    - if the interval reaches an end of the grid: the breakpoint may lie outside the sampled positions,
+    - if a single position lies beyond it.
     """
     x, y = _xy(x, y)
     positions = np.unique(x)
@@ -181,7 +187,8 @@ def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
 def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Saturation:
     """Smooth rival of `fit_two_segments` with as many parameters: an exponential approach to a plateau.
 
-    The scale runs over a grid of SCALES; its interval is a profile F interval and says why where it reaches an end.
+    The scale runs over a grid of SCALES. Its interval is a profile F interval; if that reaches an end of the grid, the
+    scale has a reason not to be used.
     """
     x, y = _xy(x, y)
     positions = np.unique(x)
@@ -209,7 +216,7 @@ class Trends:
     saturation: Saturation
 
     def named(self) -> dict[str, Trend]:
-        """The three by the words for them."""
+        """{name in tables and figures: trend}."""
         return {
             "straight line": self.line,
             "slope, then flat": self.segments,
@@ -235,9 +242,10 @@ def compare_trends(trends: Trends) -> pd.DataFrame:
 
 
 def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Estimate:
-    """Position of the minimum of y by a parabola in log x, with its profile interval; `groups` are fixed effects.
+    """The optimum in y = lowest + curvature ln(x / optimum)^2, with its profile interval; `groups` are fixed effects.
 
-    Inconclusive with fewer than five positions, without a minimum, or when the interval reaches an end of the range.
+    It has a reason not to be used with fewer than five positions, without a minimum, or if the interval reaches an end
+    of the range.
     """
     x, y = _xy(x, y)
     positions = np.unique(x)
@@ -256,10 +264,13 @@ def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, lev
 def _profile(
     regressor: Callable[[Array], Array], y: Array, grid: Array, groups: ArrayLike | None, level: float
 ) -> tuple[Estimate, Array, float]:
-    """Profile least squares over one non-linear value: estimate and F interval, linear coefficients, residual sum.
+    """Fit y = slope regressor(value) + effect of the group for each value of the grid, and choose the best value.
 
-    regressor: the one column of the fit for each value of the grid, (grid, 1) to (grid, n). Column and y less their
-    means within groups leave a slope and a residual sum per grid value in closed form.
+    Returns that value with its interval, the slope and the group effects, and the residual sum of squares (rss). The
+    interval holds the values with rss <= lowest rss * (1 + F(1, dof) / dof), rounded outwards to the grid.
+
+    regressor: (grid, 1) to (grid, n). With the means within groups taken off regressor and y, slope and rss have a
+    closed form for each value.
     """
     blocks = _blocks(y.size, groups)
     within = blocks / blocks.sum(axis=0)  # (n, groups): means of groups
@@ -292,7 +303,7 @@ def _blocks(n: int, groups: ArrayLike | None) -> Array:
 
 
 def _dof(n: int, groups: ArrayLike | None) -> int:
-    """Residual degrees of freedom of a line with fixed effects."""
+    """Residual degrees of freedom of a line with fixed effects: n - 1 - groups."""
     return n - 1 - _blocks(n, groups).shape[1]
 
 
@@ -304,7 +315,7 @@ def _xy(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
 
 
 def finite(values: ArrayLike, name: str) -> Array:
-    """`values` as one row of numbers; InputError that names them where one is missing."""
+    """`values` as a one-dimensional array; InputError with their `name` where one is not finite."""
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not np.isfinite(array).all():
         raise InputError(f"{name} must be one row of finite numbers; drop or measure the missing ones first.")
@@ -312,5 +323,5 @@ def finite(values: ArrayLike, name: str) -> Array:
 
 
 def no_estimate(reason: str, n: int = 0, level: float = LEVEL) -> Estimate:
-    """No number, and why."""
+    """An estimate without numbers, and the reason for it."""
     return Estimate(float("nan"), float("nan"), float("nan"), level, n, reason)
