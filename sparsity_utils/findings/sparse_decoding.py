@@ -165,25 +165,22 @@ def _ffns_explain() -> Verdict:
     return FFNS_EXPLAIN.judged(Estimate(limit, limit, limit, LEVEL, 1), reason)
 
 
-def break_even(ffns: pd.DataFrame, column: str = "speedup") -> pd.DataFrame:
-    """Sparsity in percent from which on a sparse way is faster than dense, random patterns.
+def break_even(ffns: pd.DataFrame) -> pd.DataFrame:
+    """Sparsity in percent from which on a sparse way is faster than torch, random patterns.
 
     One row per shape, dtype and tokens, one column per way: 0 where it is faster with nothing to skip, NaN where it
     never is. Between two measured sparsities the log of the speed-up is interpolated linearly.
-
-    Args:
-        column: "speedup" over torch, or "strict_speedup" over the fastest way that reads all weights.
     """
     rows = ffns[(ffns["pattern"] == "random") & ffns["way"].isin(["sparse", "certified"])]
     points = {
-        key: _crossing(curve.sort_values("sparsity"), column)
+        key: _crossing(curve.sort_values("sparsity"))
         for key, curve in rows.groupby(["d_model", "shape", "dtype", "tokens", "way"])
     }
     return (100 * pd.Series(points)).rename_axis(["d_model", "shape", "dtype", "tokens", "way"]).unstack("way")
 
 
-def _crossing(curve: pd.DataFrame, column: str) -> float:
-    sparsity, gain = curve["sparsity"].to_numpy(), np.log(curve[column].to_numpy())
+def _crossing(curve: pd.DataFrame) -> float:
+    sparsity, gain = curve["sparsity"].to_numpy(), np.log(curve["speedup"].to_numpy())
     slower = np.flatnonzero(gain < 0)
     if len(slower) == 0:
         return 0.0
@@ -200,9 +197,9 @@ def largest_shape(ffns: pd.DataFrame) -> str:
     return counts.sort_values(["sparsity", "d_model"]).iloc[-1]["shape"]
 
 
-def shares_of_ideal(ffns: pd.DataFrame, shape: str, dtype: str = "float32") -> pd.DataFrame:
-    """Speed-ups of one shape, one token, random patterns: over torch, strict, ideal, and strict over ideal."""
-    rows = ffns.query("shape == @shape and dtype == @dtype and tokens == 1 and pattern == 'random'")
+def shares_of_ideal(ffns: pd.DataFrame, shape: str) -> pd.DataFrame:
+    """Speed-ups of one shape, float32, one token, random patterns: over torch, strict, ideal, and strict over ideal."""
+    rows = ffns.query("shape == @shape and dtype == 'float32' and tokens == 1 and pattern == 'random'")
     rows = rows[rows["way"].isin(["sparse", "certified"])]
     chosen = rows.assign(of_ideal=rows["strict_speedup"] / rows["ideal_speedup"], percent=100 * rows["sparsity"])
     columns = ["speedup", "strict_speedup", "ideal_speedup", "of_ideal"]

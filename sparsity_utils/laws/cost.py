@@ -12,15 +12,15 @@ FFN_CASE = ["shape", "dtype", "tokens", "pattern", "activation", "rule", "sparsi
 DECODING_CASE = ["model", "activation", "shape", "rule", "setting", "sequences", "way"]
 
 
-def decoding_limit(ffn_share_read: float, ffn_ratio: float = 2.5) -> float:
+def decoding_limit(ffn_share_read: float) -> float:
     """Largest speed-up of decoding one token, if time goes to reading weights and FFNs read only a share of theirs.
 
-        (4 + 3 ffn_ratio) / (4 + 3 ffn_ratio * ffn_share_read)
+        (4 + 7.5) / (4 + 7.5 ffn_share_read)
 
-    With d = d_model, a layer has 4 d^2 weights in attention and 3 `ffn_ratio` d^2 in the gated FFN (11.5 d^2 together
-    in the study's shapes). The output head is left out; it would only lower the limit.
+    With d = d_model, a layer of the study's shapes has 4 d^2 weights in attention and 7.5 d^2 in the gated FFN (three
+    matrices, d_ff = 2.5 d). The output head is left out; it would only lower the limit.
     """
-    attention, ffn = 4.0, 3 * ffn_ratio
+    attention, ffn = 4.0, 7.5
     return (attention + ffn) / (attention + ffn * ffn_share_read)
 
 

@@ -241,13 +241,11 @@ def fit_data_law(tokens: ArrayLike, activation_ratio: ArrayLike, form: str, grou
     return replace(fit, limit=float(theta[-1]), reason="") if form == "constant" else _judge(fit)
 
 
-def bootstrap_limit(
-    fit: Fit, resamples: int = RESAMPLES, block: int | None = None, seed: int = 0, level: float = LEVEL
-) -> Interval:
+def bootstrap_limit(fit: Fit, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval:
     """Interval of the limit by a residual block bootstrap within each run.
 
-    Errors of neighbouring checkpoints are correlated, so residuals are drawn in blocks of `block` consecutive ones
-    (default: the cube root of the run's length, at least 2). They are scaled by sqrt(n / (n - parameters)) and added to
+    Errors of neighbouring checkpoints are correlated, so residuals are drawn in blocks of consecutive ones (as many as
+    the cube root of the run's length, at least 2). They are scaled by sqrt(n / (n - parameters)) and added to
     the fitted curve; each sum is fitted again, starting at the fitted parameters. A run (`fit.groups`) keeps its own
     residuals in every resample, so the spread over seeds is not in this interval: see `limits.limits_table`. The same
     `seed` gives the same interval.
@@ -267,7 +265,7 @@ def bootstrap_limit(
     thetas = np.empty((resamples, shape.size))
     for row in range(resamples):
         for run in runs:
-            drawn[run] = residuals[run[_block_order(run.size, block, rng)]]
+            drawn[run] = residuals[run[_block_order(run.size, max(2, round(run.size ** (1 / 3))), rng)]]
         thetas[row] = _solve(shape, u, fitted + drawn, fit.theta, tolerance=1e-5)
     grid = np.geomspace(fit.tokens.min(), fit.tokens.max(), 60)
     curves = np.array([shape.curve(grid / fit.reference, theta) for theta in thetas])  # (resamples, points)
@@ -368,8 +366,8 @@ def _judge(fit: Fit) -> Fit:
     return fit
 
 
-def _block_order(length: int, block: int | None, rng: np.random.Generator) -> NDArray[np.int64]:
+def _block_order(length: int, block: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Indices 0..length-1 in random circular blocks, so that every residual is drawn equally often. (length,)"""
-    block = min(length, block or max(2, round(length ** (1 / 3))))
+    block = min(length, block)
     starts = rng.integers(0, length, size=-(-length // block))
     return ((starts[:, None] + np.arange(block)).ravel() % length)[:length]

@@ -152,9 +152,9 @@ def seed_correlations(vocabulary: pd.DataFrame, often: int, part: str) -> dict[t
     return {pair: value for pair, value in correlations.items() if np.isfinite(value)}
 
 
-def bootstrap_draws(patterns: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
-    """Tokens drawn with replacement, the same ones for every model: positions, (resamples, tokens)."""
-    return np.random.default_rng(seed).integers(len(patterns), size=(resamples, len(patterns)))
+def bootstrap_draws(patterns: pd.DataFrame) -> NDArray[np.int64]:
+    """Tokens drawn with replacement, the same ones for every model: positions, (RESAMPLES, tokens)."""
+    return np.random.default_rng(0).integers(len(patterns), size=(RESAMPLES, len(patterns)))
 
 
 def percentile_estimate(value: float, resampled: Iterable[float], tokens: int, level: float = LEVEL) -> Estimate:
