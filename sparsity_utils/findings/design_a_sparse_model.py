@@ -127,7 +127,7 @@ def _covers(rows: pd.DataFrame, claim: Claim) -> Verdict:
         return claim.undecided("without a shape the other runs are too few for an interval")
     inside = int(rows["inside"].sum())
     low, high = proportion_confint(inside, len(rows), 1 - LEVEL, method="beta")
-    estimate = Estimate(inside / len(rows), float(low), float(high), LEVEL, len(rows))
+    estimate = Estimate(inside / len(rows), float(low), float(high), len(rows))
     reason = f"{inside} of {len(rows)} runs of {len(rows[SHAPE[1:]].drop_duplicates())} shapes"
     return claim.judged(estimate, reason, verdict=NOT_SUPPORTED if high < LEVEL else None)
 

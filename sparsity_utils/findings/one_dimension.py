@@ -12,7 +12,6 @@ import pandas as pd
 
 from sparsity_utils.console import InputError
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
-from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.limits import COLUMNS, SHAPE, require
 from sparsity_utils.laws.lines import (
     Lines,
@@ -179,7 +178,7 @@ def _slopes(means: pd.DataFrame, middle: pd.Series, along: dict[str, pd.Series])
     design = np.column_stack([np.ones(len(means)), *(columns[name] for name in varied)])
     found, ends = coefficients(design, means["value"].to_numpy(dtype=float))
     return nothing | {
-        name: Estimate(float(found[at]), float(ends[at, 0]), float(ends[at, 1]), LEVEL, len(means))
+        name: Estimate(float(found[at]), float(ends[at, 0]), float(ends[at, 1]), len(means))
         for at, name in enumerate(varied, start=1)
     }
 

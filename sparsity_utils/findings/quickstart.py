@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from sparsity_utils.console import InputError
 from sparsity_utils.findings.claims import Claim, Verdicts, stated
 from sparsity_utils.findings.style import AXIS, COLOURS, ShownFigure, captioned, styled
-from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.trends import Estimate
 from sparsity_utils.sparsity.metrics import SparsityReport
 from sparsity_utils.study.study import Study
@@ -66,7 +65,7 @@ def verdicts(report: SparsityReport, p: float = 1.0) -> Verdicts:
         )
     low, high = (end - 1 for end in report.ppl_ratio_interval)
     reason = "" if np.isfinite([low, high]).all() else "one document: no interval"
-    increase = Estimate(report.ppl_ratio - 1, low, high, LEVEL, report.documents, reason)
+    increase = Estimate(report.ppl_ratio - 1, low, high, report.documents, reason)
     return Verdicts([price_claim(p).counted(increase, "documents", report.note)])
 
 

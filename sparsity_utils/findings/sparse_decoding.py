@@ -11,7 +11,6 @@ from sparsity_utils.decoding.speed import DENSE
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
 from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
 from sparsity_utils.laws.cost import DECODING_CASE, FFN_CASE, decoding_limit
-from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.limits import require
 from sparsity_utils.laws.trends import Estimate
 from sparsity_utils.models.config import ACTIVATIONS
@@ -148,7 +147,7 @@ def _lowest(claim: Claim, rows: pd.DataFrame, column: str = "strict_speedup") ->
     if rows[f"low_{column}"].isna().any():
         return claim.undecided("too few rounds for an interval")
     lowest = rows.loc[rows[f"low_{column}"].idxmin()]
-    estimate = Estimate(lowest[column], lowest[f"low_{column}"], lowest[f"high_{column}"], LEVEL, len(rows))
+    estimate = Estimate(lowest[column], lowest[f"low_{column}"], lowest[f"high_{column}"], len(rows))
     name = ACTIVATIONS.get(lowest["activation"], lowest["activation"])
     where = f"lowest of {len(rows)}: {name}, {100 * lowest['sparsity']:.1f}% sparse, on {_machine(lowest)}"
     return claim.judged(estimate, where)
@@ -162,7 +161,7 @@ def _ffns_explain() -> Verdict:
     limit = decoding_limit(ffn_share_read=0.0)
     exact = decoding_limit(ffn_share_read=(1 + 2 * (1 - PUBLISHED_SPARSITY)) / 3)
     reason = f"with the gate read in full and {100 * PUBLISHED_SPARSITY:.2f}% sparsity {exact:.2f}x"
-    return FFNS_EXPLAIN.judged(Estimate(limit, limit, limit, LEVEL, 1), reason)
+    return FFNS_EXPLAIN.judged(Estimate(limit, limit, limit, 1), reason)
 
 
 def break_even(ffns: pd.DataFrame) -> pd.DataFrame:

@@ -151,7 +151,6 @@ class Interval:
 
     low: float
     high: float
-    level: float
     limits: Array = field(repr=False)  # (resamples,)
     tokens: Array = field(repr=False)  # (points,) where the band is drawn
     band_low: Array = field(repr=False)  # (points,)
@@ -241,7 +240,7 @@ def fit_data_law(tokens: ArrayLike, activation_ratio: ArrayLike, form: str, grou
     return replace(fit, limit=float(theta[-1]), reason="") if form == "constant" else _judge(fit)
 
 
-def bootstrap_limit(fit: Fit, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval:
+def bootstrap_limit(fit: Fit, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Interval of the limit by a residual block bootstrap within each run.
 
     Errors of neighbouring checkpoints are correlated, so residuals are drawn in blocks of consecutive ones (as many as
@@ -255,7 +254,7 @@ def bootstrap_limit(fit: Fit, resamples: int = RESAMPLES, seed: int = 0, level: 
     """
     if fit.limit is None:
         empty = np.empty(0)
-        return Interval(np.nan, np.nan, level, empty, empty, empty, empty, {})
+        return Interval(np.nan, np.nan, empty, empty, empty, empty, {})
     shape, rng = FORMS[fit.form], np.random.default_rng(seed)
     u, fitted = fit.tokens / fit.reference, fit.predict(fit.tokens)
     residuals = (fit.activation_ratio - fitted) * np.sqrt(fit.n / (fit.n - shape.size))
@@ -269,13 +268,13 @@ def bootstrap_limit(fit: Fit, resamples: int = RESAMPLES, seed: int = 0, level: 
         thetas[row] = _solve(shape, u, fitted + drawn, fit.theta, tolerance=1e-5)
     grid = np.geomspace(fit.tokens.min(), fit.tokens.max(), 60)
     curves = np.array([shape.curve(grid / fit.reference, theta) for theta in thetas])  # (resamples, points)
-    tails = [(1 - level) / 2, (1 + level) / 2]
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     low, high = np.quantile(thetas[:, -1], tails)
     published = pd.DataFrame([shape.publish(theta, fit.reference / TOKEN_UNIT) for theta in thetas])
     ends = {name: np.quantile(values, tails) for name, values in published.items()}
     params = {name: (float(first), float(last)) for name, (first, last) in ends.items()}
     below, above = np.quantile(curves, tails, axis=0)
-    return Interval(float(low), float(high), level, thetas[:, -1], grid, below, above, params)
+    return Interval(float(low), float(high), thetas[:, -1], grid, below, above, params)
 
 
 def compare_forms(tokens: ArrayLike, activation_ratio: ArrayLike, forms: Sequence[str] = tuple(FORMS)) -> pd.DataFrame:

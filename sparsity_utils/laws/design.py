@@ -35,7 +35,7 @@ from scipy.special import expit, logit
 from sparsity_utils.console import InputError, short_number
 from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.limits import COLUMNS, fit_points, last_means, require
-from sparsity_utils.laws.trends import Estimate
+from sparsity_utils.laws.trends import Estimate, no_estimate
 from sparsity_utils.models.config import ACTIVATIONS
 
 CURVES = ("relu_vs_silu", "width_depth_ratio")  # questions whose tables hold the runs of a design
@@ -86,19 +86,10 @@ class Law:
     def predict(self, parameters: float, tokens: float, width_depth_ratio: float, activation: str) -> Estimate:
         """The outcome of a run with its 90% interval; NaN with a reason where there is none."""
         if self.reason or activation not in self.activations:
-            reason = self.reason or f"{ACTIVATIONS[activation]} was not fitted"
-            return Estimate(math.nan, math.nan, math.nan, LEVEL, self.errors.size, reason)
-        point = pd.DataFrame(
-            [
-                {
-                    "activation": activation,
-                    "parameters": parameters,
-                    "tokens": tokens,
-                    "width_depth_ratio": width_depth_ratio,
-                }
-            ]
-        )
-        x = _terms(point.assign(role="final"), self.outcome, self.activations)[0]
+            return no_estimate(self.reason or f"{ACTIVATIONS[activation]} was not fitted", self.errors.size)
+        numbers = {"parameters": parameters, "tokens": tokens, "width_depth_ratio": width_depth_ratio}
+        point = pd.DataFrame([numbers]).assign(activation=activation, role="final")
+        x = _terms(point, self.outcome, self.activations)[0]
         rank = math.ceil(LEVEL * (self.errors.size + 1))  # at most their number, from FEWEST_RUNS on
         unseen = np.sort(self.errors)[rank - 1]
         moves = self.without @ x  # (shapes,)
@@ -106,7 +97,7 @@ class Law:
         reach = math.hypot(unseen, ONE_SIDED * jackknife)
         middle = float(self.coefficients @ x)
         value, low, high = self.outcome.inverse(np.array([middle, middle - reach, middle + reach]))
-        return Estimate(float(value), float(low), float(high), LEVEL, self.errors.size)
+        return Estimate(float(value), float(low), float(high), self.errors.size)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -164,7 +155,7 @@ class Design:
             if not 0 < value < math.inf:
                 raise InputError(f"{name} is {value}; a prediction needs a positive number.")
         about = (parameters, tokens, width_depth_ratio, activation)
-        all_gates = Estimate(1.0, 1.0, 1.0, LEVEL, len(self.runs))
+        all_gates = Estimate(1.0, 1.0, 1.0, len(self.runs))
         nonzero = self.nonzero.predict(*about) if activation in EXACT_ZEROS else all_gates
         return Prediction(
             self.activation_ratio.predict(*about), nonzero, self.loss.predict(*about), self.extrapolates(*about)

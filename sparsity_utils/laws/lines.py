@@ -217,7 +217,7 @@ def size_means(runs: pd.DataFrame, keys: Sequence[str] = ("line", "d_model", "n_
     return groups.mean(numeric_only=True).assign(runs=groups.size()).reset_index()
 
 
-def pooled_means(values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> dict[Any, Estimate]:
+def pooled_means(values: ArrayLike, lines: ArrayLike) -> dict[Any, Estimate]:
     """{line: mean over its sizes}, with t intervals from the residual variance that all lines share.
 
     values: one per size; lines: the line of each. `n` of an estimate counts the sizes of its line.
@@ -226,10 +226,10 @@ def pooled_means(values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> d
     labels = _labels(lines, values)
     names = list(dict.fromkeys(labels))
     design = np.column_stack([labels == name for name in names]).astype(float) if names else np.empty((0, 0))
-    return _estimates(design, values, dict(enumerate(names)), labels, level)
+    return _estimates(design, values, dict(enumerate(names)), labels)
 
 
-def pooled_slopes(x: ArrayLike, values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> dict[Any, Estimate]:
+def pooled_slopes(x: ArrayLike, values: ArrayLike, lines: ArrayLike) -> dict[Any, Estimate]:
     """{line: slope of `values` on `x` over its sizes}, each line with its own intercept; intervals as `pooled_means`.
 
     A line whose sizes share one `x` has no slope and says nothing of the variance: its estimate holds a reason.
@@ -244,9 +244,9 @@ def pooled_slopes(x: ArrayLike, values: ArrayLike, lines: ArrayLike, level: floa
     own = [labels[kept] == name for name in spread]
     columns = [np.where(at, x[kept] - x[kept][at].mean(), 0) for at in own] + [at.astype(float) for at in own]
     design = np.column_stack(columns) if columns else np.empty((0, 0))
-    found = _estimates(design, values[kept], dict(enumerate(spread)), labels[kept], level)
+    found = _estimates(design, values[kept], dict(enumerate(spread)), labels[kept])
     reason = "sizes at one position have no slope"
-    nothing = {name: no_estimate(reason, int(np.sum(labels == name)), level) for name in names}
+    nothing = {name: no_estimate(reason, int(np.sum(labels == name))) for name in names}
     return nothing | found
 
 
@@ -255,25 +255,23 @@ def line_at(x: Array, values: Array, slope: float, at: ArrayLike) -> Array:
     return np.mean(values) + slope * (np.asarray(at, dtype=float) - np.mean(x))
 
 
-def coefficients(design: Array, values: Array, level: float = LEVEL) -> tuple[Array, Array]:
+def coefficients(design: Array, values: Array) -> tuple[Array, Array]:
     """Ordinary least squares: coefficients (columns,) and the ends of their t intervals (columns, 2)."""
     fit = sm.OLS(values, design).fit()
-    return np.asarray(fit.params), np.asarray(fit.conf_int(1 - level))
+    return np.asarray(fit.params), np.asarray(fit.conf_int(1 - LEVEL))
 
 
-def _estimates(
-    design: Array, values: Array, named: dict[int, Hashable], labels: NDArray, level: float
-) -> dict[Any, Estimate]:
+def _estimates(design: Array, values: Array, named: dict[int, Hashable], labels: NDArray) -> dict[Any, Estimate]:
     """{name: coefficient of its column of `design`}, each with its interval or the reason why it has none."""
     sizes = {name: int(np.sum(labels == name)) for name in named.values()}
     dof = values.size - design.shape[1]
     if dof < SMALLEST_DOF:
         reason = f"too few sizes: {values.size} on {len(sizes)} line{'s' * (len(sizes) != 1)} leave {max(dof, 0)} "
         reason += "degrees of freedom"
-        return {name: no_estimate(reason, count, level) for name, count in sizes.items()}
-    found, ends = coefficients(design, values, level)
+        return {name: no_estimate(reason, count) for name, count in sizes.items()}
+    found, ends = coefficients(design, values)
     return {
-        name: Estimate(float(found[column]), float(ends[column, 0]), float(ends[column, 1]), level, sizes[name])
+        name: Estimate(float(found[column]), float(ends[column, 0]), float(ends[column, 1]), sizes[name])
         for column, name in named.items()
     }
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 from sparsity_utils.console import InputError
 from sparsity_utils.laws.data_law import LEVEL
-from sparsity_utils.laws.trends import Estimate
+from sparsity_utils.laws.trends import Estimate, no_estimate
 from sparsity_utils.sparsity.patterns import representative_layers
 
 MOST_ACTIVE = 0.1  # share of neurons whose overlap between domains is compared
@@ -157,10 +157,9 @@ def bootstrap_draws(patterns: pd.DataFrame) -> NDArray[np.int64]:
     return np.random.default_rng(0).integers(len(patterns), size=(RESAMPLES, len(patterns)))
 
 
-def percentile_estimate(value: float, resampled: Iterable[float], tokens: int, level: float = LEVEL) -> Estimate:
+def percentile_estimate(value: float, resampled: Iterable[float], tokens: int) -> Estimate:
     """`value` with the percentile interval of its bootstrap resamples; too few tokens give a reason instead."""
     if tokens < FEWEST_TOKENS:
-        reason = f"only {tokens} vocabulary tokens; at least {FEWEST_TOKENS} are needed"
-        return Estimate(float("nan"), float("nan"), float("nan"), level, tokens, reason)
-    low, high = np.nanquantile(np.asarray(resampled), [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(value), float(low), float(high), level, tokens)
+        return no_estimate(f"only {tokens} vocabulary tokens; at least {FEWEST_TOKENS} are needed", tokens)
+    low, high = np.nanquantile(np.asarray(resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(value), float(low), float(high), tokens)
