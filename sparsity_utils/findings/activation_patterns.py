@@ -39,7 +39,7 @@ from sparsity_utils.study.study import Study
 
 OFTEN = 20  # occurrences in the measured text from which a token's mean activation ratio is compared
 ALIKE = 0.5  # rank correlation of two token patterns: at least this much counts as alike
-LITTLE = 0.25  # of the fall of the activation ratio: dead neurons explain little of it below this
+LITTLE = 0.25  # share of the decrease of the activation ratio below which dead neurons explain little of it
 TRANSFER_FACTOR = 2.0  # thresholds that cost p% on their own domain may cost this many times p% on another
 RUN = ["run", "activation", *SIZE, "seed"]
 SHARES = ["dead_share", "dead_share_zero", "activation_ratio", "dying_ratio"]  # of a layer's neurons
@@ -49,7 +49,7 @@ DIFFERENCES = {"size": "sizes", "activation": "activation\nfunctions", "seed": "
 
 
 def transfer_claim(p: float = 1.0) -> Claim:
-    """Do thresholds solved for a price of p percent on one domain hold on others?"""
+    """Do thresholds solved for p percent more perplexity on one domain keep to it on others?"""
     return Claim(
         "thresholds_transfer",
         "activation_patterns",
@@ -137,8 +137,8 @@ class Likeness:
 def likeness(neurons: pd.DataFrame, vocabulary: pd.DataFrame) -> Likeness:
     """Compare every two models of a study.
 
-    The tables of the questions activation_patterns and token_patterns, as results/columns.csv describes them. Raises
-    InputError for missing columns, duplicates and NaN.
+    neurons, vocabulary: the tables of the questions activation_patterns and token_patterns (results/columns.csv).
+    Raises InputError for missing columns, duplicates and NaN.
     """
     key, numbers = ["layer", "neuron", "domain"], ["count", "activation_ratio", "first", "last"]
     require(neurons, [*RUN, *key, "frequency"], ["run", *key], ["frequency"], "activation patterns")
@@ -161,7 +161,7 @@ def domains_alike(neurons: pd.DataFrame) -> pd.DataFrame:
 
 
 def dead_curves(layers: pd.DataFrame) -> pd.DataFrame:
-    """SHARES of all neurons of each ReLU run, one row per run and stable checkpoint.
+    """SHARES of all neurons of each ReLU run, sum(share * neurons) / sum(neurons) over layers; a row per checkpoint.
 
     layers: the table of the question dead_neurons. Raises InputError for missing columns, duplicates and NaN.
     """
@@ -182,7 +182,7 @@ def dead_ends(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts(alike: Likeness, dead: pd.DataFrame, transfer: pd.DataFrame) -> Verdicts:
-    """Tokens and neurons across sizes, layers, dead neurons, transfer of thresholds: one verdict per claim.
+    """One verdict per claim: on tokens and neurons across sizes, on layers, dead neurons and transfer of thresholds.
 
     dead: `dead_curves`. transfer: the table of that question. Raises InputError for missing columns, duplicates, NaN.
     """
@@ -207,9 +207,10 @@ def _tokens_alike(alike: Likeness) -> Verdict:
 
 
 def _neurons_alike(alike: Likeness) -> Verdict:
-    """One value per seed: its models share no weights with those of another seed, whatever their size and domain.
+    """Mean distance between activation functions less that between sizes; one value per seed.
 
-    Of the sizes that every seed has with ReLU and SiLU, so that seeds are like for like.
+    The unit is a seed, since models of one seed are not independent of each other. Only sizes that every seed has with
+    both ReLU and SiLU count, so that all seeds are compared on the same models.
     """
     models = alike.models[alike.models["activation"].isin(["relu", "silu"])]
     counts, everywhere = models.groupby(SIZE).size(), len(models[["activation", "seed"]].drop_duplicates())
@@ -227,7 +228,7 @@ def _neurons_alike(alike: Likeness) -> Verdict:
 
 
 def _middle_alike(alike: Likeness) -> Verdict:
-    """The middle layer against the first and the last, on the same pairs of sizes: those that have a middle."""
+    """Correlation in the middle layer less that in the first, and last, over the pairs of sizes that have a middle."""
     middle, tokens, estimates = alike.between_sizes["middle"], alike.tokens, {}
     if not middle:
         return MIDDLE_ALIKE.undecided("no two sizes have three layers or more")
@@ -292,7 +293,7 @@ def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
 
 @styled
 def frequency_figure(neurons: pd.DataFrame, alike: Likeness) -> ShownFigure:
-    """Distribution of the neurons' frequencies per size and domain, and how far distributions are apart (Fig. 9)."""
+    """Distribution of the neurons' frequencies per size and domain, and distances between distributions (Fig. 9)."""
     activations = sorted(set(neurons["activation"]))
     figure, panels = side_by_side(len(activations) + 1)
     for axes, activation in zip(panels, activations, strict=False):
@@ -328,7 +329,7 @@ def _distances(axes: Axes, alike: Likeness) -> None:
 
 @styled
 def token_figure(alike: Likeness) -> ShownFigure:
-    """Mean activation ratio of vocabulary tokens, smallest against largest model, and by layer (Fig. 10 and 16)."""
+    """Activation ratio of vocabulary tokens, smallest against largest model; correlations by layer (Fig. 10, 16)."""
     activations = sorted(set(alike.models["activation"]))
     sizes = sorted(set(alike.models[SIZE].itertuples(index=False, name=None)))
     figure, panels = side_by_side(len(activations) + 1)
@@ -367,7 +368,7 @@ def _correlations(axes: Axes, activations: list[str], alike: Likeness) -> None:
 
 @styled
 def dead_figure(curves: pd.DataFrame) -> ShownFigure:
-    """Share of dead ReLU neurons against training tokens, and where the fall of the activation ratio lies.
+    """Dead ReLU neurons against training tokens, and the activation ratio of all neurons and of those dead at the end.
 
     curves: `dead_curves`.
     """

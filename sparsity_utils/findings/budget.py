@@ -1,8 +1,11 @@
 """From a budget to a table of models: shapes, expected sparsity and loss, and tokens per second, dense and sparse.
 
-Decoding one token reads every weight that it needs once, so its time is that of the bytes at the rate that the kernels
-reach, and a fixed time per layer for calling them. Rates and fixed times are those of a measured machine; the cache of
-keys and values, which grows with the text, is not counted.
+Decoding one token reads every weight that it needs once, so its time is taken to be
+
+    seconds = bytes of FFNs / rate of their kernels + other bytes / rate of torch + n_layers * fixed seconds of a layer.
+
+Rates and fixed seconds are those of a measured machine. The cache of keys and values, which grows with the text, is not
+counted.
 """
 
 import math
@@ -37,37 +40,38 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast decoding is where memory gives `bandwidth`, by kernels as good as those that were measured."""
+    """How fast a machine of this memory bandwidth decodes, with kernels as efficient as the measured ones."""
 
     bandwidth: float  # GB/s, of reading memory
     dtype: str
-    rates: pd.DataFrame  # rate of an FFN's weights over that of reading memory: a row per d_model, a column per way
-    layer_seconds: dict[str, float]  # per way: time of a layer and token that no bytes explain
+    rates: pd.DataFrame  # rate of reading an FFN's weights over `bandwidth`: a row per d_model, a column per way
+    layer_seconds: dict[str, float]  # per way: time per layer and token beyond that of reading bytes
 
     def seconds(self, way: str, d_model: int, n_layers: int, ffn_bytes: float, other_bytes: float) -> float:
         """Time of one token whose FFNs read `ffn_bytes` and whose attention and head read `other_bytes`.
 
-        Attention and head are torch's in every way.
+        ffn_bytes / rate of the way + other_bytes / rate of "dense" + n_layers * layer_seconds: attention and head run
+        in torch whatever the way. The rates are those measured at the nearest d_model.
         """
         nearest = self.rates.index[np.abs(np.log(self.rates.index / d_model)).argmin()]
         rate = 1e9 * self.bandwidth * self.rates.loc[nearest]  # bytes per second
         return ffn_bytes / rate[way] + other_bytes / rate["dense"] + n_layers * self.layer_seconds[way]
 
     def speeds(self, d_model: int, n_layers: int, vocabulary: int, shares: dict[str, float]) -> dict[str, float]:
-        """Tokens per second of one sequence for each way of `shares`: the part of the FFN weights that it reads."""
+        """{way: tokens per second of one sequence}; `shares` is {way: share of the FFN weights that it reads}."""
         ffn = n_layers * 3 * d_model * d_ff(d_model) * BYTES[self.dtype]
         other = (non_embedding_parameters(d_model, n_layers) + vocabulary * d_model) * BYTES[self.dtype] - ffn
         return {way: 1 / self.seconds(way, d_model, n_layers, share * ffn, other) for way, share in shares.items()}
 
 
 def machine(ffns: pd.DataFrame, decoding: pd.DataFrame, bandwidth: float, dtype: str = "float32") -> Machine:
-    """A machine of that bandwidth, its kernels as good as those of a study's speed tables.
+    """A machine of that bandwidth with kernels as efficient as in a study's speed tables.
 
-    Rates are medians over single FFNs of one token with random patterns; the fixed time of a layer is what a step of
-    the trained models took beyond their bytes, all but nothing, mean over activation functions.
+    Rates are medians over single FFNs with one token and random patterns. The fixed time of a layer is the time of a
+    decoding step of the trained models less that of reading their few bytes, per layer, mean over activation functions.
 
     Args:
-        ffns, decoding: of the questions sparse_ffn and sparse_decoding (results/columns.csv).
+        ffns, decoding: tables of the questions sparse_ffn and sparse_decoding (results/columns.csv).
         bandwidth: GB/s of reading memory, as `measured_bandwidth` gives it.
         dtype: of the weights: float32, float16 or bfloat16.
 
@@ -115,12 +119,14 @@ def plan_budget(
 
     Columns: activation, shape, d_model, n_layers, parameters, width_depth_ratio; activation_ratio, loss and sparse
     (tokens per second, FFNs that skip what CETT calls inactive), each with low_ and high_ of its 90% interval; dense
-    (tokens per second, the faster way that reads all weights); certified (with an 8-bit copy of the gate that leaves
-    nothing undecided but the needed rows; exact zeros only); extrapolates (in words; empty inside the fit). The
-    interval of `sparse` is that of the activation ratio alone. An empty table if the design has no predictions.
+    (tokens per second, the faster way that reads all weights); certified (tokens per second, where an 8-bit copy of the
+    gate leaves only the needed rows undecided; functions with exact zeros only); extrapolates (in words; empty inside
+    the fit). The interval of `sparse` is that of the activation ratio alone. The table is empty if the design has no
+    predictions.
 
     Args:
         parameters: non-embedding. tokens: of the whole training. vocabulary: entries of the output head.
+        ratios: width-depth ratios; one without an integer shape near it is skipped.
 
     Raises InputError for numbers that are not positive.
     """
@@ -170,11 +176,11 @@ def _with_interval(table: pd.DataFrame, column: str, unit: float, digits: int) -
 
 
 def decoding_check(ffns: pd.DataFrame, decoding: pd.DataFrame) -> pd.DataFrame:
-    """Predicted beside measured decoding of the model of a published shape, which had no part in the rates.
+    """Measured beside predicted decoding of the model of a published shape, which had no part in the rates.
 
-    One row per sparsity and way: tokens_per_second and strict_speedup (over the faster way that reads all weights),
-    each measured and predicted from the weights that were read. Empty where a study has not measured one.
-    Raises InputError as `machine` does.
+    One row per sparsity and way: shape, inactive_percent, way, tokens_per_second and strict_speedup (over the faster
+    way that reads all weights) as measured, predicted and predicted_speedup from the weights that were read. The table
+    is empty if the study has no such model. Raises InputError as `machine` does.
     """
     on = machine(ffns, decoding, recorded_bandwidth(ffns))
     steps = decoding[(decoding["model"] == "random weights") & (decoding["sequences"] == 1)]
@@ -195,7 +201,7 @@ def decoding_check(ffns: pd.DataFrame, decoding: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rates(ffns: pd.DataFrame, dtype: str) -> pd.DataFrame:
-    """Rate of the weights of one FFN over that of reading memory. (d_model, way)"""
+    """Median gb_per_s / read_gb_per_s: rate of the weights of one FFN over that of reading memory. (d_model, way)"""
     rows = ffns[(ffns["dtype"] == dtype) & (ffns["tokens"] == 1) & (ffns["pattern"] == "random")]
     shares = rows.assign(rate=rows["gb_per_s"] / rows["read_gb_per_s"])
     return shares.pivot_table("rate", "d_model", "way", aggfunc="median").reindex(columns=list(WAYS))
@@ -225,7 +231,7 @@ def _outcomes(expected: Prediction) -> dict[str, float]:
 
 
 def _speeds(on: Machine, expected: Prediction, about: dict, vocabulary: int) -> dict[str, float | str]:
-    """Tokens per second of the ways, and the words of extrapolation with those of the rates."""
+    """Tokens per second of the ways, and in words where the prediction or the rates extrapolate."""
     shape = (about["d_model"], about["n_layers"], vocabulary)
 
     def sparse(end: str) -> float:

@@ -1,12 +1,19 @@
 """What a claim is, how an estimate decides it, and the tables that show claims and verdicts.
 
-Thirteen claims of the collection are primary: the study's sizes and seeds are planned for them. At each of two
-width-depth ratios they are that ReLU reaches the loss of SiLU, that the ReLU activation ratio falls with data, that the
-SiLU activation ratio rises, that ReLU ends sparser, and that the limits of either do not depend on scale; at one size,
-that the limit rises with the width-depth ratio. Each is judged at its own 90% interval, without correction for their
-number, by a test whose unit is a size. All other claims are secondary; most of their tests are means over runs or
-regressions with seeds as blocks. Where the seeds of a size share what the size has of its own, such an interval is too
-narrow: a secondary verdict says where to look, not what holds.
+Thirteen claims of the collection are primary: the study's sizes and seeds are planned for them. Six are made at each of
+two width-depth ratios:
+
+- ReLU reaches the loss of SiLU,
+- the ReLU activation ratio falls with data,
+- the SiLU activation ratio rises with data,
+- ReLU ends sparser,
+- the ReLU limit does not depend on scale,
+- the SiLU limit does not depend on scale.
+
+The thirteenth is that at one size the limit rises with the width-depth ratio. Each primary claim is judged at its own
+90% interval, without correction for their number, by a test whose unit is a size. All other claims are secondary; most
+of their tests are means over runs or regressions with seeds as blocks. If all seeds of a size share a deviation, such
+an interval is too narrow: a secondary verdict says where to look, not what holds.
 """
 
 import math
@@ -68,11 +75,11 @@ class Claim:
 
     @property
     def rank(self) -> str:
-        """The word for it in a table."""
+        """The word for `primary` in a table."""
         return "primary" if self.primary else "secondary"
 
     def on(self, line: str) -> "Claim":
-        """The same claim on the sizes of a line: on that at a second width-depth ratio its sentence says so."""
+        """The same claim on the sizes of a line; its key and sentence name any line but the main one."""
         if line == MAIN:
             return self
         return replace(self, key=f"{self.key}_{line}", claim=f"{self.claim}, at a second width-depth ratio")
@@ -98,15 +105,16 @@ class Claim:
     def judged_all(
         self, estimates: Mapping[str, Estimate], unit: str, *notes: str, words: Mapping[str, str] | None = None
     ) -> Verdict:
-        """The claim is true of every estimate: an intersection-union test, each at the full level, no correction.
+        """The verdict on the claim that every estimate lies in the region.
 
-        The row shows the one that decides: of those with the verdict, one without a number, or else the one whose
-        interval comes nearest to the wrong side of the region.
+        It is an intersection-union test: each estimate is judged at the full level, without correction, and the worst
+        verdict counts. The row shows the estimate that decides: of those with that verdict, one without a number,
+        or else the one whose interval comes nearest to the wrong side of the region.
 
         Args:
             estimates: by name; at least one.
             unit: what an estimate counts, such as runs.
-            words: the verdict on each estimate where it is not `decide`.
+            words: the verdict on each estimate; that of `decide` by default.
         """
         words = words or {name: self.decide(estimate) for name, estimate in estimates.items()}
         verdict = next(word for word in (NOT_SUPPORTED, INCONCLUSIVE, SUPPORTED) if word in words.values())
@@ -116,7 +124,7 @@ class Claim:
         return self.judged(found, found.reason or f"{found.n} {unit}", f"decides: {name}", *notes, verdict=verdict)
 
     def _room(self, estimate: Estimate) -> float:
-        """Distance of the interval from the nearer end of the region; least where there is no number."""
+        """Distance of the interval from the nearer end of the region; minus infinity where there is no number."""
         low, high = self.region
         return -math.inf if estimate.reason else min(estimate.low - low, high - estimate.high)
 
@@ -169,7 +177,7 @@ def form_claim(activation: str, form: str, question: str) -> Claim:
 
 
 def form_gaps(forms: pd.DataFrame, form: str, curve: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """AICc, and logarithm of the root mean square error, of each rival less that of `form`.
+    """Two tables, of AICc and of the logarithm of the root mean square error: each rival's less that of `form`.
 
     forms: form, aicc and rmse of every curve, named in the column `curve`. One row per curve and one column per rival;
     NaN where a form could not be fitted.
@@ -185,8 +193,8 @@ def form_gaps(forms: pd.DataFrame, form: str, curve: str) -> tuple[pd.DataFrame,
 def form_verdict(claim: Claim, aicc: pd.DataFrame, misfit: pd.DataFrame) -> Verdict:
     """The published form must be better than each rival.
 
-    AICc on a dozen points prefers a simpler form even where the published one is true: that a simpler form does well
-    is not evidence against it. Against it counts a form that fits better before parameters are counted.
+    On a dozen points AICc prefers a simpler form even where the published one is true, so a simpler form with a lower
+    AICc is no evidence against it. A form with smaller residuals, parameters not counted, is.
 
     aicc, misfit: as `form_gaps` gives them for the published form, one row per run or published curve.
     """

@@ -21,7 +21,7 @@ from sparsity_utils.laws.trends import NOT_SUPPORTED, Estimate, mean_over_runs
 from sparsity_utils.models.config import ACTIVATIONS
 from sparsity_utils.study.study import Study
 
-COVERED = 0.8  # of held-out runs: 90% intervals that hold at least so many are called honest
+COVERED = 0.8  # share of held-out runs that 90% intervals must at least hold
 MARGINS = {  # within which a size beyond the fit is predicted, in the units of `holdout.errors`
     "activation ratio": 100 * SLOPE_MARGIN,  # points
     "loss": 5.0,  # percent: what a factor of two in parameters buys, at loss ~ N^-0.076 (arXiv 2001.08361, eq. 1.1)
@@ -84,7 +84,7 @@ def claims() -> pd.DataFrame:
 
 
 def beyond_the_fit(held: pd.DataFrame) -> pd.DataFrame:
-    """Predicted and measured activation ratio of the runs of held-out sizes; of shapes where no size could be held out.
+    """Predicted and measured activation ratio of runs of held-out sizes; of held-out shapes if no size was held out.
 
     held: as `holdout.held_out` gives it.
     """
@@ -122,7 +122,7 @@ def _covers(rows: pd.DataFrame, claim: Claim) -> Verdict:
         return claim.undecided("without a shape the other runs are too few for an interval")
     inside = int(rows["inside"].sum())
     low, high = proportion_confint(inside, len(rows), 1 - LEVEL, method="beta")
-    estimate = Estimate(inside / len(rows), float(low), float(high), LEVEL, len(rows))
+    estimate = Estimate(inside / len(rows), float(low), float(high), len(rows))
     reason = f"{inside} of {len(rows)} runs of {len(rows[SHAPE[1:]].drop_duplicates())} shapes"
     return claim.judged(estimate, reason, verdict=NOT_SUPPORTED if high < LEVEL else None)
 
@@ -163,7 +163,7 @@ def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
 def figure(
     fitted: Design, held: pd.DataFrame, models: pd.DataFrame, on: Machine, parameters: int, tokens: float
 ) -> ShownFigure:
-    """Predicted activation ratio, loss and speed of a budget against the width-depth ratio; held-out runs.
+    """Predicted activation ratio, loss and speed against the width-depth ratio, for one budget; held-out runs.
 
     held: as `holdout.held_out` gives it. models: as `budget.plan_budget` gives them for that budget on that machine.
     """
@@ -214,7 +214,7 @@ def _predicted(axes: Axes, fitted: Design, law: Law, parameters: float, tokens: 
 
 
 def _carried(law: Law, run: dict, parameters: float, tokens: float) -> float:
-    """What a run measured, moved to another budget along the fit: its distance from the curve is that of the run."""
+    """A run's value moved to another budget along the fit: link(measured) - link(fit here) + link(fit there)."""
     here = law.predict(run["parameters"], run["tokens"], run["width_depth_ratio"], run["activation"]).value
     there = law.predict(parameters, tokens, run["width_depth_ratio"], run["activation"]).value
     here, there, measured = law.outcome.link(np.array([here, there, run[law.outcome.column]]))

@@ -70,8 +70,10 @@ def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
 
 @styled
 def figure(table: pd.DataFrame) -> ShownFigure:
-    """Rise of perplexity for every metric at the largest size, against activation ratio (compare Fig. 2 and 3) and
-    against the FFN weights that must be read."""
+    """Increase of perplexity under every metric at the largest size (compare Fig. 2 and 3).
+
+    Above, it is drawn against the activation ratio; below, against the share of the FFN weights that must be read.
+    """
     largest = with_weights_read(table[table["parameters"] == table["parameters"].max()])
     activations = sorted(set(largest["activation"]))
     shown = ShownFigure(figsize=(3.7 * len(activations), 6.4), layout="constrained")
@@ -112,7 +114,7 @@ def _increase(rows: pd.DataFrame) -> pd.Series:
 
 
 def _loss_gaps(rows: pd.DataFrame) -> dict[str, float]:
-    """Mean loss gap (nats per token) of Top-k and FAT to CETT over the activation ratios that both cover in one run."""
+    """{rival: ln(PPL ratio) less that of CETT, mean over the activation ratios that both cover}, nats per token."""
     ratios, cett = _curve(rows, "cett")
     useful = np.flatnonzero(cett <= np.log(USEFUL_PPL_RATIO))
     gaps = dict.fromkeys(RIVALS, float("nan"))
@@ -127,7 +129,7 @@ def _loss_gaps(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def _curve(rows: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Activation ratios of a metric, rising, and log PPL ratio there: the loss added by sparsity, in nats per token."""
+    """Activation ratios of a metric, in order, and log PPL ratio there: loss added by sparsity, in nats per token."""
     rows = rows[(rows["metric"] == metric) & (rows["activation_ratio"] > 0)]
     means = np.log(rows.groupby("activation_ratio", sort=True)["ppl_ratio"].mean())
     return means.index.to_numpy(dtype=float), means.to_numpy(dtype=float)

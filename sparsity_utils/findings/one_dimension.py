@@ -1,7 +1,7 @@
 """Claims on one dimension at a time, and their verdicts: which of width, depth and d_ff moves sparsity, and how much.
 
-ReLU shapes that differ from a centre in one dimension each, and the two lines of sizes. All runs have equally many
-training tokens per parameter. The claims are frozen before the runs: later results change neither tests nor margins.
+The runs are ReLU shapes that differ from a centre in one dimension each, and the two lines of sizes. All have equally
+many training tokens per parameter. The claims are frozen before the runs: results change neither tests nor margins.
 """
 
 import math
@@ -12,7 +12,6 @@ import pandas as pd
 
 from sparsity_utils.console import InputError
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
-from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.limits import COLUMNS, SHAPE, require
 from sparsity_utils.laws.lines import (
     Lines,
@@ -99,10 +98,10 @@ def claims() -> pd.DataFrame:
 
 
 def verdicts(shapes: pd.DataFrame | None, lines: Lines) -> Verdicts:
-    """Depth drives the trend of non-zeros, the weak tail shrinks, and larger is sparser by non-zeros.
+    """One verdict per claim: depth drives the trend of non-zeros, the weak tail shrinks, larger is sparser.
 
     shapes: a table of checkpoints with the column d_ff, of ReLU shapes that differ from one of them in one dimension;
-    without it its claims are inconclusive. lines: the tables of the lines of sizes, as `lines.lines_of`.
+    if it is None, its claims are inconclusive. lines: the tables of the lines of sizes, as `lines.lines_of`.
     Raises InputError for missing columns, duplicates, NaN, and shapes without a centre.
     """
     tail = _tail_verdict(lines)
@@ -144,7 +143,7 @@ def shape_means(shapes: pd.DataFrame) -> pd.DataFrame:
 def centre(means: pd.DataFrame) -> pd.Series:
     """The shape from which every other differs in exactly one dimension; InputError where there is none.
 
-    If only one dimension varies every shape is one; the slope is the same from each of them.
+    If only one dimension varies, every shape is such a centre; the slope does not depend on which one is taken.
     """
     shapes = means[list(DIMENSIONS)].to_numpy()
     differing = (shapes[:, None] != shapes[None]).sum(axis=2)  # (shapes, shapes)
@@ -168,7 +167,7 @@ def doubling_slopes(means: pd.DataFrame) -> dict[str, Estimate]:
 
 
 def _slopes(means: pd.DataFrame, middle: pd.Series, along: dict[str, pd.Series]) -> dict[str, Estimate]:
-    """Slope along each dimension: value = intercept + sum over dimensions of slope * `along`, on its shapes alone."""
+    """Slopes in value = intercept + slope * along, of the dimension in which a shape differs from `middle`."""
     columns = {name: np.where(means[name] != middle[name], x, 0.0) for name, x in along.items()}
     varied = [name for name in DIMENSIONS if np.any(columns[name])]
     nothing = {name: no_estimate(f"no shape differs in {name} alone") for name in DIMENSIONS}
@@ -179,7 +178,7 @@ def _slopes(means: pd.DataFrame, middle: pd.Series, along: dict[str, pd.Series])
     design = np.column_stack([np.ones(len(means)), *(columns[name] for name in varied)])
     found, ends = coefficients(design, means["value"].to_numpy(dtype=float))
     return nothing | {
-        name: Estimate(float(found[at]), float(ends[at, 0]), float(ends[at, 1]), LEVEL, len(means))
+        name: Estimate(float(found[at]), float(ends[at, 0]), float(ends[at, 1]), len(means))
         for at, name in enumerate(varied, start=1)
     }
 
@@ -197,7 +196,7 @@ def depth_drives(slopes: dict[str, Estimate]) -> tuple[str, Estimate]:
 
 
 def share_falls(estimate: Estimate) -> str:
-    """Verdict of a share that falls by at least two points per doubling."""
+    """Verdict on the claim that a share falls by at least two points per doubling."""
     if estimate.high < FALL:
         return SUPPORTED
     return NOT_SUPPORTED if estimate.low > 0 else INCONCLUSIVE

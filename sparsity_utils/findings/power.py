@@ -1,9 +1,10 @@
 """How likely each verdict is before any run: the tests of the verdicts on simulated values of a planned design.
 
-Value of a run = effect + effect of its size, N(0, sd_fit) + effect of its seed, N(0, sd_seed). The effect is a mean, or
-a slope times x. What is averaged, fitted and judged are the very functions that the verdicts call. Claims of
-equivalence are also simulated at their margin, where "supported" must come up in at most 5% of the draws. Values of
-sizes are measured means, as the verdicts take them unless every fitted limit is sound.
+    value of a run = effect + effect of its size, N(0, sd_fit) + effect of its seed, N(0, sd_seed)
+
+The first effect is a mean, or a slope times x. The values are averaged, fitted and judged by the same functions that
+the verdicts call. Claims of equivalence are also simulated at their margin, where "supported" must come up in at most
+5% of the draws. Values of sizes stand for measured means, which verdicts rest on unless every fitted limit is sound.
 """
 
 from collections.abc import Callable
@@ -45,11 +46,11 @@ COLUMNS = [
 
 Array = NDArray[np.float64]
 Effect = float | dict[str, float]  # one for all lines, or by line
-Judge = Callable[[Array, Array], dict[Claim, str]]  # values of sizes, values of runs: verdicts
+Judge = Callable[[Array, Array], dict[Claim, str]]  # (values of sizes, values of runs) -> verdicts
 
 
 class Truth(NamedTuple):
-    """A planted effect: its name, what each claim's estimate then is (NaN: not known), and what it adds to each run."""
+    """A simulated effect: its name, what each claim estimates without noise (NaN: not known), what it adds to runs."""
 
     name: str
     values: dict[Claim, float]
@@ -57,7 +58,7 @@ class Truth(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """What the first study says of an outcome: its rows of power_inputs."""
+    """How the runs of the first study vary in an outcome: its rows of results/power_inputs.csv."""
 
     rows: pd.DataFrame
 
@@ -234,7 +235,7 @@ def _of_tail(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
 
 
 def _of_ratio(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
-    """The rise with the width-depth ratio at one size."""
+    """The claim that the limit rises with the width-depth ratio at one size."""
     own, claim = spread[RATIO_OUTCOME], RATIO_RISES
     first = float(own.rows["first_effect"].iloc[0])
 
@@ -250,7 +251,7 @@ def _of_ratio(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]
 
 
 def _of_depth(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
-    """Whether depth drives the trend of non-zeros, one dimension at a time."""
+    """The claim that depth drives the trend of non-zeros, on shapes that vary one dimension at a time."""
     sizes, own, claim = _sizes(runs), spread["nonzero_share"], one_dimension.DEPTH_DRIVES
     middle, depth = one_dimension.centre(sizes), _slope_of_depth(own)
     decades = np.log10(runs["parameters"] / middle["parameters"])
@@ -275,7 +276,7 @@ def _of_depth(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]
 
 
 def _of_doublings(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:
-    """Whether deeper and wider FFNs are sparser by non-zeros, one dimension at a time."""
+    """The claims per doubling of depth and of d_ff, on shapes that vary one dimension at a time."""
     sizes, own = _sizes(runs), spread["nonzero_share"]
     middle, mean = one_dimension.centre(sizes), own.at_ratio(DEPTH_LINE, "mean")
     if not np.isfinite(mean):
@@ -302,9 +303,9 @@ def _of_doublings(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulat
 
 
 def _slope_of_depth(spread: Spread) -> float:
-    """Slope per decade of depth if depth alone explains the first study's line; at fixed width a decade of parameters.
+    """Slope per decade of depth if depth alone explains the first study's line; NaN where it had no such line.
 
-    NaN where the first study had no such line.
+    At fixed width a decade of depth is a decade of parameters.
     """
     return DEPTH_PER_LINE * spread.at_ratio(DEPTH_LINE)
 
@@ -327,7 +328,7 @@ def _truth(
     runs: pd.DataFrame,
     along: Array | None = None,
 ) -> Truth:
-    """An effect, one for all lines or {line: effect}, on a mean or on the slope along x."""
+    """`effect`, one for all lines or {line: effect}, as the mean of the runs or, with `along`, as their slope on it."""
     by_line = effect if isinstance(effect, dict) else dict.fromkeys(stated, effect)
     per_run = runs["line"].map(by_line).to_numpy(dtype=float)
     values = {claim: by_line[line] for line, claim in stated.items()}

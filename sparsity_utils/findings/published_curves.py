@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, form_claim, form_gaps, form_verdict, stated
 from sparsity_utils.findings.style import AXIS, COLOURS, Look, ShownFigure, captioned, side_by_side, styled
-from sparsity_utils.laws.data_law import LEVEL, TOKEN_UNIT
+from sparsity_utils.laws.data_law import TOKEN_UNIT
 from sparsity_utils.laws.holdout import LAST_VALUE
 from sparsity_utils.laws.limits import published_form, require
 from sparsity_utils.laws.published import PublishedLaw
@@ -108,7 +108,7 @@ def _printed_laws(refit: pd.DataFrame) -> Verdict:
     worst = refit.loc[refit["published_rmse"].idxmax()]
     error, within = worst["published_rmse"], int((refit["published_rmse"] <= PRINTED_ERROR).sum())
     reasons = f"{within} of {len(refit)} curves", f"worst: {_name(worst)}", _protocol(refit)
-    return PRINTED_LAWS.judged(Estimate(error, error, error, LEVEL, len(refit)), *reasons)
+    return PRINTED_LAWS.judged(Estimate(error, error, error, len(refit)), *reasons)
 
 
 def _limits_again(refit: pd.DataFrame, claim: Claim) -> Verdict:
@@ -126,7 +126,7 @@ def _limits_again(refit: pd.DataFrame, claim: Claim) -> Verdict:
     inside = f"{int((~outside).sum())} of {len(refit)} printed limits inside"
     unknown = f"{vague} without an interval of {100 * DETERMINED:g} point" if vague else ""
     reasons = inside, unknown, f"furthest off: {_name(worst)}", _protocol(refit)
-    return claim.judged(Estimate(value, low, high, LEVEL, len(known)), *reasons, verdict=verdict)
+    return claim.judged(Estimate(value, low, high, len(known)), *reasons, verdict=verdict)
 
 
 def _protocol(refit: pd.DataFrame) -> str:
@@ -151,7 +151,7 @@ def _sparsity_known(refit: pd.DataFrame, stability: pd.DataFrame) -> Verdict:
     holds = row["limit_low"] <= early <= row["limit_high"]  # not so without an early limit
     sound = not isinstance(row["reason"], str) or not row["reason"]
     verdict = SUPPORTED if sound and holds and width <= DETERMINED else NOT_SUPPORTED
-    estimate = Estimate(1 - row["limit"], 1 - row["limit_high"], 1 - row["limit_low"], LEVEL, 1)
+    estimate = Estimate(1 - row["limit"], 1 - row["limit_high"], 1 - row["limit_low"], 1)
     from_part = f"{100 * (1 - early):.2f}%" if np.isfinite(early) else "no limit"
     reasons = f"interval {100 * width:.1f} points wide", f"{FIRST_PART}: {from_part}", "" if sound else row["reason"]
     return SPARSITY_KNOWN.judged(estimate, *reasons, verdict=verdict)
@@ -186,16 +186,16 @@ def misfits(refit: pd.DataFrame) -> pd.DataFrame:
 
 
 def limits_by_part(stability: pd.DataFrame) -> pd.DataFrame:
-    """The limit of the 2.4B curve in percent, by who says so and which of its points are fitted."""
+    """The limit of the 2.4B curve in percent: printed, in the authors' scripts, and by the points that are fitted."""
     rows = stability.query(PRINTED_MODEL).set_index("source")
     shares = 100 * rows[["limit", "low", "high", "rmse", "unseen"]]
     return shares.round(2).join(rows["points"].astype("Int64"))
 
 
 def distance_to_limit(refit: pd.DataFrame) -> pd.DataFrame:
-    """Tokens after which a law stays near its limit, over those of its curve; the unseen part of its change in percent.
+    """Tokens after which a law stays near its limit, over the last tokens of its curve, as refitted and as printed.
 
-    As refitted and as printed.
+    unseen_percent: share of the refitted change from first point to limit that lies beyond the last point.
     """
     rows = refit.set_index(CURVE)
     tokens = {"refitted": rows["tokens_to_limit"], "as printed": rows["published_tokens_to_limit"]}
@@ -297,7 +297,7 @@ def _left_out(axes: Axes, stability: pd.DataFrame) -> None:
 
 @styled
 def forecasts_figure(table: pd.DataFrame) -> ShownFigure:
-    """Error of each form on the second half of a curve, fitted to the first; the last value is the floor to beat."""
+    """Error of each form on the second half of a curve, fitted to the first; the last value is the one to beat."""
     figure, panels = side_by_side(2, share_y=True)
     for axes, (activation, rows) in zip(panels, table.groupby("activation", sort=True), strict=True):
         forms = list(dict.fromkeys(rows["form"]))

@@ -1,6 +1,6 @@
-"""Notebook 00, one measured model: what a price met on some documents costs on others, and pictures of the report.
+"""Notebook 00, one measured model: whether thresholds cost on other documents what they were solved for.
 
-Bars per layer, a heatmap of layers and tokens, and a text coloured by activation.
+The figures of its report are bars per layer, a heatmap of layers and tokens, and a text coloured by activation.
 """
 
 import html
@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from sparsity_utils.console import InputError
 from sparsity_utils.findings.claims import Claim, Verdicts, stated
 from sparsity_utils.findings.style import AXIS, COLOURS, ShownFigure, captioned, styled
-from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.trends import Estimate
 from sparsity_utils.sparsity.metrics import SparsityReport
 from sparsity_utils.study.study import Study
@@ -36,7 +35,7 @@ STRONG = 0.9  # quantile of the tokens above which coloured text is bold as well
 
 
 def price_claim(p: float = 1.0) -> Claim:
-    """Does a price of p percent, met on calibration documents, hold on others?"""
+    """Do thresholds that cost p percent more perplexity on calibration documents cost as much on others?"""
     return Claim(
         "price",
         "quickstart",
@@ -55,7 +54,7 @@ def claims() -> pd.DataFrame:
 
 
 def verdicts(report: SparsityReport, p: float = 1.0) -> Verdicts:
-    """Is a price of p percent met on the calibration documents about the price on others?
+    """Do thresholds solved for p percent more perplexity on calibration documents cost about as much on others?
 
     Raises InputError for a report that was not made by CETT-PPL-p% with calibration batches of its own.
     """
@@ -66,7 +65,7 @@ def verdicts(report: SparsityReport, p: float = 1.0) -> Verdicts:
         )
     low, high = (end - 1 for end in report.ppl_ratio_interval)
     reason = "" if np.isfinite([low, high]).all() else "one document: no interval"
-    increase = Estimate(report.ppl_ratio - 1, low, high, LEVEL, report.documents, reason)
+    increase = Estimate(report.ppl_ratio - 1, low, high, report.documents, reason)
     return Verdicts([price_claim(p).counted(increase, "documents", report.note)])
 
 
@@ -126,7 +125,7 @@ def token_heatmap(per_token: pd.DataFrame, tokens: Sequence[str]) -> ShownFigure
 
 @dataclass(frozen=True)
 class ColouredText:
-    """A text in which each token is shaded by its activation ratio; bold where HTML loses its colours."""
+    """A text in which each token is shaded by its activation ratio, the highest in bold, should colours be lost."""
 
     pieces: tuple[str, ...]
     percent: tuple[float, ...]  # active neurons of each token, mean over layers, in percent of d_ff
@@ -162,7 +161,7 @@ def coloured_text(per_token: pd.DataFrame, pieces: Sequence[str]) -> ColouredTex
 
 
 def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
-    """None: these figures are of a model and a text, which no stored table holds."""
+    """No figure: those of this notebook show a model and a text, which no stored table holds."""
     yield from ()
 
 
@@ -191,7 +190,7 @@ def _layer_columns(per_token: pd.DataFrame, tokens: Sequence[str]) -> np.ndarray
 
 
 def _shades(percent: np.ndarray) -> Normalize:
-    """The range of the shades."""
+    """The range that the shades span, from one percentile of ROBUST to the other."""
     low, high = np.nanpercentile(percent, ROBUST)
     return Normalize(float(low), float(max(high, low + 1e-3)), clip=True)
 
@@ -217,7 +216,7 @@ def _font() -> frozenset[int]:
 
 
 def _whole_ticks(axis: mpl.axis.Axis, count: int) -> None:
-    """Whole numbers, at most about twenty of them."""
+    """Put ticks at whole numbers, at most about twenty of them."""
     axis.set_ticks(range(0, count, -(-count // 20)))
 
 

@@ -1,4 +1,4 @@
-"""Notebook 02, more data: losses, directions and levels of ReLU beside SiLU, and the published law along a run."""
+"""Notebook 02, more data: loss, trend and final sparsity of ReLU beside SiLU, and the published law along a run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -135,9 +135,9 @@ def _forms(checkpoints: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts(training: Training) -> Verdicts:
-    """Comparable loss, opposite directions, ReLU sparser, on each line of sizes; the law as description and forecast.
+    """One verdict per claim: loss, trends and sparsity on each line of sizes, the law as description and as forecast.
 
-    Without a second line its claims are inconclusive.
+    Without a second line, the claims on it are inconclusive.
     """
     lines = training.lines
     means = {claim: means_on_lines(on_lines(lines, outcome)) for claim, outcome in ON_LINES.items()}
@@ -175,7 +175,7 @@ def _forecast_verdict(table: pd.DataFrame) -> Verdict:
 
 
 def final_losses(checkpoints: pd.DataFrame) -> pd.DataFrame:
-    """Validation loss after the decay of each size, nats per token over its seeds; ReLU less SiLU in percent."""
+    """Validation loss of each size after the decay, nats per token over its seeds; ReLU less SiLU in percent."""
     final = checkpoints[checkpoints["role"] == "final"].groupby(["d_model", "n_layers", "activation"])
     table = final["validation_loss"].agg(["count", "mean", "min", "max"]).unstack("activation")
     table["relu to silu", "%"] = 100 * (table["mean", "relu"] / table["mean", "silu"] - 1)

@@ -41,7 +41,7 @@ from sparsity_utils.models.config import ACTIVATIONS
 from sparsity_utils.models.decoder import non_embedding_parameters
 from sparsity_utils.study.study import Study
 
-CLOSEST = 1.8  # ratio of two sizes whose labels stand side by side
+CLOSEST = 1.8  # ratio of two sizes from which on the labels of both fit on an axis
 LOOKS = {activation: Look(number) for number, activation in enumerate(ACTIVATIONS)}
 MEASURED = "mean of the last five stable checkpoints"
 
@@ -144,10 +144,10 @@ def _limit_over_scale(limits: pd.DataFrame, lines: Lines, activation: str) -> Ov
 
 
 def verdicts(scale: Scale) -> Verdicts:
-    """Slopes per decade of parameters, tested for equivalence with zero on each line; and who converges sooner.
+    """Are slopes per decade of parameters equivalent to zero on each line, and who converges sooner?
 
-    Whether sparsity depends on scale may depend on the metric: arXiv 2210.06313 counts non-zeros. Without a second line
-    its claims are inconclusive.
+    Whether sparsity depends on scale may depend on the metric: arXiv 2210.06313 counts non-zeros. Without a second
+    line, the claims on it are inconclusive.
     """
     second = _on_line(scale, SECOND)
     if SECOND not in scale.lines:
@@ -205,7 +205,7 @@ def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
 def figure(scale: Scale) -> ShownFigure:
     """Activation ratio against size by two metrics and beside the published limits, and who converges sooner.
 
-    The sizes of a second line are not drawn; the intervals of the slopes rest on the spread of both, as the verdicts.
+    The sizes of a second line are not drawn, but the intervals rest on the residuals of both lines, as in the verdicts.
     """
     shown = ShownFigure(figsize=(7.8, 6.8), layout="constrained")
     (left, right), (half, beside) = shown.subplots(2, 2)

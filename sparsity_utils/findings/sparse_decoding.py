@@ -11,7 +11,6 @@ from sparsity_utils.decoding.speed import DENSE
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
 from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
 from sparsity_utils.laws.cost import DECODING_CASE, FFN_CASE, decoding_limit
-from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.limits import require
 from sparsity_utils.laws.trends import Estimate
 from sparsity_utils.models.config import ACTIVATIONS
@@ -115,8 +114,8 @@ def claims() -> pd.DataFrame:
 def verdicts(ffns: pd.DataFrame, decoding: pd.DataFrame) -> Verdicts:
     """Single FFNs against their ideal, and whole decoding steps: one verdict per claim.
 
-    The tables of the questions sparse_ffn and sparse_decoding, as results/columns.csv describes them. Raises
-    InputError for missing columns, duplicates and NaN.
+    ffns, decoding: the tables of the questions sparse_ffn and sparse_decoding (results/columns.csv). Raises InputError
+    for missing columns, duplicates and NaN.
     """
     numbers = ["sparsity", "ideal_speedup", "speedup", "strict_speedup"]
     require(ffns, [*FFN_CASE, *INTERVALS, "ideal_speedup"], FFN_CASE, numbers, "FFN speeds")
@@ -148,7 +147,7 @@ def _lowest(claim: Claim, rows: pd.DataFrame, column: str = "strict_speedup") ->
     if rows[f"low_{column}"].isna().any():
         return claim.undecided("too few rounds for an interval")
     lowest = rows.loc[rows[f"low_{column}"].idxmin()]
-    estimate = Estimate(lowest[column], lowest[f"low_{column}"], lowest[f"high_{column}"], LEVEL, len(rows))
+    estimate = Estimate(lowest[column], lowest[f"low_{column}"], lowest[f"high_{column}"], len(rows))
     name = ACTIVATIONS.get(lowest["activation"], lowest["activation"])
     where = f"lowest of {len(rows)}: {name}, {100 * lowest['sparsity']:.1f}% sparse, on {_machine(lowest)}"
     return claim.judged(estimate, where)
@@ -162,28 +161,25 @@ def _ffns_explain() -> Verdict:
     limit = decoding_limit(ffn_share_read=0.0)
     exact = decoding_limit(ffn_share_read=(1 + 2 * (1 - PUBLISHED_SPARSITY)) / 3)
     reason = f"with the gate read in full and {100 * PUBLISHED_SPARSITY:.2f}% sparsity {exact:.2f}x"
-    return FFNS_EXPLAIN.judged(Estimate(limit, limit, limit, LEVEL, 1), reason)
+    return FFNS_EXPLAIN.judged(Estimate(limit, limit, limit, 1), reason)
 
 
-def break_even(ffns: pd.DataFrame, column: str = "speedup") -> pd.DataFrame:
-    """Sparsity in percent from which on a sparse way is faster than dense, random patterns.
+def break_even(ffns: pd.DataFrame) -> pd.DataFrame:
+    """Sparsity in percent from which on a sparse way is faster than torch, random patterns.
 
     One row per shape, dtype and tokens, one column per way: 0 where it is faster with nothing to skip, NaN where it
-    never is. Between two measured sparsities the log of the speed-up is taken as straight.
-
-    Args:
-        column: "speedup" over torch, or "strict_speedup" over the fastest way that reads all weights.
+    never is. Between two measured sparsities the log of the speed-up is interpolated linearly.
     """
     rows = ffns[(ffns["pattern"] == "random") & ffns["way"].isin(["sparse", "certified"])]
     points = {
-        key: _crossing(curve.sort_values("sparsity"), column)
+        key: _crossing(curve.sort_values("sparsity"))
         for key, curve in rows.groupby(["d_model", "shape", "dtype", "tokens", "way"])
     }
     return (100 * pd.Series(points)).rename_axis(["d_model", "shape", "dtype", "tokens", "way"]).unstack("way")
 
 
-def _crossing(curve: pd.DataFrame, column: str) -> float:
-    sparsity, gain = curve["sparsity"].to_numpy(), np.log(curve[column].to_numpy())
+def _crossing(curve: pd.DataFrame) -> float:
+    sparsity, gain = curve["sparsity"].to_numpy(), np.log(curve["speedup"].to_numpy())
     slower = np.flatnonzero(gain < 0)
     if len(slower) == 0:
         return 0.0
@@ -200,9 +196,9 @@ def largest_shape(ffns: pd.DataFrame) -> str:
     return counts.sort_values(["sparsity", "d_model"]).iloc[-1]["shape"]
 
 
-def shares_of_ideal(ffns: pd.DataFrame, shape: str, dtype: str = "float32") -> pd.DataFrame:
-    """Speed-ups of one shape, one token, random patterns: over torch, strict, ideal, and strict over ideal."""
-    rows = ffns.query("shape == @shape and dtype == @dtype and tokens == 1 and pattern == 'random'")
+def shares_of_ideal(ffns: pd.DataFrame, shape: str) -> pd.DataFrame:
+    """Speed-ups of one shape, float32, one token, random patterns: over torch, strict, ideal, and strict over ideal."""
+    rows = ffns.query("shape == @shape and dtype == 'float32' and tokens == 1 and pattern == 'random'")
     rows = rows[rows["way"].isin(["sparse", "certified"])]
     chosen = rows.assign(of_ideal=rows["strict_speedup"] / rows["ideal_speedup"], percent=100 * rows["sparsity"])
     columns = ["speedup", "strict_speedup", "ideal_speedup", "of_ideal"]
@@ -219,9 +215,10 @@ def undecided_rows(decoding: pd.DataFrame) -> pd.DataFrame:
 
 
 def decoding_limits(sparsity: float) -> pd.DataFrame:
-    """Largest speed-up of decoding a study shape at that sparsity of a ReLU model, rule "gate", by what FFNs read.
+    """Largest speed-up at that sparsity of a ReLU model of a study shape, rule "gate", by what its FFNs read.
 
-    The certified gate is counted at its best, with nothing undecided but the needed rows, for weights of 4 and 2 bytes.
+    For the FFN alone it is 1 / share of the weights read, for the whole model `decoding_limit`. The certified gate is
+    counted at its best, with nothing undecided but the needed rows, for weights of 4 and 2 bytes.
     """
     active = 1 - sparsity
     read = {
@@ -308,7 +305,7 @@ def roofline_figure(ffns: pd.DataFrame) -> ShownFigure:
 
 @styled
 def batches_figure(ffns: pd.DataFrame) -> ShownFigure:
-    """How the speed-up decays when several tokens are decoded side by side and their active neurons unite."""
+    """Speed-up against the tokens decoded side by side: an FFN reads the union of their active neurons."""
     rows = ffns[(ffns["dtype"] == "float32") & (ffns["way"] == "sparse")]
     rows = rows[rows["shape"].isin(rows.loc[rows["tokens"] > 1, "shape"])]
     chosen = {f"random, {100 * s:.0f}% inactive": _near(rows, s) for s in (0.5, 0.9, 0.97)}
@@ -358,7 +355,7 @@ def decoding_figure(steps: pd.DataFrame) -> ShownFigure:
 def _steps(axes: Axes, table: pd.DataFrame) -> None:
     """One bar per way and sparsity, cut by the part of the model that the time goes to."""
     full = table["way"].isin(DENSE)
-    table = table[~full | ~table["way"].duplicated()]  # these are timed beside each sparsity
+    table = table[~full | ~table["way"].duplicated()]  # full reads were timed anew beside each sparsity
     names = [row.way if row.way in DENSE else f"{row.way}\n{100 * row.sparsity:.0f}%" for row in table.itertuples()]
     left = np.zeros(len(table))
     total = 1e3 / table["tokens_per_second"].to_numpy()

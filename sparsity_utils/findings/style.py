@@ -34,8 +34,8 @@ COLOURS = sns.color_palette("colorblind").as_hex()
 MARKERS = "osD^vP"
 LINES = ("-", "--", "-.", ":")
 AXIS = "Active neurons (% of d_ff)"
-# In an SVG: numbers of a path or a place, to the hundredth of a point, so that no rounding of a processor shows; and
-# names of markers, clips and images, which matplotlib makes from all their digits, in the order of appearance.
+# What differs between processors in an SVG: the last digits of coordinates (PLACES, in the attributes PLACED), and the
+# names that matplotlib hashes from them for markers, clips and images (NAMED).
 PLACES = re.compile(r'(?<=[\s(">MLCQ])-?\d+\.\d{3,}(?=[\s)"<])')
 PLACED = re.compile(r'(?:\s(?:d|x|y|width|height|points)="[^"]*"|translate\([^)]*\))')
 NAMED = re.compile(r'(?<=[#"])\w*?[0-9a-f]{10}(?=[")])')
@@ -81,7 +81,7 @@ class ShownFigure(Figure):
 
 
 def _steady(svg: str) -> str:
-    """An SVG whose coordinates are rounded and whose names are counted, so that redrawing changes no byte."""
+    """An SVG with coordinates rounded to 0.01 points and names numbered in order, so that redrawing changes no byte."""
     names: dict[str, str] = {}
     for name in NAMED.findall(svg):
         names.setdefault(name, f"name{len(names)}")
@@ -107,7 +107,7 @@ def side_by_side(count: int, share_y: bool = False) -> tuple[ShownFigure, list[A
 
 
 def token_axis(axes: Axes) -> None:
-    """Training tokens in millions, on a log scale."""
+    """Make x an axis of training tokens in millions, on a log scale."""
     axes.set(xscale="log", xlabel="Training tokens (millions)")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -115,6 +115,7 @@ def token_axis(axes: Axes) -> None:
 
 
 def captioned(figure: ShownFigure, text: str) -> ShownFigure:
+    """The figure with `text` below it."""
     figure.supxlabel(text, fontsize=8, x=0.01, ha="left", color="dimgrey")
     return figure
 

@@ -97,7 +97,7 @@ class Shapes:
 
 
 def analyse(checkpoints: pd.DataFrame) -> Shapes:
-    """What verdicts and figure of the ratio rest on.
+    """Fit the limits and the trends that verdicts and figure rest on.
 
     Raises InputError for missing columns, duplicates, NaN, or a table without ReLU runs.
     """
@@ -111,7 +111,7 @@ def analyse(checkpoints: pd.DataFrame) -> Shapes:
 
 
 def verdicts(shapes: Shapes) -> Verdicts:
-    """Does the limit rise with d_model / n_layers to a breakpoint, then stay; where is the loss lowest?"""
+    """Does the limit rise with d_model / n_layers up to a breakpoint, is it flat beyond, where is the loss lowest?"""
     values, ends = shapes.values, last_checkpoints(shapes.checkpoints)
     breakpoint_ = shapes.trends.segments.breakpoint
     slope, furthest = ratio_slope(values, breakpoint_)
@@ -142,9 +142,9 @@ def ratio_slope(values: pd.DataFrame, breakpoint_: Estimate) -> tuple[Estimate, 
 def _located(
     claim: Claim, found: Estimate, published: tuple[float, float], sampled: tuple[float, float], *notes: str
 ) -> Verdict:
-    """A position against a published one: a point inside the interval, or the interval inside a published range.
+    """The verdict on a published position: supported if the interval holds the point, or lies inside the range.
 
-    A published position beyond the sampled ones cannot be tested, whatever was found elsewhere: inconclusive.
+    A published position beyond the sampled ratios cannot be tested: the verdict is inconclusive, whatever was found.
     """
     low, high = published
     notes = (f"sampled ratios {sampled[0]:.3g} to {sampled[1]:.3g}", *notes)
@@ -180,11 +180,11 @@ def trend_table(shapes: Shapes) -> pd.DataFrame:
 
 
 def cost_beside_sparsity(checkpoints: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """What each shape buys and what it costs, widest first; costs are relative to the widest shape.
+    """Activation ratio and loss of each shape beside what it costs to train and run, widest first.
 
     Columns: d_model, n_layers, width_depth_ratio, seeds, activation_ratio and spread (last-five means over seeds, and
     largest minus smallest), loss and loss_spread (final validation loss, nats per token), training_us (microseconds
-    per token), flops, training, training_low, training_high, forward (of the widest shape's).
+    per token), flops, training_low, training_high, training, forward (each as a multiple of the widest shape's).
     Raises InputError for unusable tables and for a shape without costs.
     """
     numbers = [f"{name}_us" for name in PASSES]

@@ -1,1 +1,1 @@
-"""Tables to laws and intervals. Nothing here knows a model."""
+"""This room fits laws, with intervals, to the tables of a study. Nothing here runs a model."""

@@ -1,12 +1,16 @@
-"""How soon along a run its activation ratio has done half of its change, so that sizes can be compared (Fig. 8).
+"""How early in a run its activation ratio has made half of its change, so that sizes can be compared (Fig. 8).
 
-What is measured is a span: the change between two points of the curve fitted to a run's checkpoints, nothing
-extrapolated to A0. For sizes to be comparable the two points are the same for all runs in tokens per parameter: the
-window that every run has fitted checkpoints over. Runs of one study nearly have it by themselves: their checkpoints are
-log-spaced from a fixed share of their tokens on, at as many tokens per parameter. On such a window the half-way point
-is a property of the curve's shape: a ratio that is linear in log tokens has it at the geometric mean of the window at
-every size, one that flattens inside the window has it earlier. Two things it cannot tell: what happened before the
-window (in the first tenth of a run), and how large the change was.
+The change is that of the curve A(D) fitted to a run's checkpoints, within a window from D1 to D2 tokens. Nothing is
+extrapolated to the limit A0. The half-way point is the D at which
+
+    (A(D) - A(D1)) / (A(D2) - A(D1)) = 0.5.
+
+For sizes to be comparable, the window is the same for all runs in tokens per parameter: it is the range over which
+every run has fitted checkpoints. The runs of one study nearly share it already, since all have equally many tokens per
+parameter, and checkpoints that are log-spaced from a fixed share of them on. On such a window the half-way point
+depends on the shape of the curve alone: it is the geometric mean of the window where the ratio is linear in log tokens,
+at every size, and lies earlier where the ratio flattens inside the window. It does not tell what happened before the
+window (in the first tenth of a run), nor how large the change was.
 """
 
 import numpy as np
@@ -20,11 +24,11 @@ GRID = 1001  # log-spaced points between which the fitted curve is interpolated
 
 
 def convergence_table(curves: Curves) -> pd.DataFrame:
-    """One row per run: where in the common window it has done half, and 90%, of its change.
+    """One row per run: the tokens at which it has made half, and 90%, of its change in the common window.
 
     Columns: run, activation, d_model, n_layers, parameters, width_depth_ratio, seed, first and last (ends of the
     window, tokens per parameter), halfway and ninety (training tokens), halfway_per_parameter and ninety_per_parameter,
-    reason (empty, or why the numbers are NaN: no trend to speak of, or no window that all runs share).
+    reason (empty, or why the numbers are NaN: no trend, too few points, or no window that all runs share).
     """
     checkpoints = curves.checkpoints
     about = ["run", *SHAPE, "parameters", "width_depth_ratio", "seed"]
@@ -43,13 +47,13 @@ def convergence_table(curves: Curves) -> pd.DataFrame:
 
 
 def _no_change(fit: Fit) -> str:
-    """Why a curve has no half-way point: too few points, or a constant does as well. A weak limit is no reason."""
+    """Why a curve has no half-way point: it has too few points, or a constant fits as well. Else empty."""
     constant = fit_data_law(fit.tokens, fit.activation_ratio, "constant")
     return "" if fit.aicc < constant.aicc else fit.reason
 
 
 def _tokens_at(fit: Fit, first: float, last: float) -> dict[str, float]:
-    """Tokens at which the fitted curve, monotone in every published form, has done SHARES of its change."""
+    """Tokens at which the fitted curve has made SHARES of its change. Every published form is monotone."""
     grid = np.geomspace(first, last, GRID)
     curve = fit.predict(grid)
     done = (curve - curve[0]) / (curve[-1] - curve[0])  # 0 to 1, rising

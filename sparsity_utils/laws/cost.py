@@ -1,4 +1,4 @@
-"""What skipping neurons can save: the weights that must still be read for a token, of an FFN and of a whole model."""
+"""What skipping neurons can save: how many weights of an FFN, and of a whole model, one token must still read."""
 
 import math
 
@@ -7,23 +7,28 @@ import pandas as pd
 
 from sparsity_utils.neurons.rules import METRICS
 
-# What one row of the table of the speeds of single FFNs, and of that of decoding, is the speed of.
+# The columns that say what a row is the speed of: a single FFN (question sparse_ffn), or decoding (sparse_decoding).
 FFN_CASE = ["shape", "dtype", "tokens", "pattern", "activation", "rule", "sparsity", "way"]
 DECODING_CASE = ["model", "activation", "shape", "rule", "setting", "sequences", "way"]
 
 
-def decoding_limit(ffn_share_read: float, ffn_ratio: float = 2.5) -> float:
-    """Largest speed-up of decoding one token, bound by reading weights, if FFNs read only a share of theirs.
+def decoding_limit(ffn_share_read: float) -> float:
+    """Largest speed-up of decoding one token, if time goes to reading weights and FFNs read only a share of theirs.
 
-    Per layer, attention has 4 d^2 weights and the gated FFN 3 `ffn_ratio` d^2 (study shapes: 11.5 d^2 together). The
-    output head, which only lowers the limit, is left out.
+        (4 + 7.5) / (4 + 7.5 ffn_share_read)
+
+    With d = d_model, a layer of the study's shapes has 4 d^2 weights in attention and 7.5 d^2 in the gated FFN (three
+    matrices, d_ff = 2.5 d). The output head is left out; it would only lower the limit.
     """
-    attention, ffn = 4.0, 3 * ffn_ratio
+    attention, ffn = 4.0, 7.5
     return (attention + ffn) / (attention + ffn * ffn_share_read)
 
 
 def with_weights_read(table: pd.DataFrame) -> pd.DataFrame:
-    """The table of question "metrics" with a column weights_read; a run's row "relu" holds its share of non-zeros."""
+    """The table of the question "metrics" with a column weights_read, which `Rule.weights_read` computes.
+
+    The share of non-zero neurons that it takes is the activation ratio of the run's row "relu".
+    """
     nonzero = table[table["metric"] == "relu"].set_index("run")["activation_ratio"]
     read = [
         METRICS[row.metric].weights_read(row.activation_ratio, nonzero[row.run])
@@ -33,11 +38,11 @@ def with_weights_read(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def weights_read_at(table: pd.DataFrame, p: float) -> pd.DataFrame:
-    """Share of the FFN weights each metric must read where perplexity rises by `p` percent, mean over seeds.
+    """Share of the FFN weights that each metric must read where it raises perplexity by `p` percent; mean over seeds.
 
-    `table`: of the question "metrics". Between two measured settings the log of the PPL ratio is taken as straight;
-    NaN where a metric was not measured on both sides of the rise. One row per activation, d_model and n_layers, one
-    column per metric with a knob.
+    `table`: that of the question "metrics". Between two measured settings the share is interpolated linearly in the log
+    of the PPL ratio; NaN where a metric was not measured on both sides of `p`. One row per activation, d_model and
+    n_layers, one column per metric with a knob.
     """
     target, rows = math.log1p(p / 100), []
     knobs = with_weights_read(table[table["metric"] != "cett-ppl"]).query("metric != 'relu'")

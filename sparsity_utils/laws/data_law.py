@@ -23,7 +23,7 @@ TOKEN_UNIT = 1e9  # the unit of D in every published parameter
 RESAMPLES = 200  # of the block bootstrap: enough for a 90% interval, fast enough for a notebook
 LEVEL = 0.90  # of every interval; its ends are one-sided tests at 5%
 LARGEST_UNSEEN = 0.5  # share of the change from the first point to the limit that may lie beyond the last point
-AT_BOUND = 1e-4  # a limit this close to 0 or 1 is the bound speaking, not the data
+AT_BOUND = 1e-4  # a limit this close to 0 or 1 is set by its bound, not by the data
 POLISHED_STARTS = 5  # starts handed to the optimiser, the best ones of each form's grid
 
 Array = NDArray[np.float64]
@@ -62,7 +62,7 @@ class _Form:
 
 
 def _logspace(u: Array, shape: Array) -> tuple[Array, list[Array]]:
-    """exp(-k (u^alpha - 1) / alpha): k is the relative slope at u = 1; alpha -> 0 is a power law, 1 an exponential."""
+    """exp(-k (u^alpha - 1) / alpha), of relative slope -k at u = 1: u^-k for alpha -> 0, exp(-k (u - 1)) for 1."""
     alpha, k = shape[:2]
     power = u**alpha
     z = (power - 1) / alpha
@@ -71,16 +71,19 @@ def _logspace(u: Array, shape: Array) -> tuple[Array, list[Array]]:
 
 
 def _falling_power(u: Array, shape: Array) -> tuple[Array, list[Array]]:
+    """u^-alpha."""
     basis = u ** -shape[0]
     return basis, [-basis * np.log(u)]
 
 
 def _rising_power(u: Array, shape: Array) -> tuple[Array, list[Array]]:
+    """-u^-alpha."""
     basis, slopes = _falling_power(u, shape)
     return -basis, [-slopes[0]]
 
 
 def _exponential(u: Array, shape: Array) -> tuple[Array, list[Array]]:
+    """exp(-k (u - 1))."""
     basis = np.exp(-shape[0] * (u - 1))
     return basis, [(1 - u) * basis]
 
@@ -95,6 +98,7 @@ def _sigmoid(u: Array, shape: Array) -> tuple[Array, list[Array]]:
 
 
 def _publish_logspace(theta: Array, ref: float) -> dict[str, float]:
+    """c = k / (alpha D_ref^alpha) and b = ln(amplitude) + k / alpha give amplitude * basis = exp(-c D^alpha + b)."""
     alpha, k, amplitude, limit = theta
     with np.errstate(divide="ignore"):  # a curve without a trend has amplitude 0 and b = -inf
         return {"alpha": alpha, "b": np.log(amplitude) + k / alpha, "c": k / alpha / ref**alpha, "A0": limit}
@@ -142,12 +146,11 @@ RIVAL_FORMS = ("constant", "log", "exponential", "plain-power", "sigmoid")  # wh
 class Interval:
     """Percentile interval of the limit, and the band of the resampled curves; NaN and empty if there was no limit.
 
-    `params` holds the interval of every published parameter. They err together: each is that of its own values.
+    `params` holds the interval of every published parameter, each taken alone: their errors are correlated.
     """
 
     low: float
     high: float
-    level: float
     limits: Array = field(repr=False)  # (resamples,)
     tokens: Array = field(repr=False)  # (points,) where the band is drawn
     band_low: Array = field(repr=False)  # (points,)
@@ -184,7 +187,10 @@ class Fit:
 
     @property
     def unseen(self) -> float:
-        """Share of the change from first point to limit that lies beyond the last point; NaN without a limit."""
+        """Share of the change from first point to limit that lies beyond the last point; NaN without a limit.
+
+        |A0 - A(last)| / |A0 - A(first)|
+        """
         if self.limit is None:
             return float("nan")
         first, last = self.predict([self.tokens.min(), self.tokens.max()])
@@ -234,22 +240,21 @@ def fit_data_law(tokens: ArrayLike, activation_ratio: ArrayLike, form: str, grou
     return replace(fit, limit=float(theta[-1]), reason="") if form == "constant" else _judge(fit)
 
 
-def bootstrap_limit(
-    fit: Fit, resamples: int = RESAMPLES, block: int | None = None, seed: int = 0, level: float = LEVEL
-) -> Interval:
+def bootstrap_limit(fit: Fit, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Interval of the limit by a residual block bootstrap within each run.
 
-    Neighbouring checkpoints err together, so residuals are drawn in blocks of `block` consecutive ones (default: the
-    cube root of the run's length, at least 2), from the run (`fit.groups`) they belong to. A seed keeps its own
-    offset in every resample: the spread over seeds is not in this interval, see `limits.limits_table`. Residuals are
-    scaled by sqrt(n / (n - parameters)). Each resample starts at the fitted parameters. Same seed, same interval.
+    Errors of neighbouring checkpoints are correlated, so residuals are drawn in blocks of consecutive ones (as many as
+    the cube root of the run's length, at least 2). They are scaled by sqrt(n / (n - parameters)) and added to
+    the fitted curve; each sum is fitted again, starting at the fitted parameters. A run (`fit.groups`) keeps its own
+    residuals in every resample, so the spread over seeds is not in this interval: see `limits.limits_table`. The same
+    `seed` gives the same interval.
 
     The interval is a little narrow: in simulations with 20 checkpoints of 2 seeds, 90% intervals held the planted limit
     in about 85% of studies with independent errors, and in about 75% with errors of lag-one correlation 0.4.
     """
     if fit.limit is None:
         empty = np.empty(0)
-        return Interval(np.nan, np.nan, level, empty, empty, empty, empty, {})
+        return Interval(np.nan, np.nan, empty, empty, empty, empty, {})
     shape, rng = FORMS[fit.form], np.random.default_rng(seed)
     u, fitted = fit.tokens / fit.reference, fit.predict(fit.tokens)
     residuals = (fit.activation_ratio - fitted) * np.sqrt(fit.n / (fit.n - shape.size))
@@ -259,24 +264,24 @@ def bootstrap_limit(
     thetas = np.empty((resamples, shape.size))
     for row in range(resamples):
         for run in runs:
-            drawn[run] = residuals[run[_block_order(run.size, block, rng)]]
+            drawn[run] = residuals[run[_block_order(run.size, max(2, round(run.size ** (1 / 3))), rng)]]
         thetas[row] = _solve(shape, u, fitted + drawn, fit.theta, tolerance=1e-5)
     grid = np.geomspace(fit.tokens.min(), fit.tokens.max(), 60)
     curves = np.array([shape.curve(grid / fit.reference, theta) for theta in thetas])  # (resamples, points)
-    tails = [(1 - level) / 2, (1 + level) / 2]
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     low, high = np.quantile(thetas[:, -1], tails)
     published = pd.DataFrame([shape.publish(theta, fit.reference / TOKEN_UNIT) for theta in thetas])
     ends = {name: np.quantile(values, tails) for name, values in published.items()}
     params = {name: (float(first), float(last)) for name, (first, last) in ends.items()}
     below, above = np.quantile(curves, tails, axis=0)
-    return Interval(float(low), float(high), level, thetas[:, -1], grid, below, above, params)
+    return Interval(float(low), float(high), thetas[:, -1], grid, below, above, params)
 
 
 def compare_forms(tokens: ArrayLike, activation_ratio: ArrayLike, forms: Sequence[str] = tuple(FORMS)) -> pd.DataFrame:
     """AICc of several forms on one curve, best first.
 
     Columns: form, parameters (of the curve, without the error variance), rmse, aicc, delta_aicc (to the best), weight
-    (Akaike weight, sums to 1). A form with too few points has NaN and comes last.
+    (Akaike weight, exp(-delta_aicc / 2) over its sum). A form with too few points has NaN and comes last.
     """
     fits = [fit_data_law(tokens, activation_ratio, form) for form in forms]
     table = pd.DataFrame(
@@ -289,7 +294,11 @@ def compare_forms(tokens: ArrayLike, activation_ratio: ArrayLike, forms: Sequenc
 
 
 def information(rss: float, n: int, parameters: int) -> tuple[float, float]:
-    """AIC and AICc of a least-squares fit with normal errors; the error variance counts as one more parameter."""
+    """AIC and AICc of a least-squares fit with normal errors; NaN for AICc with too few points.
+
+    AIC = 2 k - 2 ln L and AICc = AIC + 2 k (k + 1) / (n - k - 1), with ln L = -n / 2 (ln(2 pi rss / n) + 1) and
+    k = `parameters` + 1, since the error variance counts as one more.
+    """
     variance = max(rss / n, 1e-16)  # an exact fit would have minus infinity
     log_likelihood = -n / 2 * (np.log(2 * np.pi * variance) + 1)
     aic = float(eval_measures.aic(log_likelihood, n, parameters + 1))
@@ -341,7 +350,7 @@ def _solve_from_starts(shape: _Form, u: Array, a: Array) -> Array:
 
 
 def _judge(fit: Fit) -> Fit:
-    """Set `limit` and `reason`: no trend, limit at a bound, or more unseen than seen."""
+    """Set the limit, and the reason not to use it: no trend, a limit at its bound, or a mostly unseen change."""
     if fit.aicc >= fit_data_law(fit.tokens, fit.activation_ratio, "constant").aicc:
         return replace(fit, reason=f"no trend: a constant describes the points as well as the {fit.form} form")
     if not FORMS[fit.form].has_limit:
@@ -356,8 +365,8 @@ def _judge(fit: Fit) -> Fit:
     return fit
 
 
-def _block_order(length: int, block: int | None, rng: np.random.Generator) -> NDArray[np.int64]:
+def _block_order(length: int, block: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Indices 0..length-1 in random circular blocks, so that every residual is drawn equally often. (length,)"""
-    block = min(length, block or max(2, round(length ** (1 / 3))))
+    block = min(length, block)
     starts = rng.integers(0, length, size=-(-length // block))
     return ((starts[:, None] + np.arange(block)).ravel() % length)[:length]

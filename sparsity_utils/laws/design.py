@@ -1,16 +1,23 @@
 """Predict before you train: activation ratio and loss of a run from its size, its data and its shape.
 
-Each outcome is one least-squares fit over the runs of a study, linear in decades of parameters N, of tokens per
-parameter D / N and of the width-depth ratio; shares are fitted as log odds, the loss as its logarithm. The slopes on N
-and D / N belong to an activation function. The one on the ratio is shared, since often only ReLU is trained at several
-ratios: on the scale of log odds that is an assumption, and `Design.extrapolates` names the rows that rest on it.
+Each outcome is one least-squares fit over the runs of a study. With N parameters, D tokens and the width-depth ratio r,
+each of N, D / N and r over its REFERENCE,
 
-Checkpoints along a run are correlated, so no interval comes from them. An interval has two parts, added as squares:
-how far off the fit was on shapes that it had not seen (a quantile of the errors on left-out runs), and how much the
-prediction itself moves when a shape is left out (the grouped jackknife's standard error), which grows with the distance
+    link(outcome) = a + b log10 N + c log10(D / N) + s log10 r    (the loss: + q (log10 r)^2 + decay).
+
+The link of a share is its log odds, that of the loss its logarithm. a, b and c belong to an activation function. s is
+shared, since often only ReLU is trained at several ratios: on the scale of log odds that is an assumption, and
+`Design.extrapolates` names the predictions that rest on it.
+
+Checkpoints along a run are correlated, so no interval comes from them. On the scale of the link, a 90% interval reaches
+
+    sqrt(unseen^2 + (1.645 se)^2)
+
+to either side. `unseen` is a quantile of the errors on runs whose shape was left out of the fit. `se` is the standard
+error of the grouped jackknife: how much the prediction moves when a shape is left out, which grows with the distance
 from the runs. A shape is left out with all its seeds and activation functions. In simulations of straight laws with 34
 runs, 90% intervals held 90 to 97% of new runs inside the fit, 88% one decade of parameters beyond it, and 89 to 94%
-four decades beyond. That the law goes on straight there is assumed: no interval can say.
+four decades beyond. That the law stays straight there is an assumption that no interval can test.
 """
 
 import math
@@ -28,7 +35,7 @@ from scipy.special import expit, logit
 from sparsity_utils.console import InputError, short_number
 from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.limits import COLUMNS, fit_points, last_means, require
-from sparsity_utils.laws.trends import Estimate
+from sparsity_utils.laws.trends import Estimate, no_estimate
 from sparsity_utils.models.config import ACTIVATIONS
 
 # The questions whose tables hold the runs of a design, as far as a study has them
@@ -36,12 +43,12 @@ CURVES = ("relu_vs_silu", "width_depth_ratio", "second_line", "data_limited")
 EXACT_ZEROS = ("relu", "relu2")  # of the others every gate is non-zero
 PART = 0.25  # a run enters the fits from this part of its stable tokens on: earlier the loss falls faster
 REFERENCE = {"parameters": 1e5, "tokens per parameter": 100.0, "width-depth ratio": 10.0}  # where intercepts are read
-NEAR = 1.1  # a factor beyond the fitted range that is no extrapolation: what integer shapes are off by
-FEWEST_RUNS = round(LEVEL / (1 - LEVEL))  # the largest of so many errors bounds an interval at that level
-FEWEST_SIZES = 3  # of an activation function: with one left out there is still a slope
-SIZE_STEP = 1.5  # factor from which on two sizes are two
+NEAR = 1.1  # up to this factor beyond the fitted range nothing is extrapolated: integer shapes miss a size by as much
+FEWEST_RUNS = round(LEVEL / (1 - LEVEL))  # with so many runs their largest error is the quantile at LEVEL
+FEWEST_SIZES = 3  # of an activation function: two are left for a slope when one is left out
+SIZE_STEP = 1.5  # neighbouring sizes within this factor count as one
 ONE_SIDED = NormalDist().inv_cdf((1 + LEVEL) / 2)  # standard errors to either end of an interval
-SHARE_BOUND = 1e-4  # log odds of exact 0 and 1 are infinite
+SHARE_BOUND = 1e-4  # shares are clipped this far from 0 and 1, whose log odds are infinite
 
 Array = NDArray[np.float64]
 
@@ -74,24 +81,15 @@ class Law:
     reason: str
     coefficients: Array = field(repr=False)  # (terms,)
     without: Array = field(repr=False)  # (shapes, terms), fitted without that shape
-    errors: Array = field(repr=False)  # (runs,) size of the error on a run without its shape, on the scale of the fit
+    errors: Array = field(repr=False)  # (runs,) |link error| on each run by the fit without its shape
 
     def predict(self, parameters: float, tokens: float, width_depth_ratio: float, activation: str) -> Estimate:
         """The outcome of a run with its 90% interval; NaN with a reason where there is none."""
         if self.reason or activation not in self.activations:
-            reason = self.reason or f"{ACTIVATIONS[activation]} was not fitted"
-            return Estimate(math.nan, math.nan, math.nan, LEVEL, self.errors.size, reason)
-        point = pd.DataFrame(
-            [
-                {
-                    "activation": activation,
-                    "parameters": parameters,
-                    "tokens": tokens,
-                    "width_depth_ratio": width_depth_ratio,
-                }
-            ]
-        )
-        x = _terms(point.assign(role="final"), self.outcome, self.activations)[0]
+            return no_estimate(self.reason or f"{ACTIVATIONS[activation]} was not fitted", self.errors.size)
+        numbers = {"parameters": parameters, "tokens": tokens, "width_depth_ratio": width_depth_ratio}
+        point = pd.DataFrame([numbers]).assign(activation=activation, role="final")
+        x = _terms(point, self.outcome, self.activations)[0]
         rank = math.ceil(LEVEL * (self.errors.size + 1))  # at most their number, from FEWEST_RUNS on
         unseen = np.sort(self.errors)[rank - 1]
         moves = self.without @ x  # (shapes,)
@@ -99,11 +97,11 @@ class Law:
         reach = math.hypot(unseen, ONE_SIDED * jackknife)
         middle = float(self.coefficients @ x)
         value, low, high = self.outcome.inverse(np.array([middle, middle - reach, middle + reach]))
-        return Estimate(float(value), float(low), float(high), LEVEL, self.errors.size)
+        return Estimate(float(value), float(low), float(high), self.errors.size)
 
     @property
     def table(self) -> pd.DataFrame:
-        """The coefficients, one row per term and activation function, "all" where they share it."""
+        """Columns term, activation, coefficient: one row per term and activation, "all" where they share the term."""
         names = ["at the reference", "decade of parameters", "decade of tokens per parameter"]
         rows = [(name, ACTIVATIONS[activation]) for activation in self.activations for name in names]
         rows += [("decade of width-depth ratio", "all")]
@@ -116,7 +114,7 @@ class Law:
 class Prediction(NamedTuple):
     """What a run is expected to end with, and in which directions that lies beyond the runs of the fit."""
 
-    activation_ratio: Estimate  # stable stage, at the price the study measured (CETT-PPL-1%)
+    activation_ratio: Estimate  # stable stage, at the increase of perplexity that the study measured at (1%)
     nonzero_share: Estimate  # of the gates; exactly 1 of smooth activation functions
     loss: Estimate  # validation loss after the decay, nats per token
     extrapolates: tuple[str, ...]  # empty: within what was fitted
@@ -157,7 +155,7 @@ class Design:
             if not 0 < value < math.inf:
                 raise InputError(f"{name} is {value}; a prediction needs a positive number.")
         about = (parameters, tokens, width_depth_ratio, activation)
-        all_gates = Estimate(1.0, 1.0, 1.0, LEVEL, len(self.runs))
+        all_gates = Estimate(1.0, 1.0, 1.0, len(self.runs))
         nonzero = self.nonzero.predict(*about) if activation in EXACT_ZEROS else all_gates
         return Prediction(
             self.activation_ratio.predict(*about), nonzero, self.loss.predict(*about), self.extrapolates(*about)
@@ -179,7 +177,7 @@ class Design:
 
     @cached_property
     def _ranges(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """Lowest and highest value of the fitted checkpoints, per activation function and of all."""
+        """Lowest and highest fitted value of each quantity of REFERENCE, per activation function and for "all"."""
         size, data, shape = REFERENCE
         chosen = {name: self.runs[self.runs["activation"] == name] for name in self.activations} | {"all": self.runs}
         ranges = {}
@@ -192,16 +190,16 @@ class Design:
 
 
 def joined(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """The checkpoints of several questions, each run once: lines through the shapes may share runs."""
+    """The checkpoints of several questions in one table, each run once: questions may share runs."""
     return pd.concat(tables, ignore_index=True).drop_duplicates(["run", "step"], ignore_index=True)
 
 
 def fit_design(checkpoints: pd.DataFrame) -> Design:
     """The laws of activation ratio, share of non-zero gates and loss over the runs of a study.
 
-    checkpoints: as the questions of CURVES give them (results/columns.csv, table relu_vs_silu), `joined`. Too few runs
-    or shapes are no error: `Design.reason` says what is missing. Raises InputError for missing columns, duplicates and
-    NaN, and for a run without a checkpoint after its decay.
+    checkpoints: the tables of the questions CURVES, put together by `joined`; results/columns.csv describes them under
+    relu_vs_silu. Too few runs or shapes are no error: `Design.reason` says what is missing. Raises InputError for
+    missing columns, duplicates and NaN, and for a run without a checkpoint after its decay.
     """
     columns = [*COLUMNS, "nonzero_share"]
     numbers = ["tokens", "parameters", "width_depth_ratio", *(outcome.column for outcome in (RATIO, NONZERO, LOSS))]
@@ -236,7 +234,7 @@ def _count_sizes(parameters: pd.Series) -> int:
 
 
 def _fit(checkpoints: pd.DataFrame, runs: pd.DataFrame, outcome: Outcome) -> Law:
-    """Weighted least squares: a run weighs the same, however many checkpoints it has; and again without each shape."""
+    """Fit all runs, and again without each shape. Runs count equally: a checkpoint weighs 1 / (those of its run)."""
     activations = tuple(sorted(set(runs["activation"])))
     law = Law(outcome, activations, "", np.empty(0), np.empty(0), np.empty(len(runs)))
     if len(runs) < FEWEST_RUNS:
@@ -284,7 +282,7 @@ def _terms(points: pd.DataFrame, outcome: Outcome, activations: tuple[str, ...])
 
 
 def _weighted(x: Array, y: Array, weights: Array) -> Array | None:
-    """Coefficients of weighted least squares; None where the points do not determine them."""
+    """The b that minimises sum(weights (y - x b)^2); None where the points do not determine it."""
     roots = np.sqrt(weights)
     solution, _, rank, _ = np.linalg.lstsq(x * roots[:, None], y * roots, rcond=None)
     return np.asarray(solution, float) if rank == x.shape[1] else None

@@ -1,8 +1,8 @@
-"""How good predictions are on what they were not fitted to: of a design, and of a law along a run.
+"""How well designs and data laws predict what they were not fitted to.
 
-A design of many runs is asked for runs that were left out, by shape, by size and by seed. A law fitted to the first
-half of a run's tokens is asked for the second, beside the simplest forecast there is: that nothing changes any more.
-The rows of one curve share their points, so the unit of a test on forecasts is a curve.
+A design predicts runs that were left out of its fit, by shape, by size or by seed. A data law that was fitted to the
+first half of a run's tokens forecasts the second half, beside the simplest forecast: that nothing changes any more. The
+forecasts of one curve share their points, so the unit of a test on forecasts is a curve.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,12 +27,15 @@ COLUMNS = [
 def held_out(checkpoints: pd.DataFrame) -> pd.DataFrame:
     """Every run of a study, predicted by designs that were fitted without it.
 
-    Splits: "shape", all runs of a shape left out; "size", fitted to runs of at most half the size, the shape's ratio
-    among theirs; "seed", all runs of a seed left out: new runs of known shapes. Where what is left determines no fit,
-    there is no row. One row per split, run and quantity (activation ratio, loss in nats per token): its identity,
-    predicted with the 90% interval low to high, measured, inside (the interval), mean_of_others (of the fitted runs of
-    that activation function: a prediction that knows nothing of size, data and shape), extrapolates (in words).
-    Raises InputError as `design.fit_design` does.
+    The split "shape" leaves out all runs of a shape. "size" fits runs of at most half a size and predicts those runs of
+    the size whose width-depth ratio lies among theirs. "seed" leaves out all runs of a seed: new runs of known shapes.
+    Where the runs left determine no fit, there is no row.
+
+    One row per split, run and quantity (activation ratio, loss in nats per token). Columns: split, quantity,
+    activation, d_model, n_layers, parameters, width_depth_ratio, seed, predicted with its 90% interval low to high,
+    measured, inside (whether in the interval), mean_of_others (mean of the fitted runs of that activation function: a
+    prediction that knows nothing of size, data and shape), extrapolates (in words). Raises InputError as
+    `design.fit_design` does.
     """
     runs, rows = fit_design(checkpoints).runs, []
     for split, held, fitted in _splits(runs):
@@ -48,8 +51,8 @@ def held_out(checkpoints: pd.DataFrame) -> pd.DataFrame:
 def accuracy(held: pd.DataFrame) -> pd.DataFrame:
     """What `held_out` found, per split, quantity and activation function.
 
-    runs, inside (their 90% interval), error (mean size of predicted - measured) and error_of_mean (of mean_of_others),
-    in points of activation ratio and in percent of the loss.
+    Columns: split, quantity, activation, runs, inside (how many runs lie in their 90% interval), error (mean of
+    |predicted - measured|) and error_of_mean (the same of mean_of_others), both in the units of `errors`.
     """
     sizes = errors(held).abs()
     table = held[["split", "quantity", "activation", "inside"]].assign(**sizes)
@@ -59,18 +62,21 @@ def accuracy(held: pd.DataFrame) -> pd.DataFrame:
 
 
 def errors(held: pd.DataFrame) -> pd.DataFrame:
-    """Predicted - measured of each row: error, and error_of_mean; points of activation ratio, percent of the loss."""
+    """error = predicted - measured and error_of_mean = mean_of_others - measured of each row of `held_out`.
+
+    Both are in points for the activation ratio (times 100), in percent for the loss (times 100 / measured).
+    """
     unit = np.where(held["quantity"] == "loss", 100 / held["measured"], 100.0)
     guesses = {"error": held["predicted"], "error_of_mean": held["mean_of_others"]}
     return pd.DataFrame({name: unit * (guess - held["measured"]) for name, guess in guesses.items()})
 
 
 def against_published(design: Design) -> pd.DataFrame:
-    """The activation ratios that arXiv 2411.02335 reports, predicted by `design`: other sizes, text and tokenizer.
+    """The activation ratios that arXiv 2411.02335 reports, predicted by `design`.
 
-    One row per published model: activation, model, published (its fitted curve at 190 tokens per parameter), predicted
-    with the 90% interval low to high, inside, extrapolates (in words). Models of activation functions that were not
-    fitted are left out.
+    The published models have other sizes, text and tokenizer. One row per model: activation, model,
+    published (its fitted curve at 190 tokens per parameter), predicted with the 90% interval low to high, inside,
+    extrapolates (in words). Models of activation functions that were not fitted are left out.
     """
     rows = []
     for law in PUBLISHED_LAWS:
@@ -87,7 +93,7 @@ def against_published(design: Design) -> pd.DataFrame:
 
 
 def _splits(runs: pd.DataFrame) -> Iterator[tuple[str, pd.Series, pd.Series]]:
-    """Name of a split, which runs are held out, and which are fitted. (runs,) each"""
+    """Yield the name of each split, which runs are held out, and which are fitted: (runs,) of bool each."""
     shapes = runs[["d_model", "n_layers"]].apply(tuple, axis=1)
     for shape in dict.fromkeys(shapes):
         yield "shape", shapes == shape, shapes != shape
@@ -130,10 +136,11 @@ def forecast_errors(
 ) -> pd.DataFrame:
     """Fit each form to the points up to half of the last tokens and predict those beyond.
 
-    tokens, activation_ratio, groups: as for `data_law.fit_data_law`. The reference "last value" comes first: the last
-    fitted value of each group, their mean. Columns: form, fitted and predicted (number of points), rmse and bias
-    (predicted less measured) in activation ratio, reason (why there is no forecast; the errors are then NaN).
-    Checkpoints spaced evenly in log tokens leave few points beyond the half: read `predicted` beside the errors.
+    tokens, activation_ratio, groups: as for `data_law.fit_data_law`. The first row is the reference "last value": the
+    mean over groups of each group's last fitted value. Columns: form, fitted and predicted (number of points), rmse and
+    bias (root mean square and mean of predicted less measured) in activation ratio, reason (why there is no forecast;
+    the errors are then NaN). Checkpoints spaced evenly in log tokens leave few points beyond the half: read `predicted`
+    beside the errors.
     Raises InputError as `fit_data_law` does.
     """
     known = fit_data_law(tokens, activation_ratio, "constant", groups)  # checks the input
@@ -149,7 +156,7 @@ def forecast_errors(
 def forecast_table(checkpoints: pd.DataFrame) -> pd.DataFrame:
     """`forecast_errors` of every run of a study: the published form of its activation, its rivals, the last value.
 
-    checkpoints: the table of a question of curves; warm-up and decay are left out, as for every fit. Columns: run,
+    checkpoints: a table such as that of relu_vs_silu; warm-up and decay are left out, as for every fit. Columns: run,
     activation, d_model, n_layers, seed, then those of `forecast_errors`. Raises InputError for missing columns,
     duplicates and NaN.
     """
@@ -164,7 +171,7 @@ def forecast_table(checkpoints: pd.DataFrame) -> pd.DataFrame:
 
 
 def _last_value(tokens: NDArray, ratio: NDArray, groups: NDArray, later: NDArray) -> NDArray[np.float64]:
-    """The last value of each group, their mean, for all later tokens; NaN without a value. (later,)"""
+    """The mean over groups of each group's last value, once per later point; NaN without a value. (later,)"""
     lasts = [ratio[groups == group][np.argmax(tokens[groups == group])] for group in np.unique(groups)]
     return np.full(later.shape, np.mean(lasts) if lasts else np.nan)
 

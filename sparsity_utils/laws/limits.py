@@ -1,4 +1,4 @@
-"""What the curve of each run and each shape comes to: the limit A0, extrapolated, and what was measured beside it."""
+"""The limit A0 extrapolated from the curve of each run and of each shape, and what was measured beside it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from sparsity_utils.laws.data_law import Fit, fit_data_law
 from sparsity_utils.laws.trends import run_slopes
 from sparsity_utils.models.config import LAST_CHECKPOINTS
 
-# The published form of each activation (arXiv 2411.02335, section 4.1); GELU, smooth, and ReLU^2, with exact zeros,
-# are not in the paper and take the form of their neighbour.
+# The published form of each activation (arXiv 2411.02335, section 4.1). ReLU^2 and GELU are not in the paper: ReLU^2,
+# which has exact zeros, takes the form of ReLU; GELU, which is smooth, takes that of SiLU.
 PUBLISHED_FORM = {"relu": "logspace", "relu2": "logspace", "silu": "power", "gelu": "power"}
 WIDEST_INTERVAL = 0.06  # of a sound limit: the whole +-3 points of the scale test; a wider one cannot decide it
 
@@ -55,7 +55,7 @@ def check_checkpoints(checkpoints: pd.DataFrame) -> None:
 
 
 def last_means(checkpoints: pd.DataFrame, column: str = "activation_ratio") -> pd.DataFrame:
-    """Mean of `column` over each run's last five stable checkpoints: run, its shape, seed and `last_five_mean`."""
+    """Mean of `column` over each run's last five stable checkpoints, as `last_five_mean` beside run, shape and seed."""
     stable = checkpoints[checkpoints["role"] == "stable"].sort_values("tokens")
     about = ["run", *SHAPE, "parameters", "width_depth_ratio", "seed"]
     means = stable.groupby(about, sort=True)[column].apply(lambda values: values.tail(LAST_CHECKPOINTS).mean())
@@ -90,14 +90,14 @@ def fit_curves(checkpoints: pd.DataFrame) -> Curves:
 
 
 def limits_table(curves: Curves, seed_intervals: bool = False) -> pd.DataFrame:
-    """Limit activation ratio of every shape and activation, one row per seed and one, "all", for the common curve.
+    """Limit activation ratio of every shape and activation: a row per seed, and "all" for the curve that seeds share.
 
     Columns: activation, d_model, n_layers, parameters, width_depth_ratio, seed ("all" or the seed as text), limit (A0
     of the published form; NaN if there is none), low, high (90% block bootstrap within runs), spread (largest minus
     smallest sound limit of the seeds; "all" only), last_five_mean (measured, nothing extrapolated), last_five_spread
     (the same over the seeds; "all" only), sound, reason. A limit is sound when its fit is and, for "all", its interval
-    is at most 6 points wide. Bootstrapping every seed takes up to a second each, so only `seed_intervals` asks for it;
-    without it low and high are NaN but for "all".
+    is at most 6 points wide. low and high of single seeds are NaN without `seed_intervals`: each bootstrap takes up to
+    a second.
     """
     rows, size = [], [*SHAPE, "parameters", "width_depth_ratio"]
     for shape, runs in last_means(curves.checkpoints).groupby(size, sort=True):

@@ -1,20 +1,19 @@
 """Lines of sizes: one number per run for each claim, and its mean and slope over the sizes of every line.
 
-Verdicts, figures and the power table all read their numbers here. A line is the runs at one width-depth ratio; `lines`
-is {name of the line: its table of checkpoints}, the names being MAIN and SECOND.
+A line is a set of runs of several sizes at one width-depth ratio; `lines` is {name of the line: its table of
+checkpoints}, with the names MAIN and SECOND. Verdicts, figures and the power table all take their numbers from here.
 
-The unit of these tests is a size, not a run. A size sits above or below the mean or the line for reasons of its own,
-and all of its seeds share them, so runs are averaged over the seeds of a size first: each size counts once, however
-many seeds it has. What is left around the mean or the line of a line of sizes then holds both what a size has of its
-own and what seeds leave in its mean. Few sizes tell little about that spread, so it is taken to be equal on every line
-and estimated from all of them together:
+The unit of these tests is a size, not a run. Each size deviates a little from the mean, or the trend, of its line, and
+all seeds of the size share that deviation. Runs are therefore averaged over the seeds of a size first, so that each
+size counts once, however many seeds it has. The residual of a size then holds its own deviation and what its seeds
+leave in their mean. A few sizes estimate the variance of residuals poorly, so it is taken to be equal on every line and
+estimated from all of them together:
 
     means:   value of a size = intercept of its line + residual                 degrees of freedom: sizes - lines
     slopes:  value of a size = intercept of its line + slope of its line * x + residual             sizes - 2 lines
 
-The residuals of all lines share one variance; ordinary least squares then gives t intervals. They are exact where every
-size has as many seeds, and nearly so elsewhere, where the mean of fewer seeds scatters a little more (simulated in
-tests/laws/test_lines.py).
+Ordinary least squares then gives t intervals. They are exact where all sizes have equally many seeds. Elsewhere they
+are nearly exact, since a mean of fewer seeds varies a little more (simulated in tests/laws/test_lines.py).
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -41,7 +40,7 @@ Lines = dict[str, pd.DataFrame]
 
 @dataclass(frozen=True)
 class OverSizes:
-    """A mean or a slope on one line, the sizes that it rests on, and how many sizes and lines gave the spread."""
+    """A mean or a slope on one line, the sizes that it rests on, and how many sizes and lines gave the variance."""
 
     estimate: Estimate
     sizes: pd.DataFrame  # one row per size of this line: d_model, n_layers, parameters, value, runs
@@ -59,27 +58,27 @@ class OverSizes:
         return f"{own}; spread of {self.pooled_sizes} sizes on {self.pooled_lines} lines"
 
     def at(self, parameters: np.ndarray) -> np.ndarray:
-        """Height of the fitted line, whose slope is `estimate`, at these numbers of parameters."""
+        """Value at these numbers of parameters on the fitted line, whose slope per decade is `estimate`."""
         decades = np.log10(self.sizes["parameters"])
         return line_at(decades, self.sizes["value"], self.estimate.value, np.log10(parameters))
 
 
 def loss_difference(checkpoints: pd.DataFrame) -> pd.DataFrame:
-    """Validation loss of ReLU less that of SiLU, as a share of the latter, at the last checkpoint of pairs of runs.
+    """(loss of ReLU - loss of SiLU) / loss of SiLU on validation text, at the last checkpoint of each pair of runs.
 
-    Pairs have equal size, seed and tokens.
+    The runs of a pair have equal size, seed and tokens.
     """
     losses = _pairs(last_checkpoints(checkpoints), "validation_loss", ["tokens"])
     return losses.assign(value=(losses["relu"] - losses["silu"]) / losses["silu"])
 
 
 def relu_falls(checkpoints: pd.DataFrame) -> pd.DataFrame:
-    """Fall of the ReLU activation ratio per decade of tokens, the slope along each run, warm-up dropped."""
+    """Decrease of the ReLU activation ratio per decade of tokens: minus the slope of each run, warm-up dropped."""
     return _direction(checkpoints, "relu", -1)
 
 
 def silu_rises(checkpoints: pd.DataFrame) -> pd.DataFrame:
-    """Rise of the SiLU activation ratio per decade of tokens, the slope along each run, warm-up dropped."""
+    """Increase of the SiLU activation ratio per decade of tokens: the slope of each run, warm-up dropped."""
     return _direction(checkpoints, "silu", 1)
 
 
@@ -126,13 +125,13 @@ def on_lines(lines: Lines, outcome: Callable[[pd.DataFrame], pd.DataFrame]) -> p
 
 
 def means_on_lines(runs: pd.DataFrame) -> dict[str, OverSizes]:
-    """{line: mean of `value` over its sizes}, the spread of the sizes pooled over the lines."""
+    """{line: mean of `value` over its sizes}, the residual variance pooled over the lines."""
     sizes = size_means(runs)
     return _by_line(sizes, sizes, pooled_means(sizes["value"], sizes["line"]))
 
 
 def slopes_on_lines(runs: pd.DataFrame) -> dict[str, OverSizes]:
-    """{line: slope of `value` per decade of parameters over its sizes}, the spread pooled over the lines."""
+    """{line: slope of `value` per decade of parameters over its sizes}, the residual variance pooled over the lines."""
     sizes = size_means(runs)
     sloping = sizes[sizes.groupby("line")["parameters"].transform("nunique") > 1]
     return _by_line(sizes, sloping, pooled_slopes(np.log10(sizes["parameters"]), sizes["value"], sizes["line"]))
@@ -141,8 +140,8 @@ def slopes_on_lines(runs: pd.DataFrame) -> dict[str, OverSizes]:
 def one_value_per_run(limits: pd.DataFrame, activation: str) -> tuple[pd.DataFrame, str]:
     """The rows of `limits_table` per seed with the `value` that verdicts rest on, and a sentence that says what it is.
 
-    The limit A0 if every fit of the activation in the table is sound; else, for all of them, the measured mean of the
-    last five stable checkpoints: extrapolated and measured values are never mixed, nor pooled over lines.
+    It is the limit A0 if every fit of the activation in the table is sound. Otherwise it is, for all rows, the measured
+    mean of the last five stable checkpoints: extrapolated and measured values are never mixed, even across lines.
     """
     rows = limits[limits["activation"] == activation]
     by_seed, weak = rows[rows["seed"] != "all"], rows[~rows["sound"].astype(bool)]
@@ -158,9 +157,9 @@ def one_value_per_run(limits: pd.DataFrame, activation: str) -> tuple[pd.DataFra
 
 
 def unequal_data(checkpoints: pd.DataFrame) -> str:
-    """Why measured values of several sizes cannot be compared, or nothing: they must be equally far trained.
+    """Why measured values of several sizes cannot be compared; empty if all sizes are trained equally far.
 
-    The ratio moves with data, so values taken at other numbers of tokens per parameter confound size with data.
+    The activation ratio depends on data, so values at unequal tokens per parameter confound size with data.
     """
     stable = checkpoints[checkpoints["role"] == "stable"]
     per_parameter = stable.groupby("run")["tokens"].max() / stable.groupby("run")["parameters"].first()
@@ -175,7 +174,7 @@ def last_checkpoints(checkpoints: pd.DataFrame) -> pd.DataFrame:
 
 
 def lines_of(main: pd.DataFrame, second: pd.DataFrame | None = None) -> Lines:
-    """The tables of checkpoints of the lines that a study has, by name.
+    """{name of a line: its table of checkpoints}, of the lines that a study has.
 
     Raises InputError for a table that lacks columns, gives a checkpoint or a run twice, or has gaps.
     """
@@ -204,7 +203,7 @@ def _last(checkpoints: pd.DataFrame, activation: str, column: str) -> pd.DataFra
 
 
 def _pairs(values: pd.DataFrame, column: str, equal: tuple[str, ...] | list[str] = ()) -> pd.DataFrame:
-    """`column` of ReLU and SiLU runs of equal size, seed and what else must be `equal`: columns relu, silu."""
+    """Columns relu and silu: `column` of a ReLU and a SiLU run of the same size, seed and columns `equal`."""
     table = values.pivot_table(column, [*SIZE, "seed", *equal], "activation")
     return table.reindex(columns=["relu", "silu"]).dropna().reset_index()
 
@@ -218,7 +217,7 @@ def size_means(runs: pd.DataFrame, keys: Sequence[str] = ("line", "d_model", "n_
     return groups.mean(numeric_only=True).assign(runs=groups.size()).reset_index()
 
 
-def pooled_means(values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> dict[Any, Estimate]:
+def pooled_means(values: ArrayLike, lines: ArrayLike) -> dict[Any, Estimate]:
     """{line: mean over its sizes}, with t intervals from the residual variance that all lines share.
 
     values: one per size; lines: the line of each. `n` of an estimate counts the sizes of its line.
@@ -227,13 +226,13 @@ def pooled_means(values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> d
     labels = _labels(lines, values)
     names = list(dict.fromkeys(labels))
     design = np.column_stack([labels == name for name in names]).astype(float) if names else np.empty((0, 0))
-    return _estimates(design, values, dict(enumerate(names)), labels, level)
+    return _estimates(design, values, dict(enumerate(names)), labels)
 
 
-def pooled_slopes(x: ArrayLike, values: ArrayLike, lines: ArrayLike, level: float = LEVEL) -> dict[Any, Estimate]:
+def pooled_slopes(x: ArrayLike, values: ArrayLike, lines: ArrayLike) -> dict[Any, Estimate]:
     """{line: slope of `values` on `x` over its sizes}, each line with its own intercept; intervals as `pooled_means`.
 
-    A line whose sizes share one `x` has no slope and tells nothing about the spread around one: it gets a reason.
+    A line whose sizes share one `x` has no slope and says nothing of the variance: its estimate holds a reason.
     """
     x, values = finite(x, "x"), finite(values, "values")
     if x.size != values.size:
@@ -245,36 +244,34 @@ def pooled_slopes(x: ArrayLike, values: ArrayLike, lines: ArrayLike, level: floa
     own = [labels[kept] == name for name in spread]
     columns = [np.where(at, x[kept] - x[kept][at].mean(), 0) for at in own] + [at.astype(float) for at in own]
     design = np.column_stack(columns) if columns else np.empty((0, 0))
-    found = _estimates(design, values[kept], dict(enumerate(spread)), labels[kept], level)
+    found = _estimates(design, values[kept], dict(enumerate(spread)), labels[kept])
     reason = "sizes at one position have no slope"
-    nothing = {name: no_estimate(reason, int(np.sum(labels == name)), level) for name in names}
+    nothing = {name: no_estimate(reason, int(np.sum(labels == name))) for name in names}
     return nothing | found
 
 
 def line_at(x: Array, values: Array, slope: float, at: ArrayLike) -> Array:
-    """Height at `at` of the least-squares line of that slope: it passes through the mean of the points."""
+    """mean(values) + slope (at - mean(x)): a least-squares line passes through the mean of its points."""
     return np.mean(values) + slope * (np.asarray(at, dtype=float) - np.mean(x))
 
 
-def coefficients(design: Array, values: Array, level: float = LEVEL) -> tuple[Array, Array]:
+def coefficients(design: Array, values: Array) -> tuple[Array, Array]:
     """Ordinary least squares: coefficients (columns,) and the ends of their t intervals (columns, 2)."""
     fit = sm.OLS(values, design).fit()
-    return np.asarray(fit.params), np.asarray(fit.conf_int(1 - level))
+    return np.asarray(fit.params), np.asarray(fit.conf_int(1 - LEVEL))
 
 
-def _estimates(
-    design: Array, values: Array, named: dict[int, Hashable], labels: NDArray, level: float
-) -> dict[Any, Estimate]:
-    """The coefficients of the named columns, or why there are none."""
+def _estimates(design: Array, values: Array, named: dict[int, Hashable], labels: NDArray) -> dict[Any, Estimate]:
+    """{name: coefficient of its column of `design`}, each with its interval or the reason why it has none."""
     sizes = {name: int(np.sum(labels == name)) for name in named.values()}
     dof = values.size - design.shape[1]
     if dof < SMALLEST_DOF:
         reason = f"too few sizes: {values.size} on {len(sizes)} line{'s' * (len(sizes) != 1)} leave {max(dof, 0)} "
         reason += "degrees of freedom"
-        return {name: no_estimate(reason, count, level) for name, count in sizes.items()}
-    found, ends = coefficients(design, values, level)
+        return {name: no_estimate(reason, count) for name, count in sizes.items()}
+    found, ends = coefficients(design, values)
     return {
-        name: Estimate(float(found[column]), float(ends[column, 0]), float(ends[column, 1]), level, sizes[name])
+        name: Estimate(float(found[column]), float(ends[column, 0]), float(ends[column, 1]), sizes[name])
         for column, name in named.items()
     }
 

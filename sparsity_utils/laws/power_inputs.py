@@ -1,10 +1,11 @@
-"""What the power table is simulated from: how the runs of the first study spread, and the effects that it found.
+"""What the power table is simulated from: how the runs of the first study vary, and the effects that it found.
 
-A value of a run is taken to be the mean or the line of its line of sizes, plus an effect of its size, N(0, sd_fit),
-that all its seeds share, plus an effect of its seed, N(0, sd_seed). Both are variance components by the method of
-moments: for lines of sizes from runs of two layers or more at both width-depth ratios; for the shapes of one size from
-all of them, the single layer among them, since the second study trains the same shapes. results/power_inputs.csv holds
-them for the first recorded study; a later study does not replace it.
+    value of a run = mean or trend of its line of sizes + effect of its size + effect of its seed
+
+The effect of a size is N(0, sd_fit), and all its seeds share it; that of a seed is N(0, sd_seed). The method of moments
+estimates both variance components: for lines of sizes from runs of two layers or more at both width-depth ratios; for
+the shapes of one size from all of them, the single layer among them, since the second study trains the same shapes.
+results/power_inputs.csv holds them for the first recorded study; a later study does not replace it.
 """
 
 from collections.abc import Callable
@@ -23,9 +24,7 @@ class Outcome(NamedTuple):
     """One number per run, and whether its test is of a mean or of a slope on `x`."""
 
     values: Callable[[pd.DataFrame], pd.DataFrame]
-    x: (
-        str | None
-    )  # None: a mean; "parameters": per decade of parameters; "width_depth_ratio": per unit of width-depth ratio
+    x: str | None  # None: a mean; "parameters": slope per decade of them; "width_depth_ratio": slope per unit of it
 
 
 OUTCOMES = {
@@ -44,9 +43,9 @@ RATIO_OUTCOME = "shape_ratio"  # activation ratio of the shapes of one size, on 
 def power_inputs(tables: Lines, shapes: pd.DataFrame) -> pd.DataFrame:
     """The components and effects of a recorded study: one row per outcome and width-depth ratio, columns COLUMNS.
 
-    tables: its checkpoints by line; shapes: that of ReLU shapes at one size. mean: over sizes;
-    first_effect: the mean, or the slope, over the sizes of the line. All in units of the outcome (shares; slopes per
-    decade of parameters or per unit of ratio).
+    tables: its checkpoints by line. shapes: its checkpoints of ReLU shapes at one size. In the result, `mean` is that
+    of the sizes of the line, first_effect the same or, for an outcome with an `x`, their slope on it; the rest is from
+    `variance_components`. All are in units of the outcome (shares; slopes per decade of parameters or unit of ratio).
     """
     rows = []
     for name, outcome in OUTCOMES.items():

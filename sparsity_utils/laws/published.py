@@ -1,7 +1,7 @@
 """The data laws as published, and the eleven curves that they were fitted to.
 
 Coefficients are those of Figure 4 and section 4.1 of arXiv 2411.02335 v4, D in 1e9 tokens. ReLU: A(D) =
-exp(-c D^alpha + b) + A0. SiLU: A(D) = -c / D^alpha + A0. Named after `data_law.FORMS`.
+exp(-c D^alpha + b) + A0. SiLU: A(D) = -c / D^alpha + A0. These are "logspace" and "power" of `data_law.FORMS`.
 
 The curves of activation ratio against tokens come from a folder, or from a download with checksums. They belong to the
 authors of the paper and carry no licence, so nothing here ships them. The network is used by `download_curves` alone.
@@ -22,7 +22,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.laws.data_law import TOKEN_UNIT
 from sparsity_utils.laws.limits import published_form
 
-TOKENS_PER_PARAMETER = 190  # at least; "0.1B" and so on are non-embedding parameters
+TOKENS_PER_PARAMETER = 190  # of the published models, at least; "0.1B" and so on are non-embedding parameters
 
 
 class PublishedLaw(NamedTuple):
@@ -59,7 +59,7 @@ PUBLISHED_LAWS = (
     PublishedLaw("silu", "0.8B", 1536, 28, 0.995, NONE, 0.562, 0.383),
     PublishedLaw("silu", "1.2B", 1792, 32, 0.967, NONE, 0.538, 0.382),
 )
-# The scripts beside the authors' curves (published_curves.COMMIT) hold the same coefficients but for this model.
+# The scripts beside the authors' curves (COMMIT below) hold the same coefficients but for this model.
 REVISED_LAW = PublishedLaw("relu", "2.4B", 2304, 40, 2.11, -3.82, 9.04e-6, 0.0712)
 
 
@@ -143,7 +143,7 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _problem(tokens: np.ndarray, ratio: np.ndarray) -> str:
-    """What makes a curve unusable, or nothing."""
+    """What makes a curve unusable; empty if nothing does."""
     if tokens.ndim != 1 or tokens.shape != ratio.shape or not tokens.size:
         return f"has {tokens.size} numbers of tokens and {ratio.size} activation ratios"
     if not (np.isfinite(tokens).all() and np.isfinite(ratio).all()):

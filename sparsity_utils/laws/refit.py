@@ -1,7 +1,7 @@
 """The published curves fitted again: coefficients with intervals, rival forms, forecasts, and what a limit rests on.
 
-Curves in (the table of `published_curves.read_curves`), one table per finding out, described in results/columns.csv.
-Every function takes any curves of those columns; what was printed for a model is compared where PUBLISHED_LAWS has it.
+Each function takes a table of curves as `published.read_curves` gives it and returns a table that results/columns.csv
+describes. Any curves with these columns will do; those of models in PUBLISHED_LAWS are compared with what was printed.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from sparsity_utils.laws.holdout import forecast_errors
 from sparsity_utils.laws.limits import published_form
 from sparsity_utils.laws.published import PUBLISHED_LAWS, REVISED_LAW, PublishedLaw
 
-NEAR = 0.001  # activation ratio (0.1 points): a curve this close to its limit has arrived
+NEAR = 0.001  # activation ratio (0.1 points): a curve this close to its limit has reached it
 CURVE = ["activation", "model"]
 SAME = 0.01  # relative difference up to which a coefficient counts as the printed one; three digits are printed
 MOST_DROPPED = 8  # first points of a curve left out in search of the printed coefficients
@@ -42,16 +42,17 @@ PARTS: dict[str, Callable[[Array], NDArray[np.bool_]]] = {
 def refit_laws(curves: pd.DataFrame) -> pd.DataFrame:
     """The published form fitted to each curve, beside what was printed for it: one row per curve.
 
-    Limits and errors are activation ratios, D in 1e9 tokens. `<parameter>_low` and `_high` are ends of the 90% block
-    bootstrap interval; `late` errors are of the points beyond half of the tokens; `dropped` is the smallest number of
-    first points without which the refit gives the printed alpha, c and A0.
+    Columns as of published_refit in results/columns.csv. Limits and errors are activation ratios, D is in 1e9 tokens.
+    `<parameter>_low` and `_high` are ends of the 90% block bootstrap interval. `late` errors are of the points beyond
+    half of the tokens. `dropped` is the smallest number of first points without which the refit gives the printed
+    alpha, c and A0.
     """
     rows = [_law_row(activation, model, curve) for activation, model, curve in _each(curves)]
     return pd.DataFrame(rows).astype({"dropped": "Int64"})
 
 
 def compare_rivals(curves: pd.DataFrame) -> pd.DataFrame:
-    """Every curve under its published form and the rivals: residuals, AICc, and the limit where the form has one."""
+    """`compare_forms` of every curve, its published form and the rivals, beside the limit where a form has one."""
     tables = []
     for activation, model, curve in _each(curves):
         forms = (published_form(activation), *RIVAL_FORMS)
@@ -63,7 +64,7 @@ def compare_rivals(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def forecast_curves(curves: pd.DataFrame) -> pd.DataFrame:
-    """`forecasts.forecast_errors` of every curve: its published form, the rivals, and the last value."""
+    """`holdout.forecast_errors` of every curve: its published form, the rivals, and the last value."""
     tables = []
     for activation, model, curve in _each(curves):
         forms = (published_form(activation), *RIVAL_FORMS)
@@ -73,10 +74,10 @@ def forecast_curves(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def limit_stability(curves: pd.DataFrame) -> pd.DataFrame:
-    """Limits that one curve can be made to give: as printed, and the published form fitted to parts of the curve.
+    """The limits of each curve: as printed, and those of the published form fitted to PARTS of its points.
 
-    Columns: activation, model, source (who says so), points and last_tokens (what was fitted), limit, low, high,
-    rmse (over the whole curve), unseen, reason.
+    Columns: activation, model, source (PRINTED, SCRIPTS or the part), points and last_tokens (what was fitted), limit
+    with its 90% interval low to high, rmse (over the whole curve), unseen (`Fit.unseen`), reason.
     """
     rows = []
     for activation, model, curve in _each(curves):
@@ -116,7 +117,7 @@ def write_tables(curves: pd.DataFrame, folder: Path) -> Iterator[Path]:
 def tokens_to_limit(form: str, params: dict[str, float], within: float = NEAR) -> float:
     """Tokens after which a law of a published form stays within `within` (activation ratio) of its limit.
 
-    |A(D) - A0| = within solved for D. 0 where the law is that close from the start.
+    It solves |A(D) - A0| = within for D; 0 where the law is that close from the start.
     """
     power = params["c"] / within  # c / D^alpha = within
     if form == "logspace":  # exp(-c D^alpha + b) = within

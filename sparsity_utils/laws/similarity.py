@@ -11,19 +11,14 @@ from scipy import stats
 
 from sparsity_utils.console import InputError
 from sparsity_utils.laws.data_law import LEVEL
-from sparsity_utils.laws.trends import Estimate
+from sparsity_utils.laws.trends import Estimate, no_estimate
 from sparsity_utils.sparsity.patterns import representative_layers
 
 MOST_ACTIVE = 0.1  # share of neurons whose overlap between domains is compared
 RESAMPLES = 1000  # of the bootstrap over vocabulary tokens
 FEWEST_TOKENS = 30  # that a bootstrap over vocabulary tokens rests on
 SIZE = ["d_model", "n_layers"]
-PARTS = [
-    "activation_ratio",
-    "first",
-    "middle",
-    "last",
-]  # all layers, and single ones (`patterns.representative_layers`)
+PARTS = ["activation_ratio", "first", "middle", "last"]  # of all layers, and of one (`representative_layers`)
 
 Array = NDArray[np.float64]
 
@@ -65,9 +60,9 @@ def relative(frequencies: ArrayLike) -> Array:
 
 
 def between_domains(neurons: pd.DataFrame) -> pd.DataFrame:
-    """Every two domains on one model, in all layers and in the first, middle and last one.
+    """How alike every two domains are on one model, in all layers and in the first, middle and last one.
 
-    `neurons`: layer, neuron, domain and frequency of one run. Returns one, other, part, spearman, overlap.
+    `neurons`: layer, neuron, domain and frequency of one run. Returns one, other (domains), part, spearman, overlap.
     """
     wide = neurons.pivot_table("frequency", ["layer", "neuron"], "domain")
     layers = wide.index.get_level_values("layer")
@@ -86,8 +81,9 @@ def frequency_distances(neurons: pd.DataFrame, against: str) -> pd.DataFrame:
     """KS distances of relative neuron frequencies, over all layers, between models that differ in one thing.
 
     neurons: activation, d_model, n_layers, seed, domain and frequency of every neuron of every run.
-    against: "size", "activation" or "seed": what the two models differ in; the rest is the same.
-    Returns one row per pair and domain: what they share, one, other (sizes as tuples), distance.
+    against: "size", "activation" or "seed": what the two models differ in; the rest is the same. The Kolmogorov-Smirnov
+    distance is the largest difference of two cumulative distributions. Returns one row per pair and domain: what the
+    two share, one, other (sizes as tuples), distance.
     """
     names = {"size": SIZE, "activation": ["activation"], "seed": ["seed"]}
     if against not in names:
@@ -139,7 +135,7 @@ def size_correlations(patterns: pd.DataFrame, part: str, draws: NDArray | slice 
 
 
 def seed_correlations(vocabulary: pd.DataFrame, often: int, part: str) -> dict[tuple, Array]:
-    """Spearman correlation of the token patterns of every two seeds of one model, {(activation, size, seeds): ...}.
+    """Spearman correlation of the token patterns of every two seeds of one model, {(activation, size, seeds): value}.
 
     What two runs of one size agree on is the most that two sizes can be expected to agree on.
     """
@@ -156,15 +152,14 @@ def seed_correlations(vocabulary: pd.DataFrame, often: int, part: str) -> dict[t
     return {pair: value for pair, value in correlations.items() if np.isfinite(value)}
 
 
-def bootstrap_draws(patterns: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
-    """Tokens drawn with replacement, the same ones for every model: positions, (resamples, tokens)."""
-    return np.random.default_rng(seed).integers(len(patterns), size=(resamples, len(patterns)))
+def bootstrap_draws(patterns: pd.DataFrame) -> NDArray[np.int64]:
+    """Tokens drawn with replacement, the same ones for every model: positions, (RESAMPLES, tokens)."""
+    return np.random.default_rng(0).integers(len(patterns), size=(RESAMPLES, len(patterns)))
 
 
-def percentile_estimate(value: float, resampled: Iterable[float], tokens: int, level: float = LEVEL) -> Estimate:
+def percentile_estimate(value: float, resampled: Iterable[float], tokens: int) -> Estimate:
     """`value` with the percentile interval of its bootstrap resamples; too few tokens give a reason instead."""
     if tokens < FEWEST_TOKENS:
-        reason = f"only {tokens} vocabulary tokens; at least {FEWEST_TOKENS} are needed"
-        return Estimate(float("nan"), float("nan"), float("nan"), level, tokens, reason)
-    low, high = np.nanquantile(np.asarray(resampled), [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(value), float(low), float(high), level, tokens)
+        return no_estimate(f"only {tokens} vocabulary tokens; at least {FEWEST_TOKENS} are needed", tokens)
+    low, high = np.nanquantile(np.asarray(resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(value), float(low), float(high), tokens)

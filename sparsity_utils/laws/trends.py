@@ -1,4 +1,4 @@
-"""Trends across runs: lines, breakpoints, smooth bends and optima, their intervals, and the verdict on an interval.
+"""Trends across runs: lines, breakpoints, saturating curves, optima, their intervals, and the verdict on an interval.
 
 The unit of every test here is a run (one shape, one seed): checkpoints along a run are correlated and never counted as
 independent. Tests whose unit is a size are in `lines`. Runs of one seed share initialisation and data order, so seeds
@@ -33,12 +33,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval at `level` from `n` runs; `reason` says why there is none (values are then NaN)."""
+    """A number with its 90% interval from `n` runs; `reason` says why there is none (values are then NaN)."""
 
     value: float
     low: float
     high: float
-    level: float
     n: int
     reason: str = ""
 
@@ -79,7 +78,7 @@ class Segments:
 class Saturation:
     """y = plateau - gap exp(-(x - start) / scale): no breakpoint anywhere; `start` is the smallest x.
 
-    `scale` is the x over which the distance to the plateau falls to 1/e; it has the profile interval of a breakpoint.
+    `scale` is the x over which the distance to the plateau falls to 1/e; its interval is that of a profile.
     """
 
     scale: Estimate
@@ -98,37 +97,41 @@ Trend = Line | Segments | Saturation
 
 
 def decide(estimate: Estimate, low: float = 0.0, high: float = math.inf) -> str:
-    """The verdict on the claim that a quantity lies between `low` and `high`: its whole interval must.
+    """The verdict on the claim that a quantity lies between `low` and `high`.
 
-    An interval wholly outside speaks against the claim; anything else, an unknown interval too, is inconclusive.
+    It is supported if the whole interval lies inside, not supported if the whole interval lies outside, and
+    inconclusive otherwise, also for an unknown interval.
     """
     if low < estimate.low and estimate.high < high:
         return SUPPORTED
     return NOT_SUPPORTED if estimate.low > high or estimate.high < low else INCONCLUSIVE
 
 
-def mean_over_runs(values: ArrayLike, level: float = LEVEL) -> Estimate:
-    """Mean of one value per run (or per pair of runs) with its t interval; fewer than two runs give a reason."""
+def mean_over_runs(values: ArrayLike) -> Estimate:
+    """Mean of one value per run (or per pair of runs) with its interval; fewer than two runs give a reason.
+
+    The interval is mean +- t sd / sqrt(n), with the quantile t of n - 1 degrees of freedom.
+    """
     values = finite(values, "values")
     if values.size < SMALLEST_DOF + 1:
-        return no_estimate(f"only {values.size} runs; at least {SMALLEST_DOF + 1} are needed", values.size, level)
+        return no_estimate(f"only {values.size} runs; at least {SMALLEST_DOF + 1} are needed", values.size)
     described = DescrStatsW(values)
-    low, high = described.tconfint_mean(1 - level)
-    return Estimate(float(described.mean), float(low), float(high), level, values.size)
+    low, high = described.tconfint_mean(1 - LEVEL)
+    return Estimate(float(described.mean), float(low), float(high), values.size)
 
 
-def fit_line(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Line:
-    """Straight line by ordinary least squares (statsmodels); `groups` become fixed effects."""
+def fit_line(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> Line:
+    """y = slope x + intercept of the group, by ordinary least squares; `groups` become fixed effects."""
     x, y = _xy(x, y)
     blocks, dof = _blocks(x.size, groups), _dof(x.size, groups)
     if np.unique(x).size < 2 or dof < SMALLEST_DOF:
         reason = f"too few runs: {x.size} at {np.unique(x).size} positions leave {max(dof, 0)} degrees of freedom"
-        return Line(no_estimate(reason, x.size, level), np.nan, np.nan, np.nan, blocks.shape[1] + 1)
+        return Line(no_estimate(reason, x.size), np.nan, np.nan, np.nan, blocks.shape[1] + 1)
     design = np.column_stack([x, blocks])  # (n, 1 + groups)
     result = sm.OLS(y, design).fit()
-    low, high = result.conf_int(1 - level)[0]
+    low, high = result.conf_int(1 - LEVEL)[0]
     rss = float(np.sum(np.asarray(result.resid) ** 2))
-    slope = Estimate(float(result.params[0]), float(low), float(high), level, x.size)
+    slope = Estimate(float(result.params[0]), float(low), float(high), x.size)
     aicc = information(rss, x.size, design.shape[1])[1]
     return Line(slope, float(result.params[1:].mean()), float(np.sqrt(rss / x.size)), aicc, design.shape[1])
 
@@ -143,27 +146,29 @@ def run_slopes(tokens: ArrayLike, values: ArrayLike, runs: ArrayLike) -> dict[ob
     return {run: line.slope.value for run, line in lines.items() if not line.slope.reason}
 
 
-def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Segments:
+def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> Segments:
     """Continuous two-segment regression as published: a slope, then flat (arXiv 2411.02335, Fig. 5).
 
     The breakpoint runs over a grid inside the sampled x (its second smallest to its largest value); its interval holds
-    the values that a profile F test at `level` does not reject. It is inconclusive with fewer than five positions,
-    unless AICc is at least DISTINCT below that of a straight line and of a smooth saturating curve, when the interval
-    reaches an end of the grid (the breakpoint may lie outside the sampled positions), or with a single position beyond
-    it.
+    the values that a profile F test at LEVEL does not reject. The breakpoint has a reason not to be used
+
+    - with fewer than five positions, or too few runs for AICc,
+    - unless AICc is at least DISTINCT below that of a straight line and that of a smooth saturating curve,
+    - if the interval reaches an end of the grid: the breakpoint may lie outside the sampled positions,
+    - if a single position lies beyond it.
     """
     x, y = _xy(x, y)
     positions = np.unique(x)
-    reason = _too_few(positions, x.size, groups, extra=1)
+    reason = _too_few(positions, x.size, groups)
     if reason:
-        unknown = no_estimate(reason, x.size, level)
+        unknown = no_estimate(reason, x.size)
         return Segments(unknown, np.nan, np.nan, np.nan, np.nan, _blocks(x.size, groups).shape[1] + 2)
     grid = np.linspace(positions[1], positions[-1], GRID)
-    found, coefficients, rss = _profile(lambda at: np.minimum(x - at, 0), y, grid, groups, level)
+    found, coefficients, rss = _profile(lambda at: np.minimum(x - at, 0), y, grid, groups)
     aicc = information(rss, x.size, coefficients.size + 1)[1]
     rivals = {
-        "a straight line": fit_line(x, y, groups, level).aicc,
-        "a smooth saturating curve": fit_saturation(x, y, groups, level).aicc,
+        "a straight line": fit_line(x, y, groups).aicc,
+        "a smooth saturating curve": fit_saturation(x, y, groups).aicc,
     }
     as_good = [name for name, rival in rivals.items() if not aicc <= rival - DISTINCT]
     if as_good:
@@ -173,28 +178,29 @@ def fit_two_segments(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
         reason = f"the interval reaches an end of the sampled range, {positions[0]:.3g} to {positions[-1]:.3g}"
     elif found.value > positions[-2]:
         reason = f"only one position lies beyond {found.value:.3g}: that the trend changes there is not seen"
-    estimate = Estimate(found.value, found.low, found.high, level, x.size, reason)
+    estimate = Estimate(found.value, found.low, found.high, x.size, reason)
     plateau, rmse = float(coefficients[1:].mean()), float(np.sqrt(rss / x.size))
     return Segments(estimate, float(coefficients[0]), plateau, rmse, aicc, coefficients.size + 1)
 
 
-def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Saturation:
+def fit_saturation(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> Saturation:
     """Smooth rival of `fit_two_segments` with as many parameters: an exponential approach to a plateau.
 
-    The scale runs over a grid of SCALES; its interval is a profile F interval and says why where it reaches an end.
+    The scale runs over a grid of SCALES. Its interval is a profile F interval; if that reaches an end of the grid, the
+    scale has a reason not to be used.
     """
     x, y = _xy(x, y)
     positions = np.unique(x)
-    reason = _too_few(positions, x.size, groups, extra=1)
+    reason = _too_few(positions, x.size, groups)
     if reason:
-        unknown = no_estimate(reason, x.size, level)
+        unknown = no_estimate(reason, x.size)
         return Saturation(unknown, np.nan, np.nan, np.nan, np.nan, np.nan, _blocks(x.size, groups).shape[1] + 2)
     start, span = positions[0], positions[-1] - positions[0]
     grid = np.geomspace(SCALES[0] * span, SCALES[1] * span, GRID)
-    found, coefficients, rss = _profile(lambda scale: np.exp((start - x) / scale), y, grid, groups, level)
+    found, coefficients, rss = _profile(lambda scale: np.exp((start - x) / scale), y, grid, groups)
     if found.low <= grid[0] or found.high >= grid[-1]:
         reason = "the interval of the scale reaches an end of its range: the points hardly bend, or bend at once"
-    scale = Estimate(found.value, found.low, found.high, level, x.size, reason)
+    scale = Estimate(found.value, found.low, found.high, x.size, reason)
     aicc = information(rss, x.size, coefficients.size + 1)[1]
     plateau, rmse = float(coefficients[1:].mean()), float(np.sqrt(rss / x.size))
     return Saturation(scale, -float(coefficients[0]), plateau, float(start), rmse, aicc, coefficients.size + 1)
@@ -209,7 +215,7 @@ class Trends:
     saturation: Saturation
 
     def named(self) -> dict[str, Trend]:
-        """The three by the words for them."""
+        """{name in tables and figures: trend}."""
         return {
             "straight line": self.line,
             "slope, then flat": self.segments,
@@ -234,32 +240,36 @@ def compare_trends(trends: Trends) -> pd.DataFrame:
     return table.sort_values("aicc", kind="stable", ignore_index=True)
 
 
-def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None, level: float = LEVEL) -> Estimate:
-    """Position of the minimum of y by a parabola in log x, with its profile interval; `groups` are fixed effects.
+def fit_optimum(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> Estimate:
+    """The optimum in y = lowest + curvature ln(x / optimum)^2, with its profile interval; `groups` are fixed effects.
 
-    Inconclusive with fewer than five positions, without a minimum, or when the interval reaches an end of the range.
+    It has a reason not to be used with fewer than five positions, without a minimum, or if the interval reaches an end
+    of the range.
     """
     x, y = _xy(x, y)
     positions = np.unique(x)
-    reason = _too_few(positions, x.size, groups, extra=1)
+    reason = _too_few(positions, x.size, groups)
     if reason:
-        return no_estimate(reason, x.size, level)
+        return no_estimate(reason, x.size)
     grid = np.geomspace(positions[0], positions[-1], GRID)
-    found, coefficients, _ = _profile(lambda at: np.log(x / at) ** 2, y, grid, groups, level)
+    found, coefficients, _ = _profile(lambda at: np.log(x / at) ** 2, y, grid, groups)
     if coefficients[0] <= 0:
         reason = "the parabola has no minimum inside the sampled range"
     elif found.low <= grid[0] or found.high >= grid[-1]:
         reason = f"the interval reaches an end of the sampled range, {positions[0]:.3g} to {positions[-1]:.3g}"
-    return Estimate(found.value, found.low, found.high, level, x.size, reason)
+    return Estimate(found.value, found.low, found.high, x.size, reason)
 
 
 def _profile(
-    regressor: Callable[[Array], Array], y: Array, grid: Array, groups: ArrayLike | None, level: float
+    regressor: Callable[[Array], Array], y: Array, grid: Array, groups: ArrayLike | None
 ) -> tuple[Estimate, Array, float]:
-    """Profile least squares over one non-linear value: estimate and F interval, linear coefficients, residual sum.
+    """Fit y = slope regressor(value) + effect of the group for each value of the grid, and choose the best value.
 
-    regressor: the one column of the fit for each value of the grid, (grid, 1) to (grid, n). Column and y less their
-    means within groups leave a slope and a residual sum per grid value in closed form.
+    Returns that value with its interval, the slope and the group effects, and the residual sum of squares (rss). The
+    interval holds the values with rss <= lowest rss * (1 + F(1, dof) / dof), rounded outwards to the grid.
+
+    regressor: (grid, 1) to (grid, n). With the means within groups taken off regressor and y, slope and rss have a
+    closed form for each value.
     """
     blocks = _blocks(y.size, groups)
     within = blocks / blocks.sum(axis=0)  # (n, groups): means of groups
@@ -269,17 +279,18 @@ def _profile(
     rss = np.sum((left - slopes[:, None] * centred) ** 2, axis=1)
     best = int(np.argmin(rss))
     dof = y.size - blocks.shape[1] - 2
-    accepted = np.flatnonzero(rss <= rss[best] * (1 + stats.f.ppf(level, 1, dof) / dof))
+    accepted = np.flatnonzero(rss <= rss[best] * (1 + stats.f.ppf(LEVEL, 1, dof) / dof))
     first, last = max(accepted[0] - 1, 0), min(accepted[-1] + 1, grid.size - 1)  # rounded outwards to the grid
-    found = Estimate(float(grid[best]), float(grid[first]), float(grid[last]), level, y.size)
+    found = Estimate(float(grid[best]), float(grid[first]), float(grid[last]), y.size)
     effects = within.T @ (y - slopes[best] * columns[best])
     return found, np.append(slopes[best], effects), float(rss[best])
 
 
-def _too_few(positions: Array, n: int, groups: ArrayLike | None, extra: int) -> str:
+def _too_few(positions: Array, n: int, groups: ArrayLike | None) -> str:
+    """Why a profile over one value cannot be fitted; empty if it can."""
     if positions.size < 5:
         return f"only {positions.size} positions; at least 5 are needed"
-    dof = _dof(n, groups) - extra
+    dof = _dof(n, groups) - 1
     return f"too few runs: {n} leave {max(dof, 0)} degrees of freedom" if dof < PROFILE_DOF else ""
 
 
@@ -292,7 +303,7 @@ def _blocks(n: int, groups: ArrayLike | None) -> Array:
 
 
 def _dof(n: int, groups: ArrayLike | None) -> int:
-    """Residual degrees of freedom of a line with fixed effects."""
+    """Residual degrees of freedom of a line with fixed effects: n - 1 - groups."""
     return n - 1 - _blocks(n, groups).shape[1]
 
 
@@ -304,13 +315,13 @@ def _xy(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
 
 
 def finite(values: ArrayLike, name: str) -> Array:
-    """`values` as one row of numbers; InputError that names them where one is missing."""
+    """`values` as a one-dimensional array; InputError with their `name` where one is not finite."""
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not np.isfinite(array).all():
         raise InputError(f"{name} must be one row of finite numbers; drop or measure the missing ones first.")
     return array
 
 
-def no_estimate(reason: str, n: int = 0, level: float = LEVEL) -> Estimate:
-    """No number, and why."""
-    return Estimate(float("nan"), float("nan"), float("nan"), level, n, reason)
+def no_estimate(reason: str, n: int = 0) -> Estimate:
+    """An estimate without numbers, and the reason for it."""
+    return Estimate(float("nan"), float("nan"), float("nan"), n, reason)

@@ -28,7 +28,7 @@ def claim(**changes):
 
 
 def estimate(low, high, reason=""):
-    return Estimate((low + high) / 2, low, high, 0.9, 4, reason)
+    return Estimate((low + high) / 2, low, high, 4, reason)
 
 
 @pytest.mark.parametrize(

@@ -189,8 +189,8 @@ def test_too_few_shapes_are_inconclusive():
 
 
 def test_an_unknown_slope_decides_nothing():
-    nothing = Estimate(np.nan, np.nan, np.nan, 0.9, 0, "none")
-    steep, flat = Estimate(-0.1, -0.11, -0.09, 0.9, 8), Estimate(0.0, -0.01, 0.01, 0.9, 8)
+    nothing = Estimate(np.nan, np.nan, np.nan, 0, "none")
+    steep, flat = Estimate(-0.1, -0.11, -0.09, 8), Estimate(0.0, -0.01, 0.01, 8)
     assert one_dimension.depth_drives({"d_model": nothing, "n_layers": steep}) == (INCONCLUSIVE, nothing)
     assert one_dimension.depth_drives({"d_model": flat, "n_layers": nothing})[0] == INCONCLUSIVE
     tail = one_dimension.TAIL_SHRINKS.judged_all({"main": steep, "second": nothing}, "sizes")

@@ -50,9 +50,9 @@ def test_means_of_nothing_one_and_equal_values():
 
 def test_verdicts_from_intervals():
     def interval(low, high):
-        return Estimate((low + high) / 2, low, high, 0.9, 4)
+        return Estimate((low + high) / 2, low, high, 4)
 
-    nothing = Estimate(np.nan, np.nan, np.nan, 0.9, 0, "none")
+    nothing = Estimate(np.nan, np.nan, np.nan, 0, "none")
     assert [trends.decide(e) for e in (interval(1, 2), interval(-2, -1), interval(-1, 1), nothing)] == [
         *(SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE, INCONCLUSIVE)
     ]
