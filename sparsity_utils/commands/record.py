@@ -41,6 +41,7 @@ def record(profile: str) -> Iterator[Path]:
     if left_out:
         raise InputError(f"{verdicts.name} of profile {study.name} lacks {left_out[0]}; reproduce all notebooks.")
     questions = {QUESTIONS[question].file: question for question in filter(study.answers, QUESTIONS)}
+    study.complete(*questions.values())
     for file, question in sorted(questions.items()):
         study.table(question)
         yield _copy(study.folder / file, paths.RESULTS / file)

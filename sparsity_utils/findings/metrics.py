@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from sparsity_utils.findings.claims import Claim, Verdicts, stated
-from sparsity_utils.findings.style import AXIS, Look, ShownFigure, captioned, shape_name, styled
+from sparsity_utils.findings.style import AXIS, SMOOTH, Look, ShownFigure, captioned, shape_name, styled
 from sparsity_utils.laws.cost import with_weights_read
 from sparsity_utils.laws.limits import require
 from sparsity_utils.laws.trends import mean_over_runs
@@ -19,7 +19,6 @@ from sparsity_utils.study.study import Study
 USEFUL_PPL_RATIO = 2.0  # metrics are compared where CETT at most doubles perplexity, the largest p that is measured
 RIVALS = ("top-k", "fat")
 RATIO_GRID = 9  # activation ratios at which two metrics are compared, over the range both cover
-SMOOTH = 0.99  # a share of non-zero neurons above it says nothing: the activation function is smooth
 
 CETT_LOWEST = Claim(
     "cett_lowest",

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsity_utils.console import InputError
 from sparsity_utils.findings.claims import Claim, Verdicts, stated
-from sparsity_utils.findings.style import AXIS, COLOURS, ShownFigure, captioned, styled
+from sparsity_utils.findings.style import AXIS, COLOURS, SMOOTH, ShownFigure, captioned, styled
 from sparsity_utils.laws.trends import Estimate
 from sparsity_utils.sparsity.metrics import SparsityReport
 from sparsity_utils.study.study import Study
@@ -28,7 +28,6 @@ ROBUST = (2.0, 98.0)  # percentiles that the shades span: one outlying token mus
 SHOWN = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}  # white space made visible
 SPACES = re.compile(" {3,}")  # shown as a count
 LONGEST_LABEL = 14  # characters of a token along an axis
-SMOOTH = 0.99  # a share of non-zero neurons above it says nothing: the activation function is smooth
 LEGEND_STEPS = 5
 DARKEST = 0.65  # of the shades behind text: black letters keep a contrast of 5
 STRONG = 0.9  # quantile of the tokens above which coloured text is bold as well

@@ -34,6 +34,7 @@ COLOURS = sns.color_palette("colorblind").as_hex()
 MARKERS = "osD^vP"
 LINES = ("-", "--", "-.", ":")
 AXIS = "Active neurons (% of d_ff)"
+SMOOTH = 0.99  # a share of non-zero neurons above it says nothing: the activation function is smooth
 # What differs between processors in an SVG: the last digits of coordinates (PLACES, in the attributes PLACED), and the
 # names that matplotlib hashes from them for markers, clips and images (NAMED).
 PLACES = re.compile(r'(?<=[\s(">MLCQ])-?\d+\.\d{3,}(?=[\s)"<])')

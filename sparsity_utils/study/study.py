@@ -214,12 +214,16 @@ class Study:
         measure = self.profile.measure
         return [Job(config, self.corpus.folder, measure, tuple(what)) for config, what in wanted.items()]
 
+    def complete(self, *questions: str) -> None:
+        """Train and measure what some questions lack, in one pool of workers."""
+        do_jobs(longest_first(self.jobs(*questions)), self.profile)
+
     def _measured(self, question: str) -> pd.DataFrame:
         _, what, about = QUESTIONS[question]
         configs = self.configs(question)
         if not configs:
             raise InputError(f"Profile {self.name} trains no runs for {question}; its section study leaves them out.")
-        do_jobs(longest_first(self.jobs(question)), self.profile)
+        self.complete(question)
         tables = []
         for config in configs:
             run = find_run(config)

@@ -144,7 +144,7 @@ def corpus_of(asked: dict[str, Any], config: CorpusConfig, collected: Callable[[
 
 
 def _build(folder: Path, asked: dict[str, Any], config: CorpusConfig, text: "Collected") -> Corpus:
-    train, validation = split_documents(text.parts, config.validation_share)
+    train, validation = split_parts(text.parts, config.validation_share)
     tokenizer = train_tokenizer(train, config.vocabulary)
     with paths.written_aside(folder) as aside:
         aside.mkdir()
@@ -247,7 +247,7 @@ def _pieces(data: bytes) -> Iterator[str]:
         start = stop
 
 
-def split_documents(parts: list[Part], validation_share: float) -> tuple[list[Part], list[Part]]:
+def split_parts(parts: list[Part], validation_share: float) -> tuple[list[Part], list[Part]]:
     """Training and validation parts, both ordered by key: a fixed shuffle that keeps the parts of a document together.
 
     Every domain gives its first parts to validation, up to `validation_share` of its bytes, and at least one where it

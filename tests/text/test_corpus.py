@@ -18,7 +18,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.text import corpus as corpora
 from sparsity_utils.text import sources
-from sparsity_utils.text.corpus import Part, build_corpus, open_corpus, split_documents
+from sparsity_utils.text.corpus import Part, build_corpus, open_corpus, split_parts
 from sparsity_utils.text.duplicates import Duplicates, shingles
 from sparsity_utils.text.sources import Document
 
@@ -80,11 +80,11 @@ def parts_of(lines: list[str], domain: str = "rows") -> list[Part]:
 
 def test_near_duplicate_across_the_split_is_removed(tmp_path: Path) -> None:
     lines = [text(seed) for seed in range(40)]
-    planted_of = split_documents(parts_of(lines), 0.2)[1][0].document.text  # would be validation text
+    planted_of = split_parts(parts_of(lines), 0.2)[1][0].document.text  # would be validation text
     copies = (planted_of.replace(" ", f" planted{number} ", 1) for number in range(100))
 
     def falls_into_training(copy: str) -> bool:
-        train, validation = split_documents(parts_of([*lines, copy]), 0.2)
+        train, validation = split_parts(parts_of([*lines, copy]), 0.2)
         return copy in {part.document.text for part in train} and planted_of in {p.document.text for p in validation}
 
     copy = next(filter(falls_into_training, copies))  # without the removal it would leak
@@ -104,7 +104,7 @@ def test_every_domain_with_two_documents_is_in_validation() -> None:
         *parts_of([text(seed, 900) for seed in range(100, 102)], "two"),
         *parts_of([text(200)], "single"),
     ]
-    train, validation = split_documents(parts, 0.1)
+    train, validation = split_parts(parts, 0.1)
     assert {part.document.domain for part in validation} == {"large", "two"}
     assert {part.document.domain for part in train} == {"large", "two", "single"}
     taken, whole = (sum(p.size for p in side if p.document.domain == "large") for side in (validation, parts))
@@ -114,13 +114,13 @@ def test_every_domain_with_two_documents_is_in_validation() -> None:
 
 def test_domains_of_one_document_each_still_give_validation_text() -> None:
     parts = [part for name in "abc" for part in parts_of([text(ord(name))], name)]
-    train, validation = split_documents(parts, 0.1)
+    train, validation = split_parts(parts, 0.1)
     assert (len(train), len(validation)) == (2, 1)
 
 
 def test_split_depends_on_content_not_on_order_or_name() -> None:
     lines = [text(seed, 20) for seed in range(30)]
-    sides = [split_documents(parts_of(order), 0.2) for order in (lines, lines[::-1])]
+    sides = [split_parts(parts_of(order), 0.2) for order in (lines, lines[::-1])]
     assert [[p.document.text for p in side] for side in sides[0]] == [[p.document.text for p in s] for s in sides[1]]
 
 
