@@ -91,6 +91,15 @@ def memory_works(device: str, size: int) -> dict[str, tuple[Callable[[], object]
     }
 
 
+def measured_bandwidth(rounds: int = ROUNDS) -> float:
+    """GB/s of reading memory on this machine, median over rounds; on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    read, size = memory_works(device, WEIGHTS[device] // 2)["read"]
+    with torch.inference_mode():
+        seconds = alternate({"read": lambda: timed(read, device)}, rounds, warm_up=True)["read"]
+    return float(np.median(size / seconds / 1e9))
+
+
 def dense(problem: Problem) -> Tensor:
     """The dense FFN, as a model computes it."""
     ffn, act = problem.ffn, naive.ACTIVATIONS[problem.ffn.act]

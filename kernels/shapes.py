@@ -1,4 +1,6 @@
-"""Shapes of published FFNs that speeds are measured on; importing this loads nothing else."""
+"""What speeds are measured on, shapes of published FFNs and ways of decoding; importing this loads nothing else."""
+
+DENSE = ("dense", "all rows")  # ways of decoding that read all weights: transformers, and the kernels skipping nothing
 
 # (d, d_ff): the published models of arXiv 2411.02335, and a Llama-2-7B
 SHAPES = {

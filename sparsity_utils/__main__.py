@@ -225,7 +225,7 @@ def _notebooks(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from sparsity_utils.commands.record import draw_all
+    from sparsity_utils.commands.figures import draw_all
 
     for file in draw_all(options.folder / "results", options.folder / "figures"):
         print(file)

@@ -102,3 +102,8 @@ def written_aside(target: Path) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def collection() -> list[Path]:
+    """The notebooks of the collection, `notebooks/NN_name.ipynb`, in reading order."""
+    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))

@@ -19,7 +19,6 @@ import pytest
 import websocket
 
 from sparsity_utils import paths
-from sparsity_utils.commands import notebooks
 
 START = 30  # seconds that the server, or a cell, may take at most; together they take about three
 
@@ -107,9 +106,9 @@ def _wait(lab: Server, process: subprocess.Popen, log: Path) -> None:
 @pytest.mark.slow
 def test_lab_serves_the_notebooks_and_runs_a_cell_in_its_kernel(server: Server):
     served = {item["name"] for item in server.ask("GET", "contents")["content"]}
-    assert {path.name for path in notebooks.collection()} <= served
+    assert {path.name for path in paths.collection()} <= served
 
-    name = notebooks.collection()[0].name
+    name = paths.collection()[0].name
     cells = server.ask("GET", f"contents/{name}")["content"]["cells"]
     code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
     kernel = server.ask("POST", "kernels", name="python3")["id"]

@@ -13,9 +13,8 @@ from small import profile_content, write_profile, write_text
 
 from sparsity_utils import measure_sparsity, paths
 from sparsity_utils.commands import record
+from sparsity_utils.commands.figures import draw, draw_all
 from sparsity_utils.commands.measure import window_length
-from sparsity_utils.commands.notebooks import collection
-from sparsity_utils.commands.record import draw, draw_all
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import (
     activation_patterns,
@@ -37,6 +36,7 @@ from sparsity_utils.laws.power_inputs import power_inputs
 from sparsity_utils.laws.published import PUBLISHED_LAWS
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.pretrained import load_weights
+from sparsity_utils.paths import collection
 from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SCHEMA, planned
 from sparsity_utils.study.profiles import read_profile
 from sparsity_utils.study.runs import RunConfig

@@ -29,13 +29,9 @@ from torch import nn
 from kernels.timing import alternate, timed
 from sparsity_utils import paths
 from sparsity_utils.models.config import ModelConfig, TrainConfig
-from sparsity_utils.models.decoder import (
-    build_model,
-    default_device,
-    parameter_groups,
-    training_flops_per_token,
-)
+from sparsity_utils.models.decoder import build_model, default_device, parameter_groups
 from sparsity_utils.models.pretrained import load_weights
+from sparsity_utils.models.shapes import training_flops_per_token
 from sparsity_utils.models.training import Schedule, clock, matmul_rate, train, validation_loss
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.sparsity.literal import bisect_cett_ppl

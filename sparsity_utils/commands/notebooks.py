@@ -43,11 +43,6 @@ class OwnKernel(AsyncKernelManager):
         return KernelSpecManager(kernel_dirs=[])
 
 
-def collection() -> list[Path]:
-    """The notebooks of the collection, `notebooks/NN_name.ipynb`, in reading order."""
-    return sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-
-
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
     """Raise an `InputError` for a parameter that no cell of `notebook` declares (papermill only warns)."""
     declared = papermill.inspect_notebook(notebook)
@@ -97,7 +92,7 @@ def chosen(numbers: Iterable[str]) -> list[Path]:
 
     Raises `InputError` for a number that no notebook has.
     """
-    notebooks = {notebook.name.partition("_")[0]: notebook for notebook in collection()}
+    notebooks = {notebook.name.partition("_")[0]: notebook for notebook in paths.collection()}
     if not notebooks:
         raise InputError(f"There is no notebook in {paths.NOTEBOOKS}; restore the folder from git.")
     wanted = {number.zfill(2) for number in numbers} or set(notebooks)
@@ -172,7 +167,7 @@ def refresh() -> None:
     Raises `NotebookFailed` for a failing cell and `InputError` for outputs that do not belong in git; that
     notebook then stays as it was.
     """
-    for notebook in progress(collection(), "notebooks"):
+    for notebook in progress(paths.collection(), "notebooks"):
         refresh_one(notebook)
 
 

@@ -1,22 +1,17 @@
-"""Copy a finished study into results/, with a manifest of how it came about and two trained models; redraw figures."""
+"""Copy a finished study into results/, with a manifest of how it came about and two trained models."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 
 from sparsity_utils import paths
-from sparsity_utils.commands.notebooks import collection
-from sparsity_utils.console import InputError, progress
+from sparsity_utils.console import InputError
 from sparsity_utils.study.plan import QUESTIONS, SCHEMA
 from sparsity_utils.study.runs import RECIPE, find_run, run_with_model
 from sparsity_utils.study.study import Study
@@ -37,7 +32,7 @@ def record(profile: str) -> Iterator[Path]:
     judged = pd.read_csv(verdicts)
     if judged["verdict"].isin(["failed", "none"]).any():
         raise InputError(f"{verdicts.name} of profile {study.name} has failed notebooks; reproduce it again.")
-    left_out = [notebook.stem for notebook in collection() if not _judged(notebook, verdicts.parent, judged)]
+    left_out = [notebook.stem for notebook in paths.collection() if not _judged(notebook, verdicts.parent, judged)]
     if left_out:
         raise InputError(f"{verdicts.name} of profile {study.name} lacks {left_out[0]}; reproduce all notebooks.")
     questions = {QUESTIONS[question].file: question for question in filter(study.answers, QUESTIONS)}
@@ -108,24 +103,3 @@ def _write(target: Path, text: str) -> Path:
     with paths.written_aside(target) as aside:
         aside.write_text(text, encoding="utf-8")
     return target
-
-
-def draw_all(tables: Path, folder: Path) -> Iterator[Path]:
-    """Draw every figure that the study in `tables` has the tables for into `folder`, PNG and SVG; yield the files.
-
-    Notebooks are drawn side by side, a process per core: fitting their laws is most of the work.
-    """
-    names = [notebook.stem.partition("_")[2] for notebook in collection()]
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for files in progress(pool.map(partial(_draw_stored, tables, folder), names), "notebooks", len(names)):
-            yield from files
-
-
-def draw(finding: str, study: Study, folder: Path) -> list[Path]:
-    """Draw the figures of one notebook, `NN_finding`, which the module `findings.finding` makes."""
-    figures = import_module(f"sparsity_utils.findings.{finding}").figures(study)
-    return [file for name, figure in figures for file in figure.save(folder / name)]
-
-
-def _draw_stored(tables: Path, folder: Path, finding: str) -> list[Path]:
-    return draw(finding, Study.recorded(tables), folder)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from kernels import SparseFFN
 from kernels.bench_cases import Pattern
 from kernels.reading import Reading, reading
+from kernels.shapes import DENSE
 from kernels.timing import alternate, machine, speedups
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.decode import kernel_rule, replaceable_ffns, sparse_kernels
@@ -28,7 +29,6 @@ from sparsity_utils.neurons.rules import RULES
 from sparsity_utils.neurons.thresholds import Thresholds
 
 PARTS = ("ffn", "attention", "head")
-DENSE = ("dense", "all rows")  # ways that read all weights: transformers, and the kernels with nothing skipped
 
 
 def decode_speeds(

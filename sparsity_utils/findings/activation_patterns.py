@@ -35,7 +35,7 @@ from sparsity_utils.laws.similarity import (
 )
 from sparsity_utils.laws.trends import mean_over_runs, run_slopes
 from sparsity_utils.models.config import ACTIVATIONS
-from sparsity_utils.study.study import Study
+from sparsity_utils.study.tables import Tables
 
 OFTEN = 20  # occurrences in the measured text from which a token's mean activation ratio is compared
 ALIKE = 0.5  # rank correlation of two token patterns: at least this much counts as alike
@@ -278,7 +278,7 @@ def _thresholds_transfer(transfer: pd.DataFrame) -> Verdict:
     return claim.judged_all(estimates, "runs", *notes)
 
 
-def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
+def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """Every figure that a study has the tables for, with its name."""
     if study.answers("activation_patterns") and study.answers("token_patterns"):
         neurons = study.table("activation_patterns")

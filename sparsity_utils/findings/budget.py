@@ -15,17 +15,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from kernels.bench import ROUNDS, WEIGHTS, memory_works
-from kernels.timing import alternate, timed
+from kernels.shapes import DENSE
 from sparsity_utils.console import InputError
-from sparsity_utils.decoding.speed import DENSE
 from sparsity_utils.laws.cost import DECODING_CASE, FFN_CASE
 from sparsity_utils.laws.design import EXACT_ZEROS, NEAR, Design, Prediction
 from sparsity_utils.laws.limits import require
 from sparsity_utils.models.config import ACTIVATIONS
-from sparsity_utils.models.decoder import d_ff, default_device, non_embedding_parameters, solve_shape
+from sparsity_utils.models.shapes import d_ff, non_embedding_parameters, solve_shape
 from sparsity_utils.neurons.rules import METRICS
 
 RATIOS = (2, 4, 8, 16, 32, 64, 128)  # d_model / n_layers; those without an integer shape are skipped
@@ -72,7 +69,7 @@ def machine(ffns: pd.DataFrame, decoding: pd.DataFrame, bandwidth: float, dtype:
 
     Args:
         ffns, decoding: tables of the questions sparse_ffn and sparse_decoding (results/columns.csv).
-        bandwidth: GB/s of reading memory, as `measured_bandwidth` gives it.
+        bandwidth: GB/s of reading memory, as `kernels.bench.measured_bandwidth` gives it.
         dtype: of the weights: float32, float16 or bfloat16.
 
     Raises InputError for an impossible bandwidth or dtype, and for tables that lack the rows that this takes.
@@ -96,15 +93,6 @@ def machine(ffns: pd.DataFrame, decoding: pd.DataFrame, bandwidth: float, dtype:
 def recorded_bandwidth(ffns: pd.DataFrame) -> float:
     """GB/s of reading memory where a study's single FFNs were timed, median over its cases."""
     return float(ffns["read_gb_per_s"].median())
-
-
-def measured_bandwidth(rounds: int = ROUNDS) -> float:
-    """GB/s of reading memory on this machine, median over rounds; on a GPU where there is one."""
-    device = default_device().type
-    read, size = memory_works(device, WEIGHTS[device] // 2)["read"]
-    with torch.inference_mode():
-        seconds = alternate({"read": lambda: timed(read, device)}, rounds, warm_up=True)["read"]
-    return float(np.median(size / seconds / 1e9))
 
 
 def plan_budget(

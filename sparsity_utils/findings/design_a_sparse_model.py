@@ -19,7 +19,7 @@ from sparsity_utils.laws.holdout import COLUMNS, errors, held_out
 from sparsity_utils.laws.limits import SHAPE, require
 from sparsity_utils.laws.trends import NOT_SUPPORTED, Estimate, mean_over_runs
 from sparsity_utils.models.config import ACTIVATIONS
-from sparsity_utils.study.study import Study
+from sparsity_utils.study.tables import Tables
 
 COVERED = 0.8  # share of held-out runs that 90% intervals must at least hold
 MARGINS = {  # within which a size beyond the fit is predicted, in the units of `holdout.errors`
@@ -149,7 +149,7 @@ def _reaches(rows: pd.DataFrame, claim: Claim) -> Verdict:
     return claim.judged(estimate, reach, f"TOST p = {p_value:.2g}")
 
 
-def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
+def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """The figure, with its name, of the notebook's budget, if the study has the tables for it."""
     if all(map(study.answers, ("sparse_ffn", "sparse_decoding", *CURVES[:2]))):
         checkpoints = joined(map(study.table, filter(study.answers, CURVES)))

@@ -14,7 +14,7 @@ from sparsity_utils.laws.limits import require
 from sparsity_utils.laws.trends import mean_over_runs
 from sparsity_utils.models.config import ACTIVATIONS
 from sparsity_utils.neurons.rules import METRICS
-from sparsity_utils.study.study import Study
+from sparsity_utils.study.tables import Tables
 
 USEFUL_PPL_RATIO = 2.0  # metrics are compared where CETT at most doubles perplexity, the largest p that is measured
 RIVALS = ("top-k", "fat")
@@ -61,7 +61,7 @@ def verdicts(table: pd.DataFrame) -> Verdicts:
     return Verdicts([CETT_LOWEST.judged_all(by_rival, "runs"), CETT_CUT.counted(cut, "runs")])
 
 
-def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
+def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """Every figure that a study has the tables for, with its name."""
     if study.answers("metrics"):
         yield "01_metrics", figure(study.table("metrics"))

@@ -26,7 +26,7 @@ from sparsity_utils.laws.lines import MAIN, SECOND, pooled_means, pooled_slopes,
 from sparsity_utils.laws.power_inputs import OUTCOMES, RATIO_OUTCOME
 from sparsity_utils.laws.published import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, fit_two_segments
-from sparsity_utils.models.decoder import d_ff, non_embedding_parameters
+from sparsity_utils.models.shapes import d_ff, non_embedding_parameters
 from sparsity_utils.study.plan import Settings, planned
 from sparsity_utils.study.profiles import Profile
 

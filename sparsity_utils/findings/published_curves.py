@@ -20,7 +20,7 @@ from sparsity_utils.laws.published import PublishedLaw
 from sparsity_utils.laws.refit import PRINTED, SCRIPTS, WITHOUT
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Estimate, mean_over_runs
 from sparsity_utils.models.config import ACTIVATIONS
-from sparsity_utils.study.study import Study
+from sparsity_utils.study.tables import Tables
 
 DETERMINED = 0.01  # width of the 90% interval of a limit (1 point of activation ratio) up to which it counts as known
 PRINTED_ERROR = 0.005  # activation ratio (half a point): root mean square error of a law printed for its own curve
@@ -203,7 +203,7 @@ def distance_to_limit(refit: pd.DataFrame) -> pd.DataFrame:
     return table.assign(unseen_percent=(100 * rows["unseen"]).round(0))
 
 
-def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
+def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """Every figure, with its name: all studies have these tables."""
     yield "07_published_curves", laws_figure(study.table("published_refit"))
     yield "07_limits", limits_figure(study.table("published_stability"))

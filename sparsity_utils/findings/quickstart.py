@@ -8,20 +8,24 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from transformers import PreTrainedTokenizerBase
 
 from sparsity_utils.console import InputError
 from sparsity_utils.findings.claims import Claim, Verdicts, stated
 from sparsity_utils.findings.style import AXIS, COLOURS, SMOOTH, ShownFigure, captioned, styled
 from sparsity_utils.laws.trends import Estimate
-from sparsity_utils.sparsity.metrics import SparsityReport
-from sparsity_utils.study.study import Study
+from sparsity_utils.study.tables import Tables
+
+if TYPE_CHECKING:  # redrawing figures need not load torch
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsity_utils.sparsity.metrics import SparsityReport
 
 SHADES = "Blues"  # lightness alone tells the values apart, so that they stay apart in grey
 ROBUST = (2.0, 98.0)  # percentiles that the shades span: one outlying token must not bleach the others
@@ -52,7 +56,7 @@ def claims() -> pd.DataFrame:
     return stated([price_claim()])
 
 
-def verdicts(report: SparsityReport, p: float = 1.0) -> Verdicts:
+def verdicts(report: "SparsityReport", p: float = 1.0) -> Verdicts:
     """Do thresholds solved for p percent more perplexity on calibration documents cost about as much on others?
 
     Raises InputError for a report that was not made by CETT-PPL-p% with calibration batches of its own.
@@ -69,7 +73,7 @@ def verdicts(report: SparsityReport, p: float = 1.0) -> Verdicts:
 
 
 @styled
-def layer_bars(report: SparsityReport) -> ShownFigure:
+def layer_bars(report: "SparsityReport") -> ShownFigure:
     """Activation ratio of each layer; the model's mean with its 90% interval; the non-zero share where there is one."""
     layers, mean = report.layers, 100 * report.activation_ratio
     figure = ShownFigure(figsize=(min(10.0, max(4.4, 1.8 + 0.3 * len(layers))), 3.2), layout="constrained")
@@ -159,12 +163,12 @@ def coloured_text(per_token: pd.DataFrame, pieces: Sequence[str]) -> ColouredTex
     return ColouredText(tuple(pieces), tuple(values.mean(axis=1).tolist()))
 
 
-def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
+def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """No figure: those of this notebook show a model and a text, which no stored table holds."""
     yield from ()
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
+def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int]) -> list[str]:
     """What each token adds to the text: the pieces joined are the decoded tokens.
 
     A character made of several tokens stands with the last of them; those before it are empty.
@@ -219,7 +223,7 @@ def _whole_ticks(axis: mpl.axis.Axis, count: int) -> None:
     axis.set_ticks(range(0, count, -(-count // 20)))
 
 
-def _basis(report: SparsityReport) -> str:
+def _basis(report: "SparsityReport") -> str:
     """Sample size and settings, for a caption."""
     documents = f"{report.documents} documents" if report.documents > 1 else "one document"
     return f"{report.tokens:,} tokens of {documents}; {report.metric}, perplexity × {report.ppl_ratio:.4f}."

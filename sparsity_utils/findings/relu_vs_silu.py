@@ -40,8 +40,8 @@ from sparsity_utils.laws.lines import (
 from sparsity_utils.laws.published import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
 from sparsity_utils.laws.trends import mean_over_runs
 from sparsity_utils.models.config import ACTIVATIONS
-from sparsity_utils.models.decoder import non_embedding_parameters
-from sparsity_utils.study.study import Study
+from sparsity_utils.models.shapes import non_embedding_parameters
+from sparsity_utils.study.tables import Tables
 
 # "Comparable" loss: 1% is what about 14% more parameters buy, at loss ~ N^-0.076 (arXiv 2001.08361, eq. 1.1).
 LOSS_MARGIN = 0.01
@@ -197,7 +197,7 @@ def shown_runs(checkpoints: pd.DataFrame) -> pd.DataFrame:
     return runs.set_index([*SHAPE, "seed"])[["final_loss", *shares, "checkpoints"]].round(3)
 
 
-def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
+def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """Every figure that a study has the tables for, with its name."""
     if study.answers("relu_vs_silu"):
         curves = fit_curves(study.table("relu_vs_silu"))

@@ -38,8 +38,8 @@ from sparsity_utils.laws.lines import (
 from sparsity_utils.laws.published import PUBLISHED_LAWS
 from sparsity_utils.laws.trends import INCONCLUSIVE, fit_line
 from sparsity_utils.models.config import ACTIVATIONS
-from sparsity_utils.models.decoder import non_embedding_parameters
-from sparsity_utils.study.study import Study
+from sparsity_utils.models.shapes import non_embedding_parameters
+from sparsity_utils.study.tables import Tables
 
 CLOSEST = 1.8  # ratio of two sizes from which on the labels of both fit on an axis
 LOOKS = {activation: Look(number) for number, activation in enumerate(ACTIVATIONS)}
@@ -191,7 +191,7 @@ def seed_limits(scale: Scale) -> pd.DataFrame:
     return (100 * rows[shares]).round(1).join(rows["sound"])
 
 
-def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
+def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """Every figure that a study has the tables for, with its name."""
     if study.answers("scale_insensitivity"):
         second = study.table("second_line") if study.answers("second_line") else None

@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from sparsity_utils.decoding.speed import DENSE
+from kernels.shapes import DENSE
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
 from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
 from sparsity_utils.laws.cost import DECODING_CASE, FFN_CASE, decoding_limit
 from sparsity_utils.laws.limits import require
 from sparsity_utils.laws.trends import Estimate
 from sparsity_utils.models.config import ACTIVATIONS
-from sparsity_utils.study.study import Study
+from sparsity_utils.study.tables import Tables
 
 NEAR_IDEAL = 0.9  # of the speed-up that the unread bytes allow
 BEYOND_WALL = 3.5  # times dense; reading all gates in full caps an exact method below 3
@@ -232,7 +232,7 @@ def decoding_limits(sparsity: float) -> pd.DataFrame:
     return pd.DataFrame(limits, index=["FFN alone", "whole model, no head"]).T.rename_axis("what the FFNs read")
 
 
-def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
+def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """Every figure that a study has the tables for, with its name."""
     if study.answers("sparse_ffn"):
         ffns = study.table("sparse_ffn")

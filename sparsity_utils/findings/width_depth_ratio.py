@@ -34,8 +34,7 @@ from sparsity_utils.laws.trends import (
     fit_optimum,
     fit_trends,
 )
-from sparsity_utils.study.speeds import PASSES
-from sparsity_utils.study.study import Study
+from sparsity_utils.study.tables import Tables
 
 BREAKPOINT = (114.0, 114.0)  # d_model / n_layers (arXiv 2411.02335, Fig. 5)
 OPTIMUM = (74.0, 282.0)  # d_model / n_layers of the lowest loss (Fig. 6)
@@ -187,7 +186,7 @@ def cost_beside_sparsity(checkpoints: pd.DataFrame, costs: pd.DataFrame) -> pd.D
     per token), flops, training_low, training_high, training, forward (each as a multiple of the widest shape's).
     Raises InputError for unusable tables and for a shape without costs.
     """
-    numbers = [f"{name}_us" for name in PASSES]
+    numbers = ["training_us", "forward_us"]
     columns = [*SIZE, "width_depth_ratio", "flops_per_token", *numbers, "training_low", "training_high"]
     require(costs, columns, SIZE, numbers, "depth_cost")
     shapes = (
@@ -217,7 +216,7 @@ def cost_beside_sparsity(checkpoints: pd.DataFrame, costs: pd.DataFrame) -> pd.D
     )
 
 
-def figures(study: Study) -> Iterator[tuple[str, ShownFigure]]:
+def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """Every figure that a study has the tables for, with its name."""
     if study.answers("width_depth_ratio"):
         table = study.table("width_depth_ratio")

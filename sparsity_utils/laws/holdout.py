@@ -15,7 +15,7 @@ from sparsity_utils.laws.data_law import FORMS, RIVAL_FORMS, fit_data_law
 from sparsity_utils.laws.design import LOSS, NEAR, RATIO, Design, fit_design
 from sparsity_utils.laws.limits import SHAPE, check_checkpoints, fit_points, published_form
 from sparsity_utils.laws.published import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
-from sparsity_utils.models.decoder import non_embedding_parameters
+from sparsity_utils.models.shapes import non_embedding_parameters
 
 SMALLER = 0.5  # a size is predicted from runs of at most this part of it
 COLUMNS = [

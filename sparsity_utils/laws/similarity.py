@@ -12,7 +12,7 @@ from scipy import stats
 from sparsity_utils.console import InputError
 from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.trends import Estimate, no_estimate
-from sparsity_utils.sparsity.patterns import representative_layers
+from sparsity_utils.models.shapes import representative_layers
 
 MOST_ACTIVE = 0.1  # share of neurons whose overlap between domains is compared
 RESAMPLES = 1000  # of the bootstrap over vocabulary tokens

@@ -21,14 +21,10 @@ from transformers import GraniteForCausalLM
 
 from sparsity_utils import paths
 from sparsity_utils.models.config import LAST_CHECKPOINTS, ModelConfig, TrainConfig
-from sparsity_utils.models.decoder import (
-    build_model,
-    default_device,
-    parameter_groups,
-    training_flops_per_token,
-)
+from sparsity_utils.models.decoder import build_model, default_device, parameter_groups
 from sparsity_utils.models.loss import linear_cross_entropy
 from sparsity_utils.models.quick import quicken
+from sparsity_utils.models.shapes import training_flops_per_token
 from sparsity_utils.text.windows import TrainingBatches
 
 LOG_EVERY = 20  # steps

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsity_utils.console import InputError
+from sparsity_utils.models.shapes import representative_layers
 from sparsity_utils.neurons.find import FFN, find_ffns, layer_count
 from sparsity_utils.neurons.hooks import check_layers, observe_neurons
 from sparsity_utils.neurons.modes import evaluating
@@ -74,12 +75,6 @@ def activation_patterns(model: PreTrainedModel, domains: Mapping[str, Batches], 
             frequencies.append(neurons.table().assign(domain=domain))
     table = pd.concat(frequencies, ignore_index=True)
     return Patterns(table[["domain", *NEURON, "frequency", "tokens"]], tokens.table())
-
-
-def representative_layers(layers: int) -> dict[str, int]:
-    """Positions of the first, the middle (`layers` // 2) and the last layer; fewer than three layers have no middle."""
-    middle = {"middle": layers // 2} if layers > 2 else {}
-    return {"first": 0, **middle, "last": layers - 1}
 
 
 def over_domains(frequencies: pd.DataFrame) -> pd.DataFrame:

@@ -4,7 +4,7 @@ from itertools import product
 from typing import NamedTuple
 
 from sparsity_utils.models.config import ModelConfig, TrainConfig
-from sparsity_utils.models.decoder import solve_shape
+from sparsity_utils.models.shapes import solve_shape
 from sparsity_utils.study.profiles import Profile, Size
 
 SCHEMA = 1  # of the tables; raise it when a column changes its meaning

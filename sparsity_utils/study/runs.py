@@ -30,14 +30,9 @@ import transformers
 
 from sparsity_utils import paths
 from sparsity_utils.models.config import ModelConfig, TrainConfig
-from sparsity_utils.models.decoder import (
-    d_ff,
-    default_device,
-    head_count,
-    non_embedding_parameters,
-    training_flops_per_token,
-)
+from sparsity_utils.models.decoder import default_device
 from sparsity_utils.models.pretrained import load_weights
+from sparsity_utils.models.shapes import d_ff, head_count, non_embedding_parameters, training_flops_per_token
 from sparsity_utils.models.training import Diverged, checkpoint_folder, train
 from sparsity_utils.text.corpus import Corpus
 from sparsity_utils.text.windows import measurement_batches

@@ -14,12 +14,8 @@ from kernels.timing import alternate, median_interval, timed
 from sparsity_utils.console import InputError, progress
 from sparsity_utils.decoding.speed import decode_pattern, decode_speeds
 from sparsity_utils.models.config import ACTIVATIONS, ModelConfig, TrainConfig
-from sparsity_utils.models.decoder import (
-    build_model,
-    default_device,
-    non_embedding_parameters,
-    training_flops_per_token,
-)
+from sparsity_utils.models.decoder import build_model, default_device
+from sparsity_utils.models.shapes import non_embedding_parameters, training_flops_per_token
 from sparsity_utils.models.training import Training, validation_loss
 from sparsity_utils.neurons.find import FFN, find_ffns, layer_count
 from sparsity_utils.neurons.hooks import observe_neurons

@@ -3,7 +3,6 @@
 `Study.from_profile("laptop").table("relu_vs_silu")` trains what is missing; `Study.recorded()` reads the stored tables.
 """
 
-import json
 import os
 import platform
 import warnings
@@ -18,23 +17,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from kernels import MAX_TOKENS
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
-from sparsity_utils.models.decoder import default_device, head_count
+from sparsity_utils.models.decoder import default_device
 from sparsity_utils.models.pretrained import open_checkpoint
+from sparsity_utils.models.shapes import head_count
 from sparsity_utils.study.jobs import Job, do_jobs, longest_first, measurement
-from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SCHEMA, SPEEDS, Question, Settings, planned
+from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
 from sparsity_utils.study.profiles import Profile, read_profile
 from sparsity_utils.study.runs import RunConfig, find_run, run_with_model
 from sparsity_utils.study.speeds import decoding_table, ffn_table, step_times
+from sparsity_utils.study.tables import Tables, known
 from sparsity_utils.text.corpus import Corpus, build_corpus
 from sparsity_utils.text.packed_text import unpack_text
 from sparsity_utils.text.windows import measurement_batches
 
 
-class Study:
+class Study(Tables):
     """The tables of one study, trained on demand or read from a folder."""
 
-    def __init__(self, name: str, folder: Path, profile: Profile | None, text: Path | None = None):
-        self.name, self.folder, self.profile, self.text = name, folder, profile, text
+    def __init__(self, name: str, folder: Path, profile: Profile | None = None, text: Path | None = None):
+        super().__init__(name, folder)
+        self.profile, self.text = profile, text
         self._corpus: Corpus | None = None
 
     @classmethod
@@ -50,21 +52,6 @@ class Study:
             for model, _ in planned(profile, question):
                 head_count(model)
         return cls(profile.name, paths.profile_output(profile.name) / "results", profile, text)
-
-    @classmethod
-    def recorded(cls, folder: Path = paths.RESULTS) -> "Study":
-        """The tables stored in `folder`; nothing is trained.
-
-        Raises InputError when their manifest names another schema than this version reads.
-        """
-        manifest = folder / "manifest.json"  # a profile's own tables have none
-        schema = json.loads(manifest.read_text(encoding="utf-8")).get("schema") if manifest.exists() else SCHEMA
-        if schema != SCHEMA:
-            raise InputError(
-                f"The tables in {folder} have schema {schema!r}, this version reads {SCHEMA}; use the version of the "
-                "project that recorded them, or record them again."
-            )
-        return cls("recorded", folder, None)
 
     @classmethod
     def open(cls, source: str, profile: str) -> "Study":
@@ -85,35 +72,23 @@ class Study:
 
     def answers(self, question: str) -> bool:
         """Whether this study has, or would make, the table of a question: profiles may leave some out."""
-        if question in PUBLISHED_TABLES:
-            return True
-        if self.profile is None:
-            return (self.folder / _known(question).file).exists()
-        _known(question)
-        return bool(planned(self.profile, SPEEDS.get(question, question)))
+        if self.profile is None or question in PUBLISHED_TABLES:
+            return super().answers(question)
+        return bool(planned(self.profile, SPEEDS.get(known(question), question)))
 
     def table(self, question: str) -> pd.DataFrame:
-        """The table of a question: one row per checkpoint, or per measured thing (such as a neuron) of each run.
+        """The table of a question, measured where the run store lacks it.
 
-        Columns are described in results/columns.csv. Speeds are measured on this machine, once: delete the file to
-        measure them again. Raises InputError for an unknown question, a profile that leaves it out or, in a recorded
-        study, a table that is not there.
+        Speeds are measured on this machine, once: delete the file to measure them again. Raises InputError as
+        `Tables.table` does, and for a profile that leaves the question out.
         """
-        if question in PUBLISHED_TABLES:
-            return _stored(paths.PUBLISHED / f"{question}.csv", "make it with python -m sparsity_utils refit")
-        file = self.folder / _known(question).file
-        if self.profile is not None and not (question in SPEEDS and file.exists()):
+        file = self.file(question)
+        made = self.profile is not None and question not in PUBLISHED_TABLES
+        if made and not (question in SPEEDS and file.exists()):
             table = self.speeds(question) if question in SPEEDS else self._measured(question)
             with paths.written_aside(file) as aside:
                 table.to_csv(aside, index=False, float_format="%.8g")
-        return _stored(file, "name a folder that holds a study's results, or train one with make reproduce")
-
-    def table_or_none(self, question: str) -> pd.DataFrame | None:
-        """`table`, or None and a printed line where this study leaves the question out."""
-        if self.answers(question):
-            return self.table(question)
-        print(f"The {self.name} study has no table for {question}.")
-        return None
+        return super().table(question)
 
     def largest_config(self, activation: str) -> RunConfig:
         """The run that stands for an activation function: the largest size and, of its seeds, the first.
@@ -242,16 +217,3 @@ class Study:
         if not tables:
             raise InputError(f"Every run of {question} diverged; lower train.learning_rate in profile {self.name}.")
         return pd.concat(tables, ignore_index=True)
-
-
-def _stored(file: Path, advice: str) -> pd.DataFrame:
-    if not file.exists():
-        raise InputError(f"There is no {file.name} in {file.parent}; {advice}.")
-    return pd.read_csv(file)
-
-
-def _known(question: str) -> Question:
-    if question not in QUESTIONS:
-        known = ", ".join([*QUESTIONS, *PUBLISHED_TABLES])
-        raise InputError(f"There is no question {question!r}; choose one of {known}.")
-    return QUESTIONS[question]

@@ -62,14 +62,14 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
 
 def test_the_collection_is_numbered_without_gaps():
-    stems = [path.stem for path in notebooks.collection()]
+    stems = [path.stem for path in paths.collection()]
     assert stems, "no notebook found"
     assert [stem[:2] for stem in stems] == [f"{number:02d}" for number in range(len(stems))]
     assert {path.name for path in paths.NOTEBOOKS.glob("*.ipynb")} == {f"{stem}.ipynb" for stem in stems}
 
 
 @pytest.mark.parametrize("check", notebook_checks.ALL, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("path", notebooks.collection(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", paths.collection(), ids=lambda path: path.stem)
 def test_notebook_keeps_the_rule(path: Path, check: Callable):
     assert list(check(nbformat.read(path, as_version=4))) == []
 
@@ -106,7 +106,7 @@ def many_lines(tmp_path_factory):
         yield Study.from_profile(write_profile(folder, content))
 
 
-@pytest.mark.parametrize("path", notebooks.collection(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", paths.collection(), ids=lambda path: path.stem)
 def test_the_runs_of_a_notebook_are_those_that_its_cells_ask_for(path: Path, many_lines, monkeypatch):
     asked = Asked(many_lines)
     monkeypatch.setattr(Study, "open", lambda source, profile: asked)
@@ -280,7 +280,7 @@ def test_all_runs_are_done_in_one_pool_before_the_first_notebook_opens(shelf, tm
     assert out.startswith("Profile tiny. 6 runs to do, 6 of them to train: about 0 min with 2 workers.\n[1/2] 01_a")
     assert "failed in cell" not in err
     assert pools == [work(study.jobs("metrics", "width_depth_ratio"))]
-    everything = notebooks.jobs_of(notebooks.collection(), study)
+    everything = notebooks.jobs_of(paths.collection(), study)
     assert notebooks.outlook(everything, 2) == "No run is left to train or to measure."
 
 

@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 from planted_design import LINE, study
 
+from kernels.bench import measured_bandwidth
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import budget
-from sparsity_utils.findings.budget import decoding_check, machine, measured_bandwidth, plan_budget, readable
+from sparsity_utils.findings.budget import decoding_check, machine, plan_budget, readable
 from sparsity_utils.laws.design import fit_design
 
 RATES = {"dense": 0.4, "all rows": 0.8, "sparse": 0.7, "certified": 0.5}

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 from planted import AT_SECOND, SHAPES, study
 
-from sparsity_utils.commands.notebooks import collection
 from sparsity_utils.findings import claims, relu_vs_silu, scale_insensitivity, width_depth_ratio
 from sparsity_utils.findings.claims import Claim, Verdicts
 from sparsity_utils.laws import data_law
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Estimate, no_estimate
+from sparsity_utils.paths import collection
 
 FINDINGS = {notebook.stem.partition("_")[2]: None for notebook in collection()} | {"one_dimension": None}
 

@@ -9,16 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig
-from sparsity_utils.models.decoder import (
-    build_model,
-    head_count,
-    non_embedding_parameters,
-    parameter_groups,
-    solve_shape,
-    training_flops_per_token,
-)
+from sparsity_utils.models.decoder import build_model, parameter_groups
 from sparsity_utils.models.loss import linear_cross_entropy
 from sparsity_utils.models.pretrained import load_weights
+from sparsity_utils.models.shapes import head_count, non_embedding_parameters, solve_shape, training_flops_per_token
 from sparsity_utils.models.training import save_checkpoint
 
 PUBLISHED_SHAPES = [

@@ -13,11 +13,12 @@ from mixtures import IDS, build
 from tiny_granite import granite, hooks_of
 
 from sparsity_utils.console import InputError
+from sparsity_utils.models.shapes import representative_layers
 from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity import patterns
 from sparsity_utils.sparsity.metrics import measure_sparsity
-from sparsity_utils.sparsity.patterns import activation_patterns, dead_neurons, over_domains, representative_layers
+from sparsity_utils.sparsity.patterns import activation_patterns, dead_neurons, over_domains
 
 VOCABULARY = 23
 RULES = [("relu", (0.0,) * 3), ("cett", (0.3, 0.5, 0.2)), ("top-k", (5, 5, 5)), ("fat", (0.2,) * 3)]

@@ -8,7 +8,7 @@ from small import one_size, profile_content, write_profile
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig
-from sparsity_utils.models.decoder import d_ff, head_count, non_embedding_parameters
+from sparsity_utils.models.shapes import d_ff, head_count, non_embedding_parameters
 from sparsity_utils.study.plan import COVERING, QUESTIONS, planned, ratio_shapes
 from sparsity_utils.study.profiles import profile_names, read_profile
 

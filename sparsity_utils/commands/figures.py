@@ -1,0 +1,33 @@
+"""Redraw the figures of a study from its tables, those of every notebook. Importing this loads no torch."""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+from sparsity_utils.console import progress
+from sparsity_utils.paths import collection
+from sparsity_utils.study.tables import Tables
+
+
+def draw_all(tables: Path, folder: Path) -> Iterator[Path]:
+    """Draw every figure that the study in `tables` has the tables for into `folder`, PNG and SVG; yield the files.
+
+    Notebooks are drawn side by side, a process per core: fitting their laws is most of the work.
+    """
+    names = [notebook.stem.partition("_")[2] for notebook in collection()]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for files in progress(pool.map(partial(_draw_stored, tables, folder), names), "notebooks", len(names)):
+            yield from files
+
+
+def draw(finding: str, study: Tables, folder: Path) -> list[Path]:
+    """Draw the figures of one notebook, `NN_finding`, which the module `findings.finding` makes."""
+    figures = import_module(f"sparsity_utils.findings.{finding}").figures(study)
+    return [file for name, figure in figures for file in figure.save(folder / name)]
+
+
+def _draw_stored(tables: Path, folder: Path, finding: str) -> list[Path]:
+    return draw(finding, Tables.recorded(tables), folder)
