@@ -67,8 +67,8 @@ def costs(study: Study) -> pd.DataFrame:
     """What each line of runs adds to those before it: one row per line, by the question it answers, and one for all.
 
     Columns: question, runs, finished (trained and measured), million_tokens, core_hours (of training and measuring, by
-    the cost model), hours_left (of `profile.workers` side by side). On the two cores that it was made on, the 22 runs of
-    the laptop profile took the 28 minutes that it gave.
+    the cost model), hours_left (of `profile.workers` side by side). The 22 runs of the laptop profile took the 28
+    minutes that the model gave them on the two cores that it was made on.
     """
     rows, seen, jobs = [], set(), {job.config.key: job for job in study.jobs(*QUESTIONS)}
     for question in COVERING:
