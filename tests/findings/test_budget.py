@@ -5,9 +5,7 @@ import pandas as pd
 import pytest
 from planted_design import LINE, study
 
-from kernels.bench import measured_bandwidth
 from sparsity_utils.console import InputError
-from sparsity_utils.findings import budget
 from sparsity_utils.findings.budget import decoding_check, machine, plan_budget, readable
 from sparsity_utils.laws.design import fit_design
 
@@ -173,8 +171,3 @@ def test_a_way_that_was_not_measured_has_no_speed(design):
 def test_what_cannot_be_computed_is_an_input_error(design, call, message):
     with pytest.raises(InputError, match=message):
         call(design)
-
-
-def test_the_memory_of_this_machine_has_a_rate(monkeypatch):
-    monkeypatch.setattr(budget, "WEIGHTS", {"cpu": 2**20, "cuda": 2**20})
-    assert 0 < measured_bandwidth(rounds=2) < 1e5

@@ -112,3 +112,8 @@ def test_the_numbers_of_the_bench_do_not_depend_on_time():
     tables = [bench.ffn_speeds([case], rounds=1, **OPTIONS) for _ in range(2)]
     fixed = ["sparsity", "gate_share", "up_share", "active_share", "megabytes", "ideal_speedup"]
     pd.testing.assert_frame_equal(tables[0][fixed], tables[1][fixed])
+
+
+def test_the_memory_of_this_machine_has_a_rate(monkeypatch):
+    monkeypatch.setattr(bench, "WEIGHTS", {"cpu": 2**20, "cuda": 2**20})
+    assert 0 < bench.measured_bandwidth(rounds=2) < 1e5
