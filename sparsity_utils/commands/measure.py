@@ -205,7 +205,7 @@ def write_results(measured: Measured, folder: Path) -> list[Path]:
     tokens.csv has one row per token, its entry of the vocabulary beside its id. The heatmap shows the first tokens of
     the text. Nothing is written before everything is computed, and each file is renamed into place when complete.
     """
-    from sparsity_utils.findings.quickstart import layer_bars, token_heatmap, token_texts
+    from sparsity_utils.findings.report_figures import layer_bars, token_heatmap, token_texts
 
     report, tokenizer = measured.report, measured.tokenizer
     tokens = report.per_token.copy()

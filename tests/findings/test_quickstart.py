@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
-from sparsity_utils.findings import quickstart
+from sparsity_utils.findings import quickstart, report_figures
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
 TOKENS = ["def", " f", "(x)", ":\n", "    ", "$a$", "<b>", "&amp;", "中", "\t"]
@@ -52,24 +52,24 @@ def legend(figure) -> list[str]:
 
 
 def test_bars_have_the_height_of_their_layers():
-    axes = quickstart.layer_bars(report()).axes[0]
+    axes = report_figures.layer_bars(report()).axes[0]
     assert [bar.get_height() for bar in axes.patches[:4]] == pytest.approx([5, 10, 15, 20])
 
 
 def test_bars_name_the_mean_its_interval_and_the_share_that_is_not_zero():
-    assert legend(quickstart.layer_bars(report())) == ["mean 12.5%", "its 90% interval, 18.0 to 22.0%", "not zero"]
+    assert legend(report_figures.layer_bars(report())) == ["mean 12.5%", "its 90% interval, 18.0 to 22.0%", "not zero"]
 
 
 def test_bars_leave_out_what_is_not_known_or_says_nothing():
     smooth_single = report(nonzero=1.0, interval=(np.nan, np.nan), documents=1)
-    figure = quickstart.layer_bars(smooth_single)
+    figure = report_figures.layer_bars(smooth_single)
     assert legend(figure) == ["mean 12.5%"]
     assert "1,000 tokens of one document; cett-ppl" in figure.get_supxlabel()
 
 
 @pytest.mark.parametrize("layers", [1, 4, 90])
 def test_bars_fit_any_depth(layers):
-    figure = quickstart.layer_bars(report(layers))
+    figure = report_figures.layer_bars(report(layers))
     assert figure.get_figwidth() <= 10 and len(figure.axes[0].get_xticks()) <= 20
 
 
@@ -77,16 +77,16 @@ def test_bars_fit_any_depth(layers):
 def test_nothing_active_is_drawn_too():
     silent = report(nonzero=1.0, interval=(0.0, 0.0))
     silent.layers["activation_ratio"] = silent.activation_ratio = 0.0
-    assert quickstart.layer_bars(silent).axes[0].get_ylim() == (0, 1)
+    assert report_figures.layer_bars(silent).axes[0].get_ylim() == (0, 1)
     nothing = per_token(5, 2).assign(layer_0=0.0, layer_1=0.0)
-    assert quickstart.token_heatmap(nothing, ["x"] * 5)._repr_png_()
+    assert report_figures.token_heatmap(nothing, ["x"] * 5)._repr_png_()
 
 
 # Heatmap
 
 
 def test_the_heatmap_has_layers_down_and_tokens_along():
-    figure = quickstart.token_heatmap(per_token(), TOKENS)
+    figure = report_figures.token_heatmap(per_token(), TOKENS)
     top, axes, bar = figure.axes
     np.testing.assert_allclose(axes.images[0].get_array(), [[t + layer for t in range(10)] for layer in range(3)])
     assert [mean.get_height() for mean in top.patches] == pytest.approx([t + 1 for t in range(10)])
@@ -94,15 +94,15 @@ def test_the_heatmap_has_layers_down_and_tokens_along():
 
 
 def test_labels_show_white_space_and_no_formula():
-    axes = quickstart.token_heatmap(per_token(), TOKENS).axes[1]
+    axes = report_figures.token_heatmap(per_token(), TOKENS).axes[1]
     shown = [label.get_text() for label in axes.get_xticklabels()]
     assert shown == ["def", "·f", "(x)", ":↵", "·×4", "$a$", "<b>", "&amp;", "▯", "⇥"]
     assert not any(label.get_parse_math() for label in axes.get_xticklabels())
-    assert quickstart._label("abcdefghijklmnopq") == "abcdefghijklm…"
+    assert report_figures._label("abcdefghijklmnopq") == "abcdefghijklm…"
 
 
 def test_shades_are_told_apart_in_grey():
-    shades = plt.get_cmap(quickstart.SHADES)(np.linspace(0, 1, 64))[:, :3]
+    shades = plt.get_cmap(report_figures.SHADES)(np.linspace(0, 1, 64))[:, :3]
     grey = shades @ [0.299, 0.587, 0.114]
     assert (np.diff(grey) < 0).all()
 
@@ -110,10 +110,10 @@ def test_shades_are_told_apart_in_grey():
 def test_one_outlying_token_does_not_bleach_the_others():
     table = per_token(60)
     table.loc[0, "layer_0"] = 1.0
-    assert quickstart.token_heatmap(table, ["x"] * 60).axes[1].images[0].norm.vmax < 62
+    assert report_figures.token_heatmap(table, ["x"] * 60).axes[1].images[0].norm.vmax < 62
 
 
-@pytest.mark.parametrize("draw", [quickstart.token_heatmap, quickstart.coloured_text])
+@pytest.mark.parametrize("draw", [report_figures.token_heatmap, report_figures.coloured_text])
 @pytest.mark.parametrize("tokens", [[], ["one"]])
 def test_one_text_per_row_is_needed(draw, tokens):
     with pytest.raises(InputError, match=f"^3 rows .* for {len(tokens)} tokens: give one text per row"):
@@ -124,7 +124,7 @@ def test_one_text_per_row_is_needed(draw, tokens):
 
 @pytest.mark.parametrize(
     "draw",
-    [lambda: quickstart.layer_bars(report()), lambda: quickstart.token_heatmap(per_token(), TOKENS)],
+    [lambda: report_figures.layer_bars(report()), lambda: report_figures.token_heatmap(per_token(), TOKENS)],
     ids=["bars", "heatmap"],
 )
 @pytest.mark.filterwarnings("error")  # a glyph that the font lacks is a warning
@@ -156,7 +156,7 @@ class Reader(HTMLParser):
             self.bold += [data] if "b" in self.inside else []
 
 
-def read(shown: quickstart.ColouredText) -> Reader:
+def read(shown: report_figures.ColouredText) -> Reader:
     reader = Reader()
     reader.feed(shown._repr_html_())
     assert reader.inside == []
@@ -164,13 +164,13 @@ def read(shown: quickstart.ColouredText) -> Reader:
 
 
 def test_coloured_text_is_the_text_whatever_it_holds():
-    reader = read(quickstart.coloured_text(per_token(), TOKENS))
+    reader = read(report_figures.coloured_text(per_token(), TOKENS))
     assert reader.text == "".join(TOKENS)
     assert reader.bold == ["\t"]  # the highest of ten
 
 
 def test_coloured_text_is_plain_where_html_is_stripped():
-    text = repr(quickstart.coloured_text(per_token(), TOKENS))
+    text = repr(report_figures.coloured_text(per_token(), TOKENS))
     assert text.startswith("".join(TOKENS) + "\n[")
     assert text.endswith("5.5% on average, 1.0% at 'def' to 10.0% at '\\t']")
 
@@ -183,7 +183,7 @@ def luminance(colour: str) -> float:
 
 
 def test_a_darker_shade_means_more_and_black_letters_stay_readable():
-    html = quickstart.coloured_text(per_token(), TOKENS)._repr_html_()
+    html = report_figures.coloured_text(per_token(), TOKENS)._repr_html_()
     spans = re.findall(r'<span style="background:#(\w{6})" title="([\d.]+)%"', html)
     assert [float(value) for _, value in spans[: len(TOKENS)]] == pytest.approx([t + 1 for t in range(10)])
     shades = [luminance(colour) for colour, _ in spans]
@@ -192,7 +192,7 @@ def test_a_darker_shade_means_more_and_black_letters_stay_readable():
 
 
 def test_coloured_text_is_the_same_every_time_and_names_no_place():
-    html = [quickstart.coloured_text(per_token(), TOKENS)._repr_html_() for _ in range(2)]
+    html = [report_figures.coloured_text(per_token(), TOKENS)._repr_html_() for _ in range(2)]
     assert html[0] == html[1]
     assert " id=" not in html[0] and "0x" not in html[0] and str(paths.ROOT) not in html[0]
 
@@ -200,7 +200,7 @@ def test_coloured_text_is_the_same_every_time_and_names_no_place():
 def test_equal_ratios_are_no_division_by_zero():
     even = per_token(5, 1).assign(layer_0=0.2)
     with np.errstate(all="raise"):
-        assert read(quickstart.coloured_text(even, ["x"] * 5)).bold == []
+        assert read(report_figures.coloured_text(even, ["x"] * 5)).bold == []
 
 
 # Tokens as text
@@ -213,7 +213,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def test_pieces_joined_are_the_text(tokenizer):
     ids = tokenizer.encode(AWKWARD)
-    pieces = quickstart.token_texts(tokenizer, ids)
+    pieces = report_figures.token_texts(tokenizer, ids)
     assert len(pieces) == len(ids) and "".join(pieces) == AWKWARD
     assert len(ids) > len(AWKWARD.split())
 
@@ -221,12 +221,12 @@ def test_pieces_joined_are_the_text(tokenizer):
 def test_a_character_of_several_tokens_stands_with_the_last(tokenizer):
     ids = tokenizer.encode("中")
     assert len(ids) > 1
-    assert quickstart.token_texts(tokenizer, ids) == [""] * (len(ids) - 1) + ["中"]
+    assert report_figures.token_texts(tokenizer, ids) == [""] * (len(ids) - 1) + ["中"]
 
 
 def test_a_window_that_ends_inside_a_character_is_shown_as_decoded(tokenizer):
     ids = tokenizer.encode("x中")[:-1]
-    assert "".join(quickstart.token_texts(tokenizer, ids)) == tokenizer.decode(ids)
+    assert "".join(report_figures.token_texts(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 def priced(rise=0.01, interval=(0.005, 0.018), **changes):
