@@ -22,6 +22,8 @@ COLUMNS = [
     *("split", "quantity", "activation", "d_model", "n_layers", "parameters", "width_depth_ratio", "seed"),
     *("predicted", "low", "high", "measured", "inside", "mean_of_others", "extrapolates"),
 ]
+LAST_VALUE = "last value"  # the forecast that nothing changes any more
+FORECAST = ["form", "fitted", "predicted", "rmse", "bias", "reason"]
 
 
 def held_out(checkpoints: pd.DataFrame) -> pd.DataFrame:
@@ -125,10 +127,6 @@ def _rows(split: str, run: dict, design: Design) -> Iterator[dict]:
             "mean_of_others": others[column].mean(),
             "extrapolates": "; ".join(expected.extrapolates),
         }
-
-
-LAST_VALUE = "last value"  # the forecast that nothing changes any more
-FORECAST = ["form", "fitted", "predicted", "rmse", "bias", "reason"]
 
 
 def forecast_errors(

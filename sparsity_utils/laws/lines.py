@@ -36,6 +36,7 @@ SIZE = [*SHAPE[1:], "parameters", "width_depth_ratio"]
 MAIN, SECOND = "main", "second"
 
 Lines = dict[str, pd.DataFrame]
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,6 @@ def _pairs(values: pd.DataFrame, column: str, equal: tuple[str, ...] | list[str]
     """Columns relu and silu: `column` of a ReLU and a SiLU run of the same size, seed and columns `equal`."""
     table = values.pivot_table(column, [*SIZE, "seed", *equal], "activation")
     return table.reindex(columns=["relu", "silu"]).dropna().reset_index()
-
-
-Array = NDArray[np.float64]
 
 
 def size_means(runs: pd.DataFrame, keys: Sequence[str] = ("line", "d_model", "n_layers")) -> pd.DataFrame:

@@ -24,6 +24,9 @@ VERSION = 3  # raise it when the same settings would measure other numbers: stor
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # wanted activation ratios of Top-k and FAT
 GATE_WINDOWS = 32  # of the calibration text, on which the thresholds of FAT are chosen
 CETTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
+CALIBRATION_PART, EVALUATION_PART = 2, 6  # of the tokens that the study measures on: what each domain is given
+DIGITS = 4  # significant ones of the large tables
+MOST_NEURONS = 128  # of a layer in the table of neurons: its first ones, a fair sample, since order means nothing
 
 
 def decided_by(settings: MeasureConfig) -> dict:
@@ -118,13 +121,6 @@ def _gate_quantiles(model, calibration: list) -> list[float]:
     ordered = torch.cat(sizes).sort().values
     quantiles = [float(ordered[int((1 - ratio) * (len(ordered) - 1))]) for ratio in RATIOS]
     return sorted({eps for eps in quantiles if eps > 0})
-
-
-CALIBRATION_PART, EVALUATION_PART = 2, 6  # of the tokens that the study measures on: what each domain is given
-DIGITS = 4  # significant ones of the large tables
-MOST_NEURONS = (
-    128  # of a layer that the table of neurons lists: its first ones, a fair sample, since order means nothing
-)
 
 
 def neuron_frequencies(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:

@@ -30,6 +30,7 @@ DECODING_ROUNDS = 5  # at most
 # The 0.1B model of arXiv 2411.02335
 SMALLEST_PUBLISHED = ModelConfig(768, 16, "relu", vocabulary=65_536, base_width=256, head_size=64)
 PUBLISHED_SPARSITIES = (0.9, 0.97)
+PASSES = ("training", "forward")
 
 
 def thresholds_at(model: nn.Module, calibration: list, p: float) -> Thresholds:
@@ -113,9 +114,6 @@ def quantile_thresholds(model: nn.Module, ids: Tensor, sparsity: float) -> Thres
     with evaluating(model), observe_neurons(model, keep):
         model(input_ids=ids, use_cache=False)
     return Thresholds("fat", tuple(values[layer] for layer in sorted(values)))
-
-
-PASSES = ("training", "forward")
 
 
 def step_times(configs: Sequence[ModelConfig], batch_tokens: int, rounds: int) -> pd.DataFrame:

@@ -48,12 +48,11 @@ class Tables:
         Columns are described in results/columns.csv. Raises InputError for an unknown question, and for a table that is
         not there.
         """
-        file, advice = (
-            self.file(question),
-            "name a folder that holds a study's results, or train one with make reproduce",
-        )
+        file = self.file(question)
         if not file.exists():
-            advice = "make it with python -m sparsity_utils refit" if question in PUBLISHED_TABLES else advice
+            advice = "name a folder that holds a study's results, or train one with make reproduce"
+            if question in PUBLISHED_TABLES:
+                advice = "make it with python -m sparsity_utils refit"
             raise InputError(f"There is no {file.name} in {file.parent}; {advice}.")
         return pd.read_csv(file)
 

@@ -19,6 +19,8 @@ from sparsity_utils.console import InputError
 from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.sources import SUFFIXES, open_source
 
+LEAST = 2  # tokens: the first is never predicted
+
 # Of one measurement batch. On a CPU 16 windows of 256 tokens took 0.8 of the time of 32: more of them stay in cache.
 BATCH_WINDOWS = 32 if torch.cuda.is_available() else 16
 MOST_DOMAINS = 7  # the largest ones: transfer is measured between every two of them
@@ -148,9 +150,6 @@ def _inputs_and_targets(tokens: np.ndarray, windows: np.ndarray, context: int) -
     index = windows[:, None] * context + np.arange(context + 1)  # (windows, context + 1)
     ids = torch.from_numpy(tokens[index].astype(np.int64))
     return ids[:, :-1], ids[:, 1:]
-
-
-LEAST = 2  # tokens: the first is never predicted
 
 
 def read_documents(path: Path) -> list[str]:
