@@ -190,13 +190,13 @@ def form_gaps(forms: pd.DataFrame, form: str, curve: str) -> tuple[pd.DataFrame,
     return gaps[0], gaps[1]
 
 
-def form_verdict(claim: Claim, aicc: pd.DataFrame, misfit: pd.DataFrame) -> Verdict:
+def form_verdict(claim: Claim, aicc: pd.DataFrame, misfit: pd.DataFrame, unit: str) -> Verdict:
     """The published form must be better than each rival.
 
     On a dozen points AICc prefers a simpler form even where the published one is true, so a simpler form with a lower
     AICc is no evidence against it. A form with smaller residuals, parameters not counted, is.
 
-    aicc, misfit: as `form_gaps` gives them for the published form, one row per run or published curve.
+    aicc, misfit: as `form_gaps` gives them for the published form, one row per `unit`: runs or curves.
     """
     estimates = {rival: mean_over_runs(aicc[rival].dropna().astype(float)) for rival in aicc}
     words = {}
@@ -204,4 +204,4 @@ def form_verdict(claim: Claim, aicc: pd.DataFrame, misfit: pd.DataFrame) -> Verd
         closer = claim.decide(mean_over_runs(misfit[rival].dropna().astype(float))) == NOT_SUPPORTED
         word = claim.decide(estimate)
         words[rival] = NOT_SUPPORTED if closer else INCONCLUSIVE if word == NOT_SUPPORTED else word
-    return claim.judged_all(estimates, "runs", words=words)
+    return claim.judged_all(estimates, unit, words=words)

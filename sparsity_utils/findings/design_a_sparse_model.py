@@ -32,7 +32,7 @@ def cover_claim(quantity: str) -> Claim:
     """Do the intervals of the predicted `quantity` hold on shapes that were not fitted?"""
     return Claim(
         f"{quantity.replace(' ', '_')}_covered",
-        "design",
+        "design_a_sparse_model",
         f"The 90% intervals of the predicted {quantity} hold on shapes that were not fitted",
         "none",
         "% of the runs inside",
@@ -47,7 +47,7 @@ def size_claim(quantity: str) -> Claim:
     loss, margin = quantity == "loss", MARGINS[quantity]
     return Claim(
         f"{quantity.replace(' ', '_')}_reached",
-        "design",
+        "design_a_sparse_model",
         f"The {quantity} of a size beyond the fit is predicted within {margin:.0f}{'%' if loss else ' points'}",
         "none",
         "% above the measured" if loss else "points above the measured",
@@ -61,7 +61,7 @@ def size_claim(quantity: str) -> Claim:
 
 BETTER_THAN_MEAN = Claim(
     "better_than_mean",
-    "design",
+    "design_a_sparse_model",
     "The recipe predicts the activation ratio better than the mean of the other runs",
     "none",
     "points nearer",

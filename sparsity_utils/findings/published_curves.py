@@ -98,7 +98,7 @@ def verdicts(refit: pd.DataFrame, forms: pd.DataFrame, forecasts: pd.DataFrame, 
             _printed_laws(refit),
             *(_limits_again(refit[refit["activation"] == name], claim) for name, claim in REFITTED.items()),
             _sparsity_known(refit, stability),
-            *(form_verdict(claim, *gaps[name]) for name, claim in FORM_CLAIMS.items()),
+            *(form_verdict(claim, *gaps[name], "curves") for name, claim in FORM_CLAIMS.items()),
             _forecast(forecasts),
         ]
     )

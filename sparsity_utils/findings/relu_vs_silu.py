@@ -163,7 +163,7 @@ def _on_line(claim: Claim, means: dict, line: str, lines: Lines) -> Verdict:
 def _form_verdict(forms: pd.DataFrame, activation: str) -> Verdict:
     """Forms are compared run by run: runs are independent, the points of one run are not."""
     rows = forms[forms["activation"] == activation]
-    return form_verdict(FORM_CLAIMS[activation], *form_gaps(rows, published_form(activation), "run"))
+    return form_verdict(FORM_CLAIMS[activation], *form_gaps(rows, published_form(activation), "run"), "runs")
 
 
 def _forecast_verdict(table: pd.DataFrame) -> Verdict:

@@ -281,7 +281,8 @@ def compare_forms(tokens: ArrayLike, activation_ratio: ArrayLike, forms: Sequenc
     """AICc of several forms on one curve, best first.
 
     Columns: form, parameters (of the curve, without the error variance), rmse, aicc, delta_aicc (to the best), weight
-    (Akaike weight, exp(-delta_aicc / 2) over its sum). A form with too few points has NaN and comes last.
+    (Akaike weight, exp(-delta_aicc / 2) over its sum), limit (NaN where the form has none or the points determine
+    none), reason (why the limit must not be used). A form with too few points has NaN and comes last.
     """
     fits = [fit_data_law(tokens, activation_ratio, form) for form in forms]
     table = pd.DataFrame(
@@ -290,6 +291,8 @@ def compare_forms(tokens: ArrayLike, activation_ratio: ArrayLike, forms: Sequenc
     table["delta_aicc"] = table["aicc"] - table["aicc"].min()
     weight = np.exp(-table["delta_aicc"] / 2)
     table["weight"] = weight / weight.sum()
+    table["limit"] = [np.nan if fit.limit is None else fit.limit for fit in fits]
+    table["reason"] = [fit.reason for fit in fits]
     return table.sort_values("aicc", kind="stable", ignore_index=True)
 
 

@@ -130,23 +130,23 @@ def _rows(split: str, run: dict, design: Design) -> Iterator[dict]:
 
 
 def forecast_errors(
-    tokens: ArrayLike, activation_ratio: ArrayLike, forms: Iterable[str] = tuple(FORMS), groups: ArrayLike | None = None
+    tokens: ArrayLike, activation_ratio: ArrayLike, forms: Iterable[str] = tuple(FORMS)
 ) -> pd.DataFrame:
     """Fit each form to the points up to half of the last tokens and predict those beyond.
 
-    tokens, activation_ratio, groups: as for `data_law.fit_data_law`. The first row is the reference "last value": the
-    mean over groups of each group's last fitted value. Columns: form, fitted and predicted (number of points), rmse and
-    bias (root mean square and mean of predicted less measured) in activation ratio, reason (why there is no forecast;
-    the errors are then NaN). Checkpoints spaced evenly in log tokens leave few points beyond the half: read `predicted`
-    beside the errors.
+    tokens, activation_ratio: as for `data_law.fit_data_law`, in any order. The first row is the reference "last value",
+    the last fitted one. Columns: form, fitted and predicted (number of points), rmse and bias (root mean square and
+    mean of predicted less measured) in activation ratio, reason (why there is no forecast; the errors are then NaN).
+    Checkpoints spaced evenly in log tokens leave few points beyond the half: read `predicted` beside the errors.
     Raises InputError as `fit_data_law` does.
     """
-    known = fit_data_law(tokens, activation_ratio, "constant", groups)  # checks the input
-    d, a, g = known.tokens, known.activation_ratio, known.groups
+    known = fit_data_law(tokens, activation_ratio, "constant")  # checks the input
+    d, a = known.tokens, known.activation_ratio
     early = d <= d.max(initial=0.0) / 2
-    rows = [_row(LAST_VALUE, _last_value(d[early], a[early], g[early], d[~early]), a[~early], early, "no fitted point")]
+    last = a[early][np.argmax(d[early])] if early.any() else np.nan
+    rows = [_row(LAST_VALUE, np.full((~early).sum(), last), a[~early], early, "no fitted point")]
     for form in forms:
-        fit = fit_data_law(d[early], a[early], form, g[early])
+        fit = fit_data_law(d[early], a[early], form)
         rows.append(_row(form, fit.predict(d[~early]), a[~early], early, fit.reason))
     return pd.DataFrame(rows, columns=FORECAST)
 
@@ -166,12 +166,6 @@ def forecast_table(checkpoints: pd.DataFrame) -> pd.DataFrame:
         tables.append(forecast_errors(curve["tokens"], curve["activation_ratio"], forms).assign(**named))
     columns = ["run", *SHAPE, "seed", *FORECAST]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
-
-
-def _last_value(tokens: NDArray, ratio: NDArray, groups: NDArray, later: NDArray) -> NDArray[np.float64]:
-    """The mean over groups of each group's last value, once per later point; NaN without a value. (later,)"""
-    lasts = [ratio[groups == group][np.argmax(tokens[groups == group])] for group in np.unique(groups)]
-    return np.full(later.shape, np.mean(lasts) if lasts else np.nan)
 
 
 def _row(form: str, predicted: NDArray, measured: NDArray, early: NDArray, reason: str) -> dict[str, object]:

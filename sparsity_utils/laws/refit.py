@@ -52,14 +52,12 @@ def refit_laws(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_rivals(curves: pd.DataFrame) -> pd.DataFrame:
-    """`compare_forms` of every curve, its published form and the rivals, beside the limit where a form has one."""
+    """`compare_forms` of every curve: of its published form and the rivals."""
     tables = []
     for activation, model, curve in _each(curves):
         forms = (published_form(activation), *RIVAL_FORMS)
         table = compare_forms(curve["tokens"], curve["activation_ratio"], forms)
-        fits = [fit_data_law(curve["tokens"], curve["activation_ratio"], form) for form in table["form"]]
-        limits = {"limit": [_number(fit.limit) for fit in fits], "reason": [fit.reason for fit in fits]}
-        tables.append(_about(activation, model, table.assign(**limits)))
+        tables.append(_about(activation, model, table))
     return pd.concat(tables, ignore_index=True)
 
 

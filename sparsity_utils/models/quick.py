@@ -1,4 +1,4 @@
-"""Small decoders faster on a CPU core: the same model and weights, other routines.
+"""Train small decoders faster on a CPU core: with the same model and weights, by other routines.
 
 PyTorch multiplies float32 matrices with MKL, which uses half the vector width of an AMD core; oneDNN, which PyTorch
 brings as well, uses all of it: 180 against 90 GFLOP/s on 4,096 tokens of 48 x 120, and the same bits where a sum has

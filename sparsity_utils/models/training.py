@@ -38,7 +38,7 @@ class Diverged(RuntimeError):
 
 
 class Schedule:
-    """Warm-up, stable, decay (WSD, arXiv 2404.06395), in steps, and the steps at which checkpoints are kept."""
+    """The stages warm-up, stable and decay (WSD, arXiv 2404.06395) in steps, and when checkpoints are kept."""
 
     def __init__(self, config: TrainConfig):
         self.stable_end = round(config.tokens / config.batch_tokens)
@@ -47,7 +47,10 @@ class Schedule:
         self.wanted = config.checkpoints
 
     def factor(self, step: int) -> float:
-        """Learning rate of 0-based `step` as a share of the peak."""
+        """Learning rate of 0-based `step` as a share of the peak.
+
+        It rises as (step + 1) / warmup, stays at 1, and falls in a straight line to FINAL_LR at the last step.
+        """
         if step < self.warmup:
             return (step + 1) / self.warmup
         if step < self.stable_end:
@@ -55,8 +58,10 @@ class Schedule:
         return 1.0 - (1.0 - FINAL_LR) * (step + 1 - self.stable_end) / (self.steps - self.stable_end)
 
     def checkpoints(self) -> list[int]:
-        """Steps done when a checkpoint is kept: log-spaced from the end of the warm-up, then five evenly spaced over
-        the last tenth of the stable stage (solved together by the stabilised protocol), then the end of the decay.
+        """The numbers of steps after which a checkpoint is kept.
+
+        They are log-spaced from the end of the warm-up. Five more are evenly spaced over the last tenth of the stable
+        stage, which the stabilised protocol solves together. The last is the end of the decay.
         """
         spacing = max(1, self.stable_end // 40)
         last_five = [self.stable_end - spacing * back for back in reversed(range(LAST_CHECKPOINTS))]
@@ -83,7 +88,7 @@ def train(
 
 
 class Training:
-    """A run in progress, arguments as of `train`; nothing is written before `finish`."""
+    """A run in progress, with the arguments of `train`. Nothing is written before `finish`."""
 
     def __init__(self, model_config, train_config, tokens, validation, folder, on_progress=lambda share: None):
         self.model_config, self.config, self.folder = model_config, train_config, folder
@@ -145,7 +150,7 @@ class Training:
         return linear_cross_entropy(hidden, self.model.lm_head.weight, targets.flatten(), scale)
 
     def _check_losses(self) -> None:
-        """Look at the losses since the last look (one synchronisation for all of them)."""
+        """Raise Diverged if a loss since the last check is NaN or too high. All are fetched in one synchronisation."""
         losses = [loss.item() for loss in self.losses]
         self.first_loss = losses[0] if self.first_loss is None and losses else self.first_loss
         for back, loss in enumerate(losses):
@@ -220,7 +225,7 @@ def save_checkpoint(model: GraniteForCausalLM, folder: Path) -> None:
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights to store: the tied head is left out, it is the embedding."""
+    """The weights to store. The output head is left out, since it is tied to the embedding."""
     return {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}
 
 
@@ -248,7 +253,10 @@ def clock(device: str) -> float:
 
 @lru_cache
 def matmul_rate(device: str, half: bool) -> float:
-    """Measured floating-point operations per second of a large square product, the yardstick of utilisation."""
+    """Floating-point operations per second of a large square product: 2 size^3 / seconds, the best of eight.
+
+    Utilisation is measured against it.
+    """
     size = 8192 if device == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)
     best = math.inf

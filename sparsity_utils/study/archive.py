@@ -98,10 +98,11 @@ def _check_header(folder: Path, header: dict) -> None:
 
 
 def pack_run(asked: Job, everything: Job, folder: Path, with_weights: bool) -> None:
-    """Write a run to `folder` if what is `asked` of it is done, unless all that is there to write is in its file.
+    """Write a run to `folder` once all that is `asked` of it is done.
 
-    everything: the job with all measurements that the study may make of the run; those that are there go along. What
-    the file holds already and the store lacks stays in it.
+    Nothing is written if the run's file holds all of it already. What the file holds and the store lacks stays in it.
+
+    everything: the job with all measurements that the study may make of the run; those that were made go along.
     """
     key, store = asked.config.key, paths.runs() / asked.config.key
     tables = [f"{what}-{digest(decided_by(everything.measure))}.csv" for what in everything.what]

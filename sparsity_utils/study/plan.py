@@ -14,7 +14,7 @@ SPEEDS = {"sparse_ffn": "relu_vs_silu", "sparse_decoding": "relu_vs_silu", "dept
 
 
 class Question(NamedTuple):
-    """What answers a question: a table, and what is measured on each of its runs."""
+    """A question is answered by a table. It holds what was measured on each of the runs that the question needs."""
 
     file: str
     measurement: str | None  # a key of jobs.MEASUREMENTS; None: validation losses alone, or one of SPEEDS
@@ -52,7 +52,7 @@ Settings = tuple[ModelConfig, TrainConfig]
 
 
 def planned(profile: Profile, question: str) -> list[Settings]:
-    """What the runs of a question are trained with; none where the profile leaves the question out."""
+    """The settings of the runs that a question needs; none where the profile leaves the question out."""
     study = profile.study
     if question in SPEEDS:
         return []
@@ -73,7 +73,7 @@ def planned(profile: Profile, question: str) -> list[Settings]:
 
 
 def ratio_shapes(profile: Profile) -> list[tuple[int, int]]:
-    """(d_model, n_layers) of the width-depth line."""
+    """The shapes (d_model, n_layers) of one size at the profile's width-depth ratios."""
     study, ffn_ratio = profile.study, profile.model.get("ffn_ratio", ModelConfig.ffn_ratio)
     shapes = [solve_shape(study.ratio_parameters, ratio, ffn_ratio) for ratio in study.ratios]
     return [(shape.d_model, shape.n_layers) for shape in shapes]

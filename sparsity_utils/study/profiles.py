@@ -92,7 +92,7 @@ class Size:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Which runs answer the questions of the notebooks."""
+    """The sizes, seeds and activation functions of the runs that answer the questions of the notebooks."""
 
     sizes: tuple[Size, ...]  # the main line, one width-depth ratio, rising size: notebooks 01, 02, 04 and 05
     activations: tuple[str, ...] = ("relu", "silu")
@@ -169,7 +169,7 @@ class Profile:
 
 
 def profile_names() -> list[str]:
-    """The shipped profiles."""
+    """The names of the shipped profiles."""
     return sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
 
 
@@ -196,7 +196,10 @@ def read_profile(name: str) -> Profile:
 
 
 def _checked(profile: Profile, folder: Path) -> Profile:
-    """`profile`, every model and training configuration built once; a relative corpus.path starts at its `folder`."""
+    """The profile, after each of its model and training configurations was built once, which checks them.
+
+    A relative corpus.path starts at `folder`, where the profile lies.
+    """
     study = profile.study
     for size in study.named_sizes():
         model = profile.size_config(size, study.activations[0])
@@ -223,7 +226,7 @@ def _as_mapping(content: Any, where: str) -> dict:
 
 
 def _read(cls: type, content: dict, where: str) -> Any:
-    """`content` as the dataclass `cls`, keys and types checked; `where` is the dotted place for messages."""
+    """Make a dataclass `cls` of `content` and check its keys and types; messages name the dotted place `where`."""
     hints = typing.get_type_hints(cls)
     for key in content:
         check(key in hints, f"unknown key {where}{key}; known are {', '.join(hints)}.")
@@ -240,7 +243,7 @@ def _read(cls: type, content: dict, where: str) -> Any:
 
 
 def _check_shared(content: dict, cls: type, from_study: set[str], where: str) -> None:
-    """Shared settings are those of `cls` but for the ones the study itself varies."""
+    """Raise InputError for a shared setting that `cls` does not have, or that the study itself varies."""
     hints = {key: hint for key, hint in typing.get_type_hints(cls).items() if key not in from_study}
     for key, value in content.items():
         check(key in hints, f"unknown key {where}.{key}; known are {', '.join(hints)}.")
@@ -248,7 +251,7 @@ def _check_shared(content: dict, cls: type, from_study: set[str], where: str) ->
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`: a dataclass, tuple, dict, int, float, str or None."""
+    """Convert `value` to the type `hint`: a dataclass, tuple, dict, int, float, str or None."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _read(hint, _as_mapping(value, where), where + ".")
     if typing.get_origin(hint) is tuple:

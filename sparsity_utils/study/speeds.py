@@ -34,7 +34,7 @@ PASSES = ("training", "forward")
 
 
 def thresholds_at(model: nn.Module, calibration: list, p: float) -> Thresholds:
-    """Of CETT-PPL-p%."""
+    """The thresholds of CETT-PPL-p% on `calibration`."""
     return measure_sparsity(model, calibration, "cett-ppl", p=p, show_progress=False).thresholds
 
 
@@ -63,7 +63,7 @@ def ffn_table(
 def decoding_table(
     models: Mapping[str, nn.Module], calibration: list, windows: Tensor, p: float, settings: SpeedConfig
 ) -> pd.DataFrame:
-    """Speeds of greedy decoding, table sparse_decoding."""
+    """Speeds of greedy decoding with the trained models and at a published shape, table sparse_decoding."""
     tables, options = [], decode_options(settings)
     for name, model in models.items():
         thresholds, shape = thresholds_at(model, calibration, p), shape_of(model)
@@ -79,18 +79,18 @@ def decoding_table(
 
 
 def decode_options(settings: SpeedConfig) -> dict[str, int]:
-    """How much is decoded: fewer rounds than of single FFNs, which are far shorter."""
+    """How many tokens are decoded, and in how many rounds: fewer than for single FFNs, which take far less time."""
     return {"new_tokens": settings.new_tokens, "rounds": min(settings.rounds, DECODING_ROUNDS)}
 
 
 def shape_of(model: nn.Module) -> str:
-    """d_model x n_layers."""
+    """The shape of a model as text, `48x4`."""
     ffns = find_ffns(model)
     return f"{ffns[0].down_weight.shape[0]}x{layer_count(ffns)}"
 
 
 def _published(settings: SpeedConfig, device: torch.device) -> list[pd.DataFrame]:
-    """A decoder of the published shape with random weights: what sparsity would buy if training gave it."""
+    """Speeds of a published shape with random weights, which show what sparsity would buy if training gave it."""
     model = build_model(SMALLEST_PUBLISHED, seed=0).eval().to(device)
     prompt = torch.randint(
         0, SMALLEST_PUBLISHED.vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0)
@@ -105,7 +105,7 @@ def _published(settings: SpeedConfig, device: torch.device) -> list[pd.DataFrame
 
 
 def quantile_thresholds(model: nn.Module, ids: Tensor, sparsity: float) -> Thresholds:
-    """One threshold on |s| per layer, below which `sparsity` of its values on `ids` lie."""
+    """For each layer the quantile of |s| on `ids`: the share `sparsity` of its values lies below it."""
     values: dict[int, float] = {}
 
     def keep(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor) -> None:
@@ -117,7 +117,7 @@ def quantile_thresholds(model: nn.Module, ids: Tensor, sparsity: float) -> Thres
 
 
 def step_times(configs: Sequence[ModelConfig], batch_tokens: int, rounds: int) -> pd.DataFrame:
-    """Time of one optimizer step and of one forward pass with its loss, per token and shape.
+    """Measure the time of one optimizer step, and of one forward pass with its loss, per token and shape.
 
     Columns: d_model, n_layers, parameters, width_depth_ratio, flops_per_token (of training), training_us, training_low,
     training_high, forward_us, forward_low, forward_high (microseconds per token: median over rounds and its 90%
@@ -139,7 +139,7 @@ def step_times(configs: Sequence[ModelConfig], batch_tokens: int, rounds: int) -
 
 
 def _works(config: ModelConfig, batch_tokens: int, rounds: int) -> dict[str, Callable[[], object]]:
-    """What is timed of one shape; every optimizer step lies in the stable stage."""
+    """The two jobs that are timed of one shape. Every optimizer step lies in the stable stage."""
     tokens = np.random.default_rng(0).integers(config.vocabulary, size=batch_tokens + 1)
     settings = TrainConfig(tokens=max(6, rounds + 1) * batch_tokens, batch_tokens=batch_tokens)
     training = Training(config, settings, tokens, validation=[], folder=Path())
@@ -148,7 +148,7 @@ def _works(config: ModelConfig, batch_tokens: int, rounds: int) -> dict[str, Cal
 
 
 def _row(config: ModelConfig, times: dict[str, np.ndarray]) -> dict[str, float]:
-    """times: of each pass, microseconds per token, (rounds,)."""
+    """A row of the table. times: microseconds per token of each pass, (rounds,)."""
     row = {
         "d_model": config.d_model,
         "n_layers": config.n_layers,
