@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:  # only the core group is installed
         if error.name.partition(".")[0] in ("sparsity_utils", "kernels"):
             raise
-        print(f"Error: {error}; install this project with its extras notebooks and dev.", file=sys.stderr)
+        print(f"Error: {error}; install this project with all its extras.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would print the traceback of the stopped kernel

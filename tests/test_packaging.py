@@ -215,7 +215,7 @@ def test_installed_with_the_core_group_alone_it_measures_and_decodes(tmp_path):
     run([sys.executable, "-c", f"{code}\nassert paths.ROOT.name == 'installed'"], cwd=folder, env=environment)
     done = subprocess.run([*python, "notebooks"], cwd=folder, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "Error: No module named 'nbformat'; install this project with its extras notebooks and dev.\n"
+    assert done.stderr == "Error: No module named 'nbformat'; install this project with all its extras.\n"
 
 
 def run(command: list, **options) -> None:
