@@ -72,7 +72,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, monkeypatch, caps
     out, line = capsys.readouterr()
     assert out == "" and line.count("\n") == 1
     assert line.startswith(f"Of {tmp_path}, 2 documents are read and 15 left out: ")
-    told = dict(re.findall(r"\d+ ([^()]*(?:\(No such[^)]*\))?) \(([^)]*)\)", line))
+    told = dict(re.findall(r"\d+ ([^()]*(?:\(No such[^)]*\))?) \(([^)]*)\)", line.partition("left out: ")[2]))
     assert {reason: set(names.split(", ")) for reason, names in told.items()} == {
         "unreadable (No such file or directory)": {"gone.txt", "gone.jsonl"},
         "not UTF-8": set(told["not UTF-8"].split(", ")),
