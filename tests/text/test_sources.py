@@ -16,6 +16,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.text import sources
 from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.corpus import build_corpus
+from sparsity_utils.text.prose import docstrings
 
 # Source "python-source"
 
@@ -99,12 +100,12 @@ def test_docstrings_stand_in_file_order_dedented() -> None:
             '''
     """
     wanted = "Module.\n\nF.\n\nArgs:\n    x: one\n\nG \\d.\n\nLast."
-    assert sources.docstrings(textwrap.dedent(source)) == wanted
-    assert sources.docstrings("def broken(:") == ""
+    assert docstrings(textwrap.dedent(source)) == wanted
+    assert docstrings("def broken(:") == ""
 
 
 def test_the_real_packages_hold_hundreds_of_megabytes() -> None:
-    files = sources._package_files()
+    files = sources._package_files(sources._is_source)
     names = [name for name, _, _ in files]
     assert sum(file.size for _, _, file in files) > 200e6 and len(set(names)) == len(names)
     assert "torch/nn/modules/linear.py" in names and "torch/version.py" not in names
