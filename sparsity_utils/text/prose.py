@@ -27,6 +27,7 @@ _MARKUP = (  # in this order: pattern, what stays of it
     (re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?"), r"\1"),  # `text <address>`_
     (re.compile(r"\[`+([^`]*)`+\]"), r"\1"),  # [`Name`]
     (re.compile(r"`+([^`]*)`+_*"), r"\1"),
+    (re.compile("::$"), ":"),
     (re.compile(r"(?<!\w)(\*{1,2}|_{1,2})(?=\S)(.+?)(?<=\S)\1(?!\w)"), r"\2"),
 )
 
@@ -72,14 +73,15 @@ def prose_paragraphs(text: str) -> Iterator[str]:
     for block in re.split(r"\n\s*\n", text.strip("\n")):
         if re.search(r"^\s", block, re.MULTILINE):  # code, quotes, or the parts of a definition list
             continue
-        paragraph = re.sub("::$", ":", " ".join(block.split()))
+        paragraph = " ".join(block.split())
         for pattern, replacement in _MARKUP:
             paragraph = pattern.sub(replacement, paragraph)
-        if _is_prose(paragraph):
+        paragraph = " ".join(paragraph.split())
+        if _reads_as_english(paragraph):
             yield paragraph
 
 
-def _is_prose(paragraph: str) -> bool:
+def _reads_as_english(paragraph: str) -> bool:
     words = paragraph.split()
     if (
         len(words) < LEAST_WORDS

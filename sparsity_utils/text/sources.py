@@ -79,7 +79,7 @@ def _opened(config: CorpusConfig, skipped: Skipped) -> tuple[dict[str, Any], Ite
         files = _package_files(_is_source)
         return _packages_identity(files), _python_documents(files, skipped)
     if config.source == "python-prose":
-        files = _package_files(_is_prose)
+        files = _package_files(_holds_prose)
         return _packages_identity(files), _prose_documents(files, skipped)
     root = Path(config.path or "")
     if config.source == "path":
@@ -153,7 +153,7 @@ def _gives_docstrings(name: str) -> bool:
     return hashlib.sha256(f"prose {name}".encode()).digest()[0] % PROSE_ONE_IN == 0
 
 
-def _is_prose(file: PackagePath) -> bool:
+def _holds_prose(file: PackagePath) -> bool:
     """A text file, a package's description, or a Python file that is no test and gives no code to python-source."""
     if LICENCE.search(file.as_posix()) or {"test", "tests"} & set(file.parts):
         return False
@@ -218,5 +218,7 @@ def _prose_documents(files: list[PackageFile], skipped: Skipped) -> Iterator[Doc
         paragraphs = dict.fromkeys(paragraph for paragraph in prose_paragraphs(text) if paragraph not in seen)
         seen |= paragraphs.keys()
         prose = "\n\n".join(paragraphs)
-        if len(prose) >= PARAGRAPHS_LEAST:
+        if len(prose) < PARAGRAPHS_LEAST:
+            skipped.add("of little prose", name)
+        else:
             yield Document(name, domain, prose)
