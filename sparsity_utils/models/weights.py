@@ -61,8 +61,6 @@ def read_weights(
             model = model.dequantize()
     stored = Stored(folder, weights)
     refuse_faults(folder, [*misfits(loaded), *stored.leftovers(model, loaded["unexpected_keys"])])
-    if device_map is None and any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError(f"The weights in {folder} were not read: open the model outside of torch.device('meta').")
     set_origin(model, f"dequantised from {quantised}" if quantised else "")
     return model
 
