@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -36,10 +37,13 @@ LLAMA = LlamaConfig(
 )
 
 
-def tiny_gguf(file: Path, quantised: bool = True, split: str = "smollm", **settings) -> LlamaForCausalLM:
+def tiny_gguf(
+    file: Path, quantised: bool = True, split: str = "smollm", extra: str = "", **settings
+) -> LlamaForCausalLM:
     """Write a tiny Llama with a tokenizer of bytes as llama.cpp would, its matrices in Q8_0; return it, dequantised.
 
-    split: how text is split before merges. settings: further keys of the header, strings or numbers.
+    split: how text is split before merges. extra: the name of one more tensor, of 4 numbers. settings: further keys of
+    the header, strings or numbers.
     """
     torch.manual_seed(0)
     model = LlamaForCausalLM(LLAMA).eval()
@@ -56,6 +60,8 @@ def tiny_gguf(file: Path, quantised: bool = True, split: str = "smollm", **setti
             writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), packed, raw_dtype=kind)
             stored = torch.from_numpy(gguf.dequantize(packed, kind))
             weight.copy_(_in_halves(stored, heads) if heads else stored)
+    if extra:
+        writer.add_tensor(extra, np.ones(4, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -26,7 +26,7 @@ def test_the_weights_are_those_that_the_gguf_package_reads(tmp_path: Path) -> No
             assert torch.equal(found[f"model.layers.{layer}.mlp.{part.split('.')[0]}_proj.weight"], values)
     torch.testing.assert_close(model.cpu()(input_ids=IDS).logits, wanted(input_ids=IDS).logits)
     assert description(model) == "LlamaForCausalLM, 36.2k parameters, float32, dequantised from Q8_0 (GGUF)"
-    assert tokenizer.eos_token_id == 256
+    assert tokenizer.eos_token_id == 260
 
 
 def test_numbers_are_float32_unless_asked_for_and_plain_ones_say_so(tmp_path: Path) -> None:
@@ -68,6 +68,11 @@ REFUSED = {
         "scales its rotary embedding, which transformers does",
     ),
     "part of several": ({"split.count": 2}, "is one of 2 parts; join them"),
+    "frequencies": ({"extra": "rope_freqs.weight"}, "scales its rotary embedding, which transformers does"),
+    "an unknown weight": (
+        {"extra": "blk.0.ffn_up.bias"},
+        r"\(it holds 36,228 numbers and the LlamaForCausalLM has 36,224\)",
+    ),
     "unknown split of text": ({"split": "own-words"}, r"splits text before tokenizing it in a way \(own-words\) that"),
 }
 
