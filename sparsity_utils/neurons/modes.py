@@ -44,6 +44,21 @@ def unchunked(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Inside the block flex attention, which runs compiled alone and so under no dispatch mode, is computed eagerly."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    name = "_attn_implementation_internal"  # the public one also sets the configurations inside this one
+    flexible = [config for config in configs.values() if getattr(config, name, None) == "flex_attention"]
+    for config in flexible:
+        setattr(config, name, "eager")
+    try:
+        yield
+    finally:
+        for config in flexible:
+            setattr(config, name, "flex_attention")
+
+
+@contextmanager
 def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Inside the block `module` computes `forward`; afterwards again its class's method, or its own."""
     own = module.__dict__.get("forward")

@@ -228,3 +228,11 @@ def test_an_autocast_outside_changes_no_number():
         inside = measure_sparsity(fresh, [batch], "cett", cett=0.2)
         assert torch.is_autocast_enabled("cpu")
     assert inside.layers.equals(report.layers) and inside.loss_dense == report.loss_dense
+
+
+def test_flex_attention_stands_in_no_way_of_finding_ffns():
+    model = families.build("llama")
+    names = [ffn.name for ffn in find_ffns(families.build("llama"))]
+    model.set_attn_implementation("flex_attention")
+    assert [ffn.name for ffn in find_ffns(model)] == names
+    assert model.config._attn_implementation == "flex_attention"

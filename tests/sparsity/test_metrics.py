@@ -78,7 +78,7 @@ def test_every_threshold_is_a_crossing_of_the_error_curve(seed):
 
 # Random functions of a hundred tokens cross their target more than once on most seeds, and then any crossing is a
 # solution. These seeds have one, which the tests establish before they compare.
-ONE_SOLUTION = {"relu": 0, "silu": 2, "gelu": 2, "relu2": 0}
+ONE_SOLUTION = {"relu": 5, "silu": 2, "gelu": 2, "relu2": 0}
 
 
 @pytest.mark.parametrize("act", ACTS)
