@@ -1,7 +1,8 @@
 """What a model is called with, made from the batches that a user gives: checked, and padded on the right."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from sparsity_utils.console import InputError, explained
 from sparsity_utils.models.context import context_length, vocabulary_size
 
 IGNORED = -100  # the label that counts for nothing, as in transformers
+SECOND_TEXT = ("labels", "decoder_")  # how the names of what an encoder-decoder writes begin
 PADDING_MASKS = ("attention_mask", "pixel_mask", "padding_mask")
 
 
@@ -20,7 +22,7 @@ def text_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], where: str) 
     Texts padded on the left are moved to the left, because most models number positions from the first column and
     only some can be told otherwise: then every model computes what it does for each text alone.
     """
-    batch = _left_aligned(batch, where)
+    batch = _left_aligned(batch, where, model.config.is_encoder_decoder)
     ids = _tensor(batch, "input_ids", where)
     mask = _tensor(batch, "attention_mask", where, ids)
     real = None if mask is None else mask.bool()
@@ -28,8 +30,7 @@ def text_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], where: str) 
     inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
     inputs |= _other_inputs(model, batch, where)
     if model.config.is_encoder_decoder:
-        decoder = _decoder_parts(model, batch, len(ids), where)
-        return {"inputs": inputs | decoder.pop("inputs"), "mask": real, **decoder}
+        return _decoder_parts(model, batch, inputs, where) | {"mask": real}
     if predicts_next_token(model):
         targets = _next_tokens(ids, real, _tensor(batch, "labels", where, ids)).long()
         _check_labels(targets, vocabulary_size(model), where)
@@ -38,18 +39,24 @@ def text_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], where: str) 
     return {"inputs": inputs, "targets": targets, "mask": real}
 
 
-def _left_aligned(batch: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def _left_aligned(batch: Mapping[str, Tensor], where: str, two_texts: bool) -> dict[str, Tensor]:
     """`batch` with the padding before each text moved behind it, in all tensors of one entry per token.
 
-    The labels of an encoder-decoder, with IGNORED for padding, are moved by `_decoder_parts`.
+    Where there are `two_texts`, the second one has padding of its own: see `_decoder_parts`.
     """
     ids = _tensor(batch, "input_ids", where)
     mask = _tensor(batch, "attention_mask", where, ids)
     if mask is None or ids.dim() != 2 or ids.numel() == 0 or bool(mask[:, 0].all()):
         return dict(batch)
     index = _moved(mask.bool())
-    per_token = {name for name, value in batch.items() if isinstance(value, Tensor) and value.shape[:2] == ids.shape}
-    return {name: value[index] if name in per_token else value for name, value in batch.items()}
+    names = {name for name in batch if not (two_texts and name.startswith(SECOND_TEXT))}
+    return dict(batch) | _per_token(batch, names, index, ids.shape)
+
+
+def _per_token(batch: Mapping[str, Tensor], names: Iterable[str], index: tuple, shape: torch.Size) -> dict[str, Tensor]:
+    """Those of `names` in `batch` that have one entry per token, moved by `index`."""
+    tensors = {name: batch[name] for name in names if isinstance(batch[name], Tensor)}
+    return {name: value[index] for name, value in tensors.items() if value.shape[:2] == shape}
 
 
 def _moved(real: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,19 +66,24 @@ def _moved(real: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(rows, device=real.device)[:, None], (torch.arange(length, device=real.device) + first) % length
 
 
-def _decoder_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], rows: int, where: str) -> dict:
-    """The second text of an encoder-decoder, from its labels: inputs, targets and decoder_mask."""
-    labels = batch.get("labels")
+def _decoder_parts(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], inputs: dict[str, Tensor], where: str
+) -> dict[str, Any]:
+    """All inputs of an encoder-decoder, its targets and decoder_mask, from `inputs` and the labels of `batch`.
+
+    IGNORED before a second text is padding, and moved behind it.
+    """
+    labels, rows = batch.get("labels"), len(next(iter(inputs.values())))
     if not isinstance(labels, Tensor) or labels.dim() != 2 or len(labels) != rows or labels.numel() == 0:
         raise InputError(f"{where} has no labels (rows, length): an encoder-decoder needs its second text.")
     _check_labels(labels, vocabulary_size(model, decoder=True), where)
-    labels = labels.long()[_moved(labels != IGNORED)]
     _check_length(model, labels, where, decoder=True)
-    return {
-        "inputs": {"decoder_input_ids": _shifted(model, labels)},
-        "targets": labels,
-        "decoder_mask": labels != IGNORED,
-    }
+    index = _moved(labels != IGNORED)
+    others = [name for name in inputs if name.startswith(SECOND_TEXT)]
+    inputs = inputs | _per_token(inputs, others, index, labels.shape)
+    labels = labels.long()[index]
+    inputs["decoder_input_ids"] = _shifted(model, labels)
+    return {"inputs": inputs, "targets": labels, "decoder_mask": labels != IGNORED}
 
 
 def _shifted(model: PreTrainedModel, labels: Tensor) -> Tensor:
@@ -119,8 +131,7 @@ def other_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], main: str, 
                 f"give rows of one size in each batch."
             )
     if model.config.is_encoder_decoder:
-        decoder = _decoder_parts(model, batch, len(values), where)
-        return {"inputs": inputs | decoder.pop("inputs"), "mask": None, **decoder}
+        return _decoder_parts(model, batch, inputs, where) | {"mask": None}
     return {"inputs": inputs, "targets": _classes(batch, len(values), where), "mask": None}
 
 

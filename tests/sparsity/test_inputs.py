@@ -118,6 +118,19 @@ def test_so_are_both_texts_of_an_encoder_decoder(name, side):
     assert_measured_right(ENCODER_DECODERS[name](), padded(side))
 
 
+@pytest.mark.parametrize("mask", [False, True], ids=["no mask", "decoder mask"])
+def test_the_two_texts_may_be_padded_on_different_sides(mask):
+    model, left, right = ENCODER_DECODERS["bart"](), padded("left"), padded("right")
+    loss, shares = expected(model, right)
+    for first, second in ((left, right), (right, left)):
+        batch = {**first, "labels": second["labels"]}
+        if mask:
+            batch["decoder_attention_mask"] = second["attention_mask"]
+        report = measure_sparsity(model, [batch], "fat", eps=0.3)
+        assert report.loss_dense == pytest.approx(loss, abs=1e-5)
+        assert report.layers.activation_ratio.tolist() == pytest.approx(shares, abs=1e-9)
+
+
 def test_other_inputs_move_with_the_tokens_that_they_are_of():
     model = model_of(BertForMaskedLM, BertConfig(**ENCODER))
     batch = padded("left")
