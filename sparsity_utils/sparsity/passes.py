@@ -133,11 +133,12 @@ def checked(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], role: str
       any other model the label of each position or of the whole row, and optional: without, there is no loss;
     - documents (windows,): numbers that rows of one document share. Default: every row is a document of its own.
 
-    What a tokenizer adds and a text model does not take, such as token_type_ids for most decoders, is left out.
+    What a tokenizer adds and a text model does not take, such as token_type_ids for most decoders, is left out. Padding
+    counts for nothing, on whichever side it is: texts are moved to the left, and labels on padding ignored.
 
     Raises `InputError`, naming the `role` of the batches, for empty batches, texts shorter than two tokens or longer
-    than the model's context, shapes that differ, token ids outside the vocabulary, and batches without any token to
-    predict.
+    than the model's context, shapes that differ, token ids outside the vocabulary, batches without any token to
+    predict, padded images or sounds, and models that order their vectors by position.
     """
     main, fresh, predicted, seen = getattr(model, "main_input_name", "input_ids"), count(), 0, 0
     for index, batch in enumerate(batches):
