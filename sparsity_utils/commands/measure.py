@@ -17,11 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import DTYPES
+from sparsity_utils.models.context import context_length
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.weights import description
 from sparsity_utils.neurons.rules import METRICS, metric_named
+from sparsity_utils.sparsity.inputs import predicts_next_token
 from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
-from sparsity_utils.sparsity.passes import predicts_next_token
 from sparsity_utils.text.config import MEASURED_TOKENS
 from sparsity_utils.text.windows import CALIBRATION_SHARE, evenly_spaced, read_documents, split_documents, text_batches
 
@@ -115,7 +116,7 @@ def window_length(model: PreTrainedModel, wanted: int | None = None) -> int:
 
     Raises `InputError` when `wanted` is longer than the context or shorter than two tokens.
     """
-    context: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context: Any = context_length(model) or math.inf
     if wanted is None:
         return min(WINDOW, context)
     if not 2 <= wanted <= context:

@@ -56,7 +56,7 @@ def open_checkpoint(
     what was opened.
 
     Raises `InputError` when there is no such checkpoint, when it needs code of its own or pickled weights, when a file
-    is missing, damaged or does not fit the others, and when the tokenizer is not the model's.
+    is missing, damaged or does not fit the others.
     """
     place = _place(name, revision)
     check(torch.get_default_device().type != "meta", f"Open {name} outside of torch.device('meta'): it has no weights.")
@@ -65,13 +65,6 @@ def open_checkpoint(
             model, tokenizer = open_gguf(place, dtype, device_map)
         else:
             model, tokenizer = _open_folder(place, dtype, device_map)
-    if tokenizer is not None:
-        highest, entries = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
-        if highest >= entries:
-            raise InputError(
-                f"The tokenizer in {place} has ids up to {highest} and the model only {entries} of them; put the "
-                f"tokenizer there that the model was trained with."
-            )
     return (model if device_map else model.to(default_device())), tokenizer
 
 

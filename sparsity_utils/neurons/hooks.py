@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsity_utils.console import InputError
 from sparsity_utils.neurons.find import FFN, check_not_bypassed, find_ffns, layer_count, owners
 from sparsity_utils.neurons.flow import Down, Flow
-from sparsity_utils.neurons.modes import forward_replaced
+from sparsity_utils.neurons.modes import forward_replaced, unchunked
 from sparsity_utils.neurons.thresholds import Thresholds
 
 Visit = Callable[[FFN, Tensor, Tensor, Tensor], Tensor | None]
@@ -76,7 +76,7 @@ def check_layers(thresholds: Thresholds, ffns: list[FFN]) -> None:
 def _visited(model: nn.Module, ffns: list[FFN], visit: Visit) -> Iterator[list[FFN]]:
     """Call `visit(ffn, s, h, tokens)` just before each down projection; a tensor it returns takes the place of `h`."""
     check_not_bypassed(model)
-    with ExitStack() as stack:
+    with unchunked(model), ExitStack() as stack:
         pending: dict[nn.Module, Tensor] = {}  # activation -> s, until its down projection
         for ffn in ffns:
             if ffn.activation is not None and ffn.down is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsity_utils.console import InputError
 from sparsity_utils.neurons.flow import Down, Flow
-from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.neurons.modes import eager_attention, evaluating
 from sparsity_utils.neurons.vectors import Frames, Map, Matrix, Role, Vectors, common
 
 TEXTS, TOKENS, IMAGES = 2, 5, 2  # of the tiny input: several texts, so that the order of tokens shows
@@ -132,6 +132,7 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> list[Use]:
     tracer = _Tracer(model)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        stack.enter_context(eager_attention(model))
         stack.enter_context(torch.random.fork_rng(_cuda_devices(model)))
         for name, module in model.named_modules():
             _watch(stack, tracer, name, module)

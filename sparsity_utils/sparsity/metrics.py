@@ -56,7 +56,8 @@ class SparsityReport:
     skipped_tokens: int  # token-layer pairs with a zero FFN output, left out of CETT
     thresholds: Thresholds
     layers: pd.DataFrame  # one row per layer: see `_layer_table`
-    per_token: pd.DataFrame | None  # on request: document, position, token_id, and each layer's activation ratio
+    per_token: pd.DataFrame | None  # on request: document, position in the window without padding before it, token_id,
+    # and each layer's activation ratio
     dense: Losses  # of each evaluation window; the next measurement on the same batches can be given it
     calibrated_on: str  # "calibration", "evaluation" (the same tokens), or "none": nothing was solved
     note: str = ""  # empty, or a sentence on how the solution should be read
