@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from kernels import MAX_TOKENS, SparseFFN
 from sparsity_utils.console import InputError
+from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import (
     FFN,
     Projection,
-    activation_name,
     bypassed,
     check_not_bypassed,
     find_ffns,

@@ -23,7 +23,8 @@ from families import (
 from torch import nn
 from torch.nn import functional
 
-from sparsity_utils.neurons.find import activation_name, find_ffns
+from sparsity_utils.neurons.activations import activation_name
+from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 
 EVERY = sorted(FAMILIES)
