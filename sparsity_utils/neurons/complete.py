@@ -9,6 +9,7 @@ from torch import nn
 from sparsity_utils.console import InputError, check
 from sparsity_utils.neurons.flow import Stray
 from sparsity_utils.neurons.trace import Use
+from sparsity_utils.neurons.vectors import Frames
 
 if TYPE_CHECKING:
     from sparsity_utils.neurons.find import FFN
@@ -42,21 +43,29 @@ def check_followed(model: nn.Module, uses: list[Use], strays: list[Stray]) -> No
     Masks take effect in the down projection alone: where an unmerged adapter or a skip connection reads h too, a neuron
     that is masked would still act, and ||n_i|| would not be |h_i| * ||W_out[:, i]||.
     """
-    followed = {id(use.h): use for use in uses}
+    followed: dict[int, Use] = {}
+    for use in uses:
+        first = followed.setdefault(id(use.h), use)
+        if use.gathered is None and use.operation != first.operation and use.matrix != first.matrix:
+            raise InputError(_also_read(first, use.frames))  # rows of routed experts are another matter
     for stray in strays:
         where = stray.frames[-1] or type(model).__name__
         if id(stray.source) in followed:
-            raise InputError(
-                f"The neurons of {followed[id(stray.source)].frames[-1]} are also read in {where}, beside their down "
-                f"projection, so that a mask would not silence them: merge adapters into the weights first "
-                f"(of peft: model = model.merge_and_unload())."
-            )
+            raise InputError(_also_read(followed[id(stray.source)], stray.frames))
         if stray.maps_back:
             raise InputError(
                 f"The down projection in {where} has a weight that is no parameter of {type(model).__name__} as it is "
                 f"(quantised, pruned by a mask, or computed anew in each pass): dequantise it, or make the change "
                 f"permanent."
             )
+
+
+def _also_read(use: Use, frames: Frames) -> str:
+    return (
+        f"The neurons of {use.frames[-1] or 'the model'} are also read in {frames[-1] or 'the model'}, beside their "
+        f"down projection: merge adapters into the weights first (of peft: model = model.merge_and_unload()); models "
+        f"that use neurons twice cannot be measured."
+    )
 
 
 def check_none_left_out(model: nn.Module, ffns: list[FFN]) -> None:

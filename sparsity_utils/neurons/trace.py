@@ -34,6 +34,7 @@ class Use:
     matrix: Matrix  # W_out
     x: Source  # the vectors the FFN was applied to
     h: object  # `Vectors.source` of h
+    operation: int  # number of the operation that it is a part of: one may multiply by several matrices
     frames: Frames  # the modules that ran both the first linear map and the down projection
     calls: tuple[int, ...]  # the number of the call of each of `frames`
     gathered: Frames | None  # the modules that chose the rows of x, if any did
@@ -59,6 +60,7 @@ class _Tracer:
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[_Call] = []
         self.begun = 0  # calls
+        self.downs = 0  # operations
         self.uses: list[Use] = []
         self.projections: dict[Map, str] = {}  # -> the module that returned its output
         self.returned: dict[str, Map] = {}  # activation module -> the map whose s it returned last
@@ -104,9 +106,10 @@ class _Tracer:
         activation, name = (image.activation, call.name) if hooked else (None, None)
         frames, first = common(image.frames, self.flow.frames), self._first_maps(down)
         calls = tuple(call.number for call in self.calls[: len(frames)])
+        self.downs += 1
         for matrix, _ in down.blocks:
             x = next(x for x in image.xs if x.width == matrix.size[0])
-            self.uses.append(Use(matrix, x, h.source, frames, calls, h.gathered, activation, name, *first))
+            self.uses.append(Use(matrix, x, h.source, self.downs, frames, calls, h.gathered, activation, name, *first))
 
     def _first_maps(self, down: Down) -> tuple[FirstMap | None, FirstMap | None]:
         """Gate and up. A plain FFN has no up; both are None where a map is not computed by a module."""

@@ -12,7 +12,7 @@ A threshold or a Top-k mask of a linear image, of s or of h belongs to what it i
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ GATHERS = ("index", "index_select", "repeat")
 SHIFTS, SCALINGS, BOUNDS = ("add", "sub", "rsub"), ("mul", "div", "neg"), ("clamp", "clamp_min", "clamp_max")
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 
+Entry = TypeVar("Entry")
 Frames = tuple[str, ...]  # names of the modules that are running, outermost first
 
 
@@ -105,8 +106,8 @@ class Vectors:
         return self.rows.select(-1, 0) if self.rows.stride(-1) == 0 or self.rows.shape[-1] == 1 else None
 
 
-def common(*frames: Frames) -> Frames:
-    """The modules that are running in all of `frames`."""
+def common(*frames: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """What all of `frames` begin with: the modules, or the calls, that are running in all of them."""
     shortest = min(map(len, frames))
     same = next((i for i in range(shortest) if len({f[i] for f in frames}) > 1), shortest)
     return frames[0][:same]
