@@ -164,6 +164,7 @@ def find_ffns(model: nn.Module, inputs: Inputs | None = None) -> list[FFN]:
     FFNs can be measured: weights that are elsewhere or are no parameters, and neurons that more than the down
     projection reads.
     """
+    check(isinstance(model, nn.Module), f"The model is of type {type(model).__name__}: give a torch module.")
     known, parts = _found.get(model), _parts(model)
     if known is None or known.parts != parts:
         check_in_place(model)

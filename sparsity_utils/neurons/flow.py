@@ -79,6 +79,7 @@ class Flow(TorchDispatchMode):
 
     def __init__(self, module: nn.Module, visit: Callable[[Down], Tensor | None]) -> None:
         super().__init__()
+        torch.clear_autocast_cache()  # of casts of weights that were made before anybody watched
         self.visit, self.weights = visit, Weights(module)
         self.tags: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> Vectors
         self.constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> Constant

@@ -150,6 +150,8 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[list[Use], li
     with ExitStack() as stack:
         stack.enter_context(unchanged(model))
         stack.enter_context(evaluating(model))
+        if getattr(getattr(model, "config", None), "_attn_implementation", None) == "flex_attention":
+            model.set_attn_implementation("eager")  # type: ignore[operator]  # a compiled one cannot be watched
         stack.enter_context(torch.random.fork_rng(_cuda_devices(model)))
         for name, module in model.named_modules():
             _watch(stack, tracer, name, module)
@@ -158,9 +160,10 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[list[Use], li
             model(**given) if isinstance(given, Mapping) else model(given)
         except Exception as error:
             which = "a tiny input of its own" if inputs is None else "the given inputs"
+            reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{type(model).__name__} did not run on {which}, which finding its FFNs needs "
-                f"({type(error).__name__}: {error}); pass find_ffns inputs that it takes."
+                f"({type(error).__name__}: {reason}); pass find_ffns inputs that it takes."
             ) from error
         if any(parameter.data_ptr() != place for parameter, place in places):
             raise InputError(

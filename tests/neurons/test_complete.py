@@ -63,7 +63,7 @@ class Moves(nn.Linear):
 def test_weights_that_move_while_the_model_runs_are_refused():
     model = build("llama")
     model.model.layers[1].mlp.down_proj = Moves(24, 16).double()
-    with pytest.raises(InputError, match="LlamaForCausalLM moves its weights while it runs.*without offloading"):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM moves its weights while it runs.*without offloading"):
         find_ffns(model)
 
 

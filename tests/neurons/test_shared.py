@@ -11,6 +11,7 @@ from torch import nn
 from sparsity_utils.console import InputError
 from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
+from sparsity_utils.sparsity.metrics import measure_sparsity
 
 LAYERS = 3
 
@@ -129,11 +130,11 @@ def test_shared_layers_are_measured_and_masked_as_their_unshared_copy(pair):
     shared, own = PAIRS[pair]()
     batch = given(pair)
     if pair == "functions":
-        find_ffns(shared, batch), find_ffns(own, batch)
+        find_ffns(shared, batch)
+        find_ffns(own, batch)
     ffns, layers = find_ffns(shared), len(find_ffns(own))
-    assert [ffn.layer for ffn in ffns] == list(range(layers)) and layers == (
-        LAYERS if pair in ("albert", "functions") else 2
-    )
+    assert [ffn.layer for ffn in ffns] == list(range(layers))
+    assert layers == (LAYERS if pair in ("albert", "functions") else 2)
     before = run(shared, batch)
     seen, expected = seen_in(shared, batch), seen_in(own, batch)
     assert [layer for layer, *_ in seen] == 2 * list(range(layers))
@@ -141,7 +142,7 @@ def test_shared_layers_are_measured_and_masked_as_their_unshared_copy(pair):
         assert one[0] == other[0] and other[1] == 0
         torch.testing.assert_close(one[2:], other[2:], rtol=1e-12, atol=1e-12)
     for keep in (keep_none, keep_even):
-        rule = Keep(ffns, lambda i, keep=keep: keep(i))
+        rule = Keep(ffns, keep)
         with sparse_neurons(shared, rule), sparse_neurons(own, rule):
             torch.testing.assert_close(run(shared, batch), run(own, batch), rtol=1e-12, atol=1e-12)
     assert torch.equal(run(shared, batch), before) and left_behind(shared) == []
@@ -159,10 +160,22 @@ def test_each_call_has_the_threshold_of_its_layer(pair):
     shared, own = PAIRS[pair]()
     batch = given(pair)
     if pair == "functions":
-        find_ffns(shared, batch), find_ffns(own, batch)
+        find_ffns(shared, batch)
+        find_ffns(own, batch)
     rule = PerLayer(find_ffns(own), None)
     with sparse_neurons(shared, rule), sparse_neurons(own, rule):
         torch.testing.assert_close(run(shared, batch), run(own, batch), rtol=1e-12, atol=1e-12)
+
+
+def test_a_report_on_shared_layers_is_that_of_their_copy():
+    batches = [inputs("llama") | {"labels": inputs("llama")["input_ids"]}]
+    reports = [measure_sparsity(model, batches, "cett", cett=0.2) for model in unshared_albert()]
+    assert len(reports[0].layers) == LAYERS and reports[0].ratio_of_all_neurons == reports[0].activation_ratio
+    for name in ("activation_ratio", "cett", "nonzero_share", "ppl_ratio", "loss_sparse"):
+        assert getattr(reports[0], name) == pytest.approx(getattr(reports[1], name), rel=1e-9)
+    columns = ["threshold", "activation_ratio", "ratio_of_all_neurons", "cett"]
+    one, other = (report.layers[columns].to_numpy() for report in reports)
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-9, atol=1e-12)
 
 
 def test_a_pass_that_fails_between_calls_does_not_shift_the_next():
