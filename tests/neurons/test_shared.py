@@ -209,18 +209,17 @@ def test_another_number_of_calls_is_refused():
     assert left_behind(model) == []
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_an_ffn_in_chunks_sees_every_token_once(family):
-    kind = {"bert": "Bert", "roberta": "Roberta"}[family]
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "Albert"])
+def test_an_ffn_in_chunks_sees_every_token_once(kind):
     options = {
         "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 32,
     }  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(**options)
-    whole = randomised(getattr(transformers, f"{kind}ForMaskedLM")(config))
+    build, config = getattr(transformers, f"{kind}ForMaskedLM"), getattr(transformers, f"{kind}Config")
+    whole = randomised(build(config(**options)))
     for size in (1, 7):
-        chunked = getattr(transformers, f"{kind}ForMaskedLM")(type(config)(**options, chunk_size_feed_forward=size))
-        chunked.double().eval().load_state_dict(whole.state_dict())
+        chunked = build(config(**options, chunk_size_feed_forward=size)).double().eval()
+        chunked.load_state_dict(whole.state_dict())
         assert [ffn.layer for ffn in find_ffns(chunked)] == [0, 1]
         torch.testing.assert_close(by_token(chunked), by_token(whole), rtol=1e-12, atol=1e-12)
 
