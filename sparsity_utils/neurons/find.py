@@ -247,7 +247,10 @@ def _with_calls(ffns: list[FFN], layers: list[list[Use]]) -> list[FFN]:
         if len(same) == 1:
             result.append(ffn)
             continue
-        check(ffn.experts == 1, f"The routed experts {ffn.name} serve several layers, and cannot be told apart there.")
+        check(
+            ffn.experts == 1,
+            f"The routed experts {ffn.name} serve several layers, which cannot be told apart: measure an unshared copy.",
+        )
         runs = [layers[other.layer][0] for other in same]
         scope = runs[0].frames[: len(common(*(run.calls for run in runs)))][-1]
         result.append(replace(ffn, call=same.index(ffn), calls=len(same), scope=scope))

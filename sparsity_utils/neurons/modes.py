@@ -68,7 +68,7 @@ def _state(model: nn.Module) -> list[tuple[Any, Any]]:
         seen.add(id(part))
         if isinstance(part, Tensor):
             if not part.is_inference() and part.device.type != "meta":  # which nothing can write to
-                kept.append((part, (part._version, part.detach().clone())))
+                kept.append((part, part.detach().clone()))
             continue
         for kind in (dict, list, set):
             if isinstance(part, kind):
@@ -83,10 +83,9 @@ def _state(model: nn.Module) -> list[tuple[Any, Any]]:
 
 def _restore(part: Any, content: Any) -> None:
     if isinstance(part, Tensor):
-        version, values = content
-        if part._version != version:
+        if not torch.equal(part, content):  # batch normalisation writes without counting in `_version`
             with torch.no_grad():
-                part.copy_(values)
+                part.copy_(content)
     elif isinstance(part, list):
         if not _alike(part, content):
             part[:] = content
