@@ -249,7 +249,7 @@ def _with_calls(ffns: list[FFN], layers: list[list[Use]]) -> list[FFN]:
             continue
         check(
             ffn.experts == 1,
-            f"The routed experts {ffn.name} serve several layers, which cannot be told apart: measure an unshared copy.",
+            f"The routed experts {ffn.name} serve several layers, which cannot be told apart: unshare them first.",
         )
         runs = [layers[other.layer][0] for other in same]
         scope = runs[0].frames[: len(common(*(run.calls for run in runs)))][-1]
