@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from kernels import MAX_TOKENS, SparseFFN
 from sparsity_utils.console import InputError
+from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import (
     FFN,
     Projection,
-    activation_name,
     bypassed,
     check_not_bypassed,
     find_ffns,
     widened,
 )
 from sparsity_utils.neurons.hooks import check_layers
-from sparsity_utils.neurons.modes import evaluating, forward_replaced
+from sparsity_utils.neurons.modes import evaluating, forward_replaced, unchanged
 from sparsity_utils.neurons.rules import RULES
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.neurons.trace import Inputs, tiny_inputs
@@ -170,7 +170,7 @@ def _check_close(y: Tensor, expected: Tensor, factor: float, problem: str) -> No
 
 def _output(model: nn.Module, inputs: Inputs) -> Tensor:
     """The first tensor that the model returns, in evaluation mode."""
-    with evaluating(model):
+    with evaluating(model), unchanged(model):
         out = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
     return out if isinstance(out, Tensor) else out[0]
 

@@ -23,7 +23,8 @@ from kernels.timing import alternate, machine, speedups
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.decode import kernel_rule, replaceable_ffns, sparse_kernels
 from sparsity_utils.models.context import context_length
-from sparsity_utils.neurons.find import FFN, activation_name, find_ffns
+from sparsity_utils.neurons.activations import activation_name
+from sparsity_utils.neurons.find import FFN, find_ffns
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.rules import RULES

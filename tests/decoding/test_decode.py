@@ -174,7 +174,7 @@ class Twice(nn.Module):
         (Shifted, "computes more than"),
         (Unknown, "function Tanh"),
         (Leaking, "makes more of the parts"),
-        (Adapted, "makes more of the parts"),
+        (Adapted, "are also read in"),
     ],
 )
 def test_ffns_that_compute_something_else_are_refused(kind, match):
