@@ -26,7 +26,7 @@ from sparsity_utils.sparsity.passes import Losses, checked, ppl_ratio
 
 OTHER_DOCUMENTS = 1  # seed of the bootstrap of calibration documents that are not those of the evaluation
 TIMES = (0.1, 10.0)  # bounds of a replicate's loss increase over that of all: few documents may even gain from the mask
-CETT_STEPS = 9  # between these, at which the activation ratio is looked up
+CETT_STEPS = 9  # between these, at which the activation ratio may be looked up
 Batches = Iterable[Mapping[str, Tensor]]
 
 
@@ -164,7 +164,8 @@ def _shift(solver: Calibration, solved: SolvedCett, own: bool) -> np.ndarray:
     """By how much the activation ratio would differ had other calibration documents solved the CETT, (REPLICATES,).
 
     The increase of the loss is about CETT^b. Documents with x times the increase therefore allow x^(-1/b) * CETT, and
-    the shift is ratio(x^(-1/b) * CETT) - ratio(CETT), both on the kept sample.
+    the shift is ratio(x^(-1/b) * CETT) - ratio(CETT), both on the kept sample. The ratio is looked up at steps of log x,
+    those that some replicate lies next to.
     """
     bootstrap = DocumentBootstrap(3, seed=0 if own else OTHER_DOCUMENTS)
     cett, dense, sparse = solved.cett, solver.dense, solver.losses(solved.cett)
@@ -176,11 +177,12 @@ def _shift(solver: Calibration, solved: SolvedCett, own: bool) -> np.ndarray:
         return np.zeros(REPLICATES)
     sums = bootstrap.replicates.T
     with np.errstate(invalid="ignore", divide="ignore"):
-        times = np.clip((sums[1] - sums[0]) / sums[2] / increase, *TIMES)
-    low, high = np.log(TIMES)
-    steps = np.linspace(low, high, CETT_STEPS)
+        wanted = np.log(np.clip((sums[1] - sums[0]) / sums[2] / increase, *TIMES))
+    known = wanted[np.isfinite(wanted)]  # a replicate may be empty
+    steps = np.linspace(*np.log(TIMES), CETT_STEPS)
+    steps = steps[steps.searchsorted(known.min(), "right") - 1 : steps.searchsorted(known.max()) + 1]
     ratios = [solver.activation_ratio(min(1.0, cett * math.exp(-step / solved.exponent))) for step in steps]
-    return np.interp(np.log(times), steps, ratios) - solver.activation_ratio(cett)
+    return np.interp(wanted, steps, ratios) - solver.activation_ratio(cett)
 
 
 def _report(
