@@ -35,14 +35,14 @@ def explained(what: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{what} ({reason}); {remedy}.") from error
 
 
-def progress(items: Iterable[Item], about: str, total: int | None = None, shown: bool = True) -> Iterator[Item]:
-    """Iterate over `items` behind a bar named `about`, with an estimate of what is left, unless not `shown`."""
-    hidden = not shown or bool(os.environ.get("CI"))
+def progress(items: Iterable[Item], about: str, total: int | None = None) -> Iterator[Item]:
+    """Iterate over `items` behind a bar named `about`, with an estimate of what is left, except in CI."""
+    hidden = bool(os.environ.get("CI"))
     return iter(tqdm(items, desc=about, total=total, disable=hidden, mininterval=0.5, leave=False))
 
 
-def share_bar(about: str, shown: bool = True) -> tqdm:
-    """A bar from 0 to 100 percent named `about`, to be updated, unless not `shown`.
+def share_bar(about: str, shown: bool = True, leave: bool = False) -> tqdm:
+    """A bar from 0 to 100 percent named `about`, to be updated, unless not `shown`; `leave` it when it is full.
 
     What is left is estimated from the mean pace, since work is reported in bursts.
     """
@@ -53,7 +53,7 @@ def share_bar(about: str, shown: bool = True) -> tqdm:
         smoothing=0,
         mininterval=0.5,
         miniters=0,
-        leave=False,
+        leave=leave,
         bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
     )
 

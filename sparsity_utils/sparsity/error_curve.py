@@ -82,7 +82,8 @@ class ErrorCurve:
 
     def activation_ratio(self, eps: float) -> float:
         """Share of neurons, over the tokens and experts kept, with ||n_i|| >= eps and not zero."""
-        active = sum(int(((part.magnitudes >= eps) & (part.magnitudes > 0)).sum()) for part in self.parts)
+        least = math.inf if self.empty else max(eps, self.smallest)
+        active = sum(int((part.magnitudes >= least).sum()) for part in self.parts)
         return active / sum(part.magnitudes.numel() for part in self.parts)
 
     def threshold(self, cett: float, tolerance: float) -> float:
