@@ -142,7 +142,5 @@ class _Part:
 
     def errors(self, eps: float) -> float:
         """Sum over tokens of the relative truncation error, ||sum_{i: ||n_i|| < eps} n_i|| / ||W_out h||."""
-        # Compared straight into the dtype of h and multiplied: 0.1 ms for 2,048 x 320; masked_fill, which branches on
-        # every number, takes 2.2 ms, more than the matrix product (1.6).
-        tail = torch.lt(self.magnitudes, eps, out=torch.empty_like(self.h)).mul_(self.h)  # (tokens, d_ff)
+        tail = self.h * (self.magnitudes < eps)  # (tokens, d_ff); 2,048 x 320: 0.5 ms, masked_fill 2.2, the product 1.6
         return float((output_norms(self.weight, tail) / self.norms).sum(dtype=torch.float64))
