@@ -47,6 +47,23 @@ def progress(items: Iterable[Item], about: str, total: int | None = None, shown:
     return iter(tqdm(items, desc=about, total=total, disable=hidden, mininterval=0.5, leave=False))
 
 
+def share_bar(about: str, shown: bool = True, leave: bool = False) -> tqdm:
+    """A bar from 0 to 100 percent named `about`, to be updated, unless not `shown`; `leave` it when it is full.
+
+    What is left is estimated from the mean pace, since work is reported in bursts.
+    """
+    return tqdm(
+        total=100,
+        desc=about,
+        disable=not shown or bool(os.environ.get("CI")),
+        smoothing=0,
+        mininterval=0.5,
+        miniters=0,
+        leave=leave,
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
+    )
+
+
 def short_number(count: float) -> str:
     """Three digits and a unit: `112`, `45k`, `1.2M`, `2.4B`."""
     count = float(f"{count:.3g}")  # first, so that 999,900 is 1M and not 1e+03k
