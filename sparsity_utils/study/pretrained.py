@@ -202,18 +202,15 @@ class _Work:
 
     def about(self) -> dict[str, object]:
         """What the model is."""
-        embeddings = {id(w): w.numel() for w in (e.weight for e in self._embeddings())}
-        every = sum(parameter.numel() for parameter in self.model.parameters())
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        embeddings = {id(weight) for end in ends if end is not None for weight in end.parameters()}
         return {
             "model": Path(self.settings.model).name,
             "activation": getattr(self.model.config, "hidden_act", ""),
-            "parameters": every - sum(embeddings.values()),
+            "parameters": sum(weight.numel() for weight in self.model.parameters() if id(weight) not in embeddings),
             "n_layers": self.layers,
             "d_ff": self.d_ff,
         }
-
-    def _embeddings(self) -> list[nn.Module]:
-        return [self.model.get_input_embeddings(), self.model.get_output_embeddings()]  # type: ignore[operator]
 
     def solved(self, text: Text, prices: list[float]) -> pd.DataFrame:
         """The thresholds of CETT-PPL-p% for each of `prices`: price, solved_on, cett, note, layer, threshold."""
