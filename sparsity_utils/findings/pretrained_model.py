@@ -5,23 +5,41 @@ number of times, with all its windows. How much other models would differ no tes
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
-from sparsity_utils.laws.documents import over_documents
+from sparsity_utils.findings.pretrained_figures import (
+    beside,
+    layers_figure,
+    positions_figure,
+    price_figure,
+    ratio_figure,
+)
+from sparsity_utils.findings.style import ShownFigure
 from sparsity_utils.laws.limits import require
-from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, Estimate, no_estimate
-from sparsity_utils.neurons.rules import METRICS
+from sparsity_utils.laws.one_model import (
+    KINDS,
+    SETTING,
+    SUMS,
+    Statistic,
+    accuracy_lost,
+    costs,
+    dtype_difference,
+    gaps,
+    layer_ends,
+    over_documents,
+    rise,
+    sparse_band,
+)
+from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, Estimate
+from sparsity_utils.study.profiles import PRICE
+from sparsity_utils.study.tables import Tables
 
 QUESTION = "pretrained_model"
-SETTING = ["text", "dtype", "metric", "price", "solved_on"]  # names what a row of prices is of, beside the document
-OTHER = ["text", "solved_on"]
-SUMS = ["tokens", "loss_dense", "loss", "right_dense", "right", "agreed"]  # over a document
-KINDS = ("first", "first delimiter")  # positions that may be sparse
-PRICE = 1.0  # percent: CETT-PPL-1% is what is reported, unless said otherwise
+RIVALS = ("top-k", "fat")  # of CETT, as published
 LEAST_TOKENS = 16_384  # predicted on each text: fewer decide no claim on losses and predictions
 LEAST_DOCUMENTS = 12  # fewer decide no claim
 SPARSE = 0.5  # positions are sparse where they have less than this times the activation ratio of the others
@@ -172,88 +190,25 @@ class Found:
     table: pd.DataFrame  # as stored: CETT-PPL-1% on each text
     prices: pd.DataFrame  # as stored: every setting on every document
     positions: pd.DataFrame  # as stored: every class of position in every layer of every document
-    settings: pd.DataFrame  # one row per setting and text: what it costs, with intervals
-    bands: dict[tuple[str, str], tuple[range, Estimate]]  # by text and class of position: layers, tested quotient
+    costs: pd.DataFrame  # of every setting, with intervals
+    bands: dict[str, dict[str, tuple[range, Estimate]]]  # by class of position and text: layers, tested quotient
 
 
-def analyse(table: pd.DataFrame, prices: pd.DataFrame, positions: pd.DataFrame) -> Found:
-    """Costs and bands of the tables pretrained, pretrained_prices and pretrained_positions.
+def analyse(study: Tables) -> Found | None:
+    """What follows from the tables of a study; None, and a printed line, where it has none.
 
     Raises InputError for missing columns, duplicates and NaN.
     """
-    require(
-        table, ["text", "activation_ratio", "low", "high", "ppl_ratio"], ["text"], ["activation_ratio"], "pretrained"
-    )
-    require(prices, [*SETTING, *SUMS], [*SETTING, "document"], SUMS, "pretrained prices")
+    table = study.table_or_none("pretrained")
+    if table is None:
+        return None
+    prices, positions = study.table("pretrained_prices"), study.table("pretrained_positions")
+    require(table, ["text", "activation_ratio", "low", "high"], ["text"], ["activation_ratio"], "pretrained")
+    require(prices, [*SETTING, *SUMS], [*SETTING, "document"], SUMS, "pretrained_prices")
     key = ["text", "document", "layer", "position"]
-    require(positions, [*key, "tokens", "activation_ratio"], key, ["activation_ratio"], "pretrained positions")
-    costs = [_cost(name, rows) for name, rows in prices.groupby(SETTING, sort=False)]
-    bands = {(text, kind): _band(rows, kind) for text, rows in positions.groupby("text") for kind in KINDS}
-    return Found(table, prices, positions, pd.DataFrame(costs), bands)
-
-
-def _cost(name: tuple, rows: pd.DataFrame) -> dict[str, object]:
-    """A row of `Found.settings`."""
-    statistics = {"rise": _rise, "lost": _lost, "agreement": lambda sums: sums["agreed"] / sums["tokens"]}
-    estimates = {what: over_documents(rows[SUMS], statistic) for what, statistic in statistics.items()}
-    columns = {"activation_ratio": (rows["activation_ratio"] * rows["tokens"]).sum() / rows["tokens"].sum()}
-    for what, estimate in estimates.items():
-        columns |= {what: estimate.value, f"low_{what}": estimate.low, f"high_{what}": estimate.high}
-    sizes = {"tokens": rows["tokens"].sum(), "documents": len(rows)}
-    return {**dict(zip(SETTING, name, strict=True)), "value": rows["value"].iloc[0], **columns, **sizes}
-
-
-def _rise(sums: pd.DataFrame) -> pd.Series:
-    """Rise of perplexity, exp(loss - dense loss) - 1."""
-    return np.expm1((sums["loss"] - sums["loss_dense"]) / sums["tokens"])
-
-
-def _lost(sums: pd.DataFrame) -> pd.Series:
-    """Next-token accuracy of the dense model less that of the sparse one."""
-    return (sums["right_dense"] - sums["right"]) / sums["tokens"]
-
-
-def layer_sums(positions: pd.DataFrame, text: str) -> pd.DataFrame:
-    """Sum over the tokens of each document (rows) of the activation ratio in each layer (columns), and `tokens`."""
-    rows = positions[positions["text"] == text]
-    active = (rows["tokens"] * rows["activation_ratio"]).groupby([rows["document"], rows["layer"]]).sum().unstack()
-    return active.assign(tokens=rows[rows["layer"] == 0].groupby("document")["tokens"].sum())
-
-
-def _band(rows: pd.DataFrame, kind: str) -> tuple[range, Estimate]:
-    """The band of layers in which a class of positions is sparse, chosen on half of the documents, tested on the rest.
-
-    It is the longest run of layers, the first of equals, with less than SPARSE times the ratio of the class "other".
-    """
-    active = (rows["tokens"] * rows["activation_ratio"]).rename("active")
-    sums = pd.concat([rows[["document", "layer", "position", "tokens"]], active], axis=1)
-    sums = sums[sums["position"].isin([kind, "other"])]
-    chosen = sums["document"].rank(method="dense") % 2 == 1
-    ratios = sums[chosen].groupby(["layer", "position"])[["active", "tokens"]].sum()
-    ratios = (ratios["active"] / ratios["tokens"]).unstack().reindex(columns=[kind, "other"])
-    band = _longest_run(ratios[kind] < SPARSE * ratios["other"])
-    tested = sums[~chosen]
-    if not band:
-        return band, no_estimate("no such band of layers", tested.loc[tested["position"] == kind, "document"].nunique())
-    tested = tested[tested["layer"].isin(band)]
-    wide = tested.pivot_table(["active", "tokens"], "document", "position", "sum", fill_value=0.0)
-    wide = wide.set_axis([f"{what} {position}" for what, position in wide], axis=1)
-    wide = wide[wide.get(f"tokens {kind}", 0.0) > 0]
-
-    def quotient(sums: pd.DataFrame) -> pd.Series:
-        mine, other = (sums[f"active {name}"] / sums[f"tokens {name}"] for name in (kind, "other"))
-        return mine / other
-
-    return band, over_documents(wide, quotient)
-
-
-def _longest_run(holds: pd.Series) -> range:
-    """The first of the longest runs of layers at which `holds` is true; empty where it never is."""
-    best, start = range(0), 0
-    for layer, inside in enumerate([*holds, False]):
-        if not inside:
-            best, start = max(best, range(start, layer), key=len), layer + 1
-    return best
+    require(positions, [*key, "tokens", "activation_ratio"], key, ["activation_ratio"], "pretrained_positions")
+    bands = {kind: {text: sparse_band(positions, text, kind, SPARSE) for text in table["text"]} for kind in KINDS}
+    return Found(table, prices, positions, costs(prices), bands)
 
 
 def verdicts(found: Found | None) -> Verdicts:
@@ -262,97 +217,59 @@ def verdicts(found: Found | None) -> Verdicts:
         return Verdicts(claim.undecided("not measured: there is no model here") for claim in CLAIMS)
     main = found.prices[found.prices["dtype"] == "float32"]
     own = main[(main["metric"] == "cett-ppl") & (main["price"] == PRICE)]
-    same = own["text"] == own["solved_on"]
-    rises = {f"{on} on {text}": over_documents(rows[SUMS], _rise) for (text, on), rows in own.groupby(OTHER)}
-    paid = {name: estimate for name, estimate in rises.items() if len(set(name.split(" on "))) == 1}
-    crossed = {name: estimate for name, estimate in rises.items() if name not in paid}
-    lost = {text: over_documents(rows[SUMS], _lost) for text, rows in own[same].groupby("text")}
+    solved_here = own["text"] == own["solved_on"]
     few = _few_tokens(main)
     return Verdicts(
         [
             _judged(LAYER_ENDS, layer_ends(found.positions)),
-            *(
-                _band_verdict(claim, found.bands, kind)
-                for claim, kind in ((FIRST_TOKEN, "first"), (DELIMITER, KINDS[1]))
-            ),
-            _judged(CETT_LOWEST, gaps(main, "cett-ppl", ("top-k", "fat")), few),
-            _judged(SCORE, gaps(main, "top-k-norm", ("top-k",)), few),
-            _judged(ALLOCATION, gaps(main, "cett-ppl", ("top-k-norm",)), few),
-            _judged(AGREEMENT, gaps(main, "cett-ppl", ("top-k", "fat"), "agreed"), few),
-            _judged(ACCURACY, lost, few),
-            _judged(PRICE_PAID, paid, few),
-            _judged(TRANSFER, crossed, few),
-            _judged(BFLOAT16, {"bfloat16": _dtype_difference(found.prices)}),
+            *(_band_verdict(*pair, found) for pair in zip((FIRST_TOKEN, DELIMITER), KINDS, strict=True)),
+            _judged(CETT_LOWEST, gaps(main, "cett-ppl", RIVALS), few),
+            _judged(SCORE, gaps(main, "top-k-norm", ["top-k"]), few),
+            _judged(ALLOCATION, gaps(main, "cett-ppl", ["top-k-norm"]), few),
+            _judged(AGREEMENT, gaps(main, "cett-ppl", RIVALS, "agreed"), few),
+            _judged(ACCURACY, _by_text(own[solved_here], accuracy_lost), few),
+            _judged(PRICE_PAID, _by_text(own[solved_here], rise), few),
+            _judged(TRANSFER, _by_text(own[~solved_here], rise), few),
+            _judged(BFLOAT16, {"bfloat16": dtype_difference(found.prices, PRICE)}),
         ]
     )
 
 
-def layer_ends(positions: pd.DataFrame) -> dict[str, Estimate]:
-    """Activation ratio of the first and of the last layer, less the mean of the middle half, for each text."""
-    estimates = {}
-    for text in dict.fromkeys(positions["text"]):
-        sums = layer_sums(positions, text)
-        layers = len(sums.columns) - 1
-        middle = list(range(layers // 4, layers - layers // 4))
-        for name, end in (("first", 0), ("last", layers - 1)):
-
-            def difference(sums: pd.DataFrame, end: int = end, middle: list[int] = middle) -> pd.Series:
-                return (sums[end] - sums[middle].mean(axis=1)) / sums["tokens"]
-
-            estimates[f"{name} layer, {text}"] = over_documents(sums, difference)
-    return estimates
+def _by_text(rows: pd.DataFrame, statistic: Statistic) -> dict[str, Estimate]:
+    return {f"on {text}": over_documents(group[SUMS], statistic) for text, group in rows.groupby("text")}
 
 
-def gaps(prices: pd.DataFrame, metric: str, rivals: tuple[str, ...], column: str = "loss") -> dict[str, Estimate]:
-    """By how much a metric is better than its rivals per token, at each activation ratio they share, on each text.
-
-    column: "loss", the rival's less that of the metric; or "agreed", the metric's less that of the rival.
-    """
-    estimates, own = {}, prices[prices["text"] == prices["solved_on"]]
-    for (text, price), rows in own.groupby(["text", "price"]):
-        wide = rows.pivot(index="document", columns="metric", values=column)
-        tokens = rows.groupby("document")["tokens"].first()
-        for rival in rivals:
-            if {metric, rival} <= set(wide):
-                better = wide[rival] - wide[metric] if column == "loss" else wide[metric] - wide[rival]
-                sums = pd.DataFrame({"better": better, "tokens": tokens})
-                name = f"{METRICS[rival].label} at the ratio of {price:g}%, {text}"
-                estimates[name] = over_documents(sums, lambda sums: sums["better"] / sums["tokens"])
-    return estimates
-
-
-def _band_verdict(claim: Claim, bands: dict, kind: str) -> Verdict:
+def _band_verdict(claim: Claim, kind: str, found: Found) -> Verdict:
     """The quotient in the chosen band, for each text; where there is no band, the claim is not supported."""
-    estimates = {text: quotient for (text, position), (_, quotient) in bands.items() if position == kind}
-    words = {text: NOT_SUPPORTED if estimate.reason else "" for text, estimate in estimates.items()}
-    return _judged(claim, estimates, words=words)
+    estimates = {text: quotient for text, (_, quotient) in found.bands[kind].items()}
+    return _judged(claim, estimates, without=NOT_SUPPORTED)
 
 
-def _judged(
-    claim: Claim, estimates: dict[str, Estimate], few: str = "", words: dict[str, str] | None = None
-) -> Verdict:
-    """The verdict that all estimates lie in the region; inconclusive where tokens or documents are too few."""
-    if not estimates:
-        return claim.undecided("not measured")
-    least = min(estimate.n for estimate in estimates.values())
-    if least < LEAST_DOCUMENTS and claim.threshold.find(_FEW_DOCUMENTS) >= 0:
-        few = f"fewer than {LEAST_DOCUMENTS}"
-    given = words or dict.fromkeys(estimates, "")
-    verdict = {name: INCONCLUSIVE if few else given[name] or claim.decide(one) for name, one in estimates.items()}
-    return claim.judged_all(estimates, "documents", few, words=verdict)
+def _judged(claim: Claim, estimates: dict[str, Estimate], few: str = "", without: str = INCONCLUSIVE) -> Verdict:
+    """The verdict that all estimates lie in the region; `without` where one has no number.
+
+    It is inconclusive for a reason `few`, and for a claim on documents where they are too few.
+    """
+    if _FEW_DOCUMENTS in claim.threshold and min(estimate.n for estimate in estimates.values()) < LEAST_DOCUMENTS:
+        few = f"fewer than {LEAST_DOCUMENTS} documents"
+    words = {
+        name: INCONCLUSIVE if few else without if estimate.reason else claim.decide(estimate)
+        for name, estimate in estimates.items()
+    }
+    return claim.judged_all(estimates, "documents", few, words=words)
 
 
 def _few_tokens(prices: pd.DataFrame) -> str:
-    """Why the losses decide nothing; empty where there are enough."""
+    """Why losses and predictions decide nothing; empty where there are enough."""
     tokens = prices.groupby(SETTING)["tokens"].sum().min()
     return f"{tokens:,} tokens, fewer than {LEAST_TOKENS:,}" if tokens < LEAST_TOKENS else ""
 
 
-def _dtype_difference(prices: pd.DataFrame) -> Estimate:
-    """Activation ratio in bfloat16 less that in float32, on the same documents."""
-    text = prices.loc[prices["dtype"] == "bfloat16", "text"].iloc[0]
-    rows = prices[(prices["text"] == text) & (prices["solved_on"] == text) & (prices["metric"] == "cett-ppl")]
-    wide = rows[rows["price"] == PRICE].pivot(index="document", columns="dtype", values="activation_ratio")
-    return over_documents(
-        wide.assign(documents=1), lambda sums: (sums["bfloat16"] - sums["float32"]) / sums["documents"]
-    )
+def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
+    """Every figure that a study has the tables for, with its name; small models are those of the recorded study."""
+    if study.answers("pretrained"):
+        found, recorded = analyse(study), Tables.recorded()
+        yield "09_activation_ratio", ratio_figure(beside(found.table, recorded.table("relu_vs_silu")))
+        yield "09_layers", layers_figure(found, recorded.table("activation_patterns"))
+        yield "09_positions", positions_figure(found)
+        yield "09_metrics", price_figure(found)

@@ -30,14 +30,13 @@ from sparsity_utils.sparsity.calibration import TOLERANCE, Calibration, solve_ce
 from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
 from sparsity_utils.sparsity.passes import checked
 from sparsity_utils.sparsity.predictions import by_document, document_activity, fat_thresholds, predictions
-from sparsity_utils.study.profiles import PretrainedConfig
+from sparsity_utils.study.profiles import PRICE, PretrainedConfig
 from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.sources import PROSE, open_source
 from sparsity_utils.text.windows import read_documents, split_documents
 
 VERSION = 1  # raise it when the same settings would measure other numbers
 TEXTS = ("english", "python")
-PRICE = 1.0  # percent: of layers, positions, transfer and bfloat16; rivals have the activation ratio of this and more
 EARLY = 4  # first positions of a window: as many as attention sinks need (arXiv 2309.17453)
 BATCH_TOKENS = 1024  # 200 MB of float32 logits at a vocabulary of 49,152
 # One pass of SmolLM2-135M over 12,000 tokens took 24 s on two quiet cores; a solution takes about six of its text.

@@ -64,6 +64,9 @@ class SpeedConfig:
         check(self.new_tokens >= 2, f"speed.new_tokens is {self.new_tokens}; at least 2 are needed.")
 
 
+PRICE = 1.0  # p of the CETT-PPL-p% that notebook 09 looks at layers, positions, transfer and bfloat16 with
+
+
 @dataclass(frozen=True)
 class PretrainedConfig:
     """How a pretrained model is measured, on English and on Python source: notebook 09."""
@@ -83,7 +86,7 @@ class PretrainedConfig:
             f"evaluation_tokens that are multiples of it.",
         )
         check(
-            1.0 in self.prices and all(0 < price <= 100 for price in self.prices),
+            PRICE in self.prices and all(0 < price <= 100 for price in self.prices),
             f"pretrained.prices is {list(self.prices)}; choose percentages up to 100, 1 among them.",
         )
 
