@@ -10,7 +10,9 @@ threads give equal bits.
 
 import math
 import os
+import warnings
 from functools import cache
+from threading import Lock
 from typing import NamedTuple
 
 import numba
@@ -23,7 +25,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from kernels import naive
-from kernels.ffn import SparseFFN
+from kernels.ffn import PROCESS, SparseFFN, run_dense
 
 ACTIVATIONS = {name: code for code, name in enumerate(naive.ACTIVATIONS)}
 RELU, RELU2, SILU, GELU, GELU_TANH = (ACTIVATIONS[name] for name in ("relu", "relu2", "silu", "gelu", "gelu_tanh"))
@@ -34,10 +36,36 @@ BITS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16}  # numba has n
 # nine tenths of 5,760 neurons inactive: 2.38 and 1.19 ms, against 2.54 and 1.35 without and 2.71 and 1.37 with 4,096.
 FETCHED = 256
 BYTES_PER_THREAD = 2**18  # of weights; below, starting a thread costs more than it saves
+CALLS = Lock()  # one call at a time: numba's threading layer workqueue ends the process at two
 
 
 def run(ffn: SparseFFN, x: Tensor) -> Tensor:
     """y, (tokens, d_out), of `x`, (tokens, d): the backend of `SparseFFN` for tensors on a CPU."""
+    if os.getpid() != PROCESS:
+        return run_in_child(ffn, x)
+    with CALLS:
+        return run_threads(ffn, x)
+
+
+def run_in_child(ffn: SparseFFN, x: Tensor) -> Tensor:
+    """The same rule run densely on one thread, in a process that was forked: the threads of OpenMP do not survive that.
+
+    Numba would end the process and torch would wait for ever.
+    """
+    warnings.warn(
+        "Sparse FFNs run densely in a forked process, with a mask and on one thread: start it with spawn instead.",
+        stacklevel=5,  # the caller of the FFN
+    )
+    wanted = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run_dense(ffn, x)
+    finally:
+        torch.set_num_threads(wanted)
+
+
+def run_threads(ffn: SparseFFN, x: Tensor) -> Tensor:
+    """The kernel, its rows shared among threads."""
     wide = x.to(torch.float32).numpy()  # (tokens, d)
     gate, up, down, quantised, limits = ffn.arrays
     rule = limits, ffn.threshold.numpy(), ffn.rule == "neuron", ACTIVATIONS[ffn.act]

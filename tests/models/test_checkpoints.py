@@ -140,14 +140,16 @@ def test_a_hub_model_is_downloaded_without_code_and_pickles(tmp_path: Path, monk
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *names, **options: asked.append((names, options)) or str(folder)
     )
-    model, _ = open_checkpoint("owner/no-such-folder")
+    model, _ = open_checkpoint("owner/no-such-folder", revision="v1")
     assert isinstance(model, LlamaForCausalLM)
     from huggingface_hub.utils import filter_repo_objects
 
     ((names, options),) = asked
-    assert names == ("owner/no-such-folder",)
+    assert names == ("owner/no-such-folder",) and options.pop("revision") == "v1"
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+    wanted += ["adapter_config.json", "adapter_model.safetensors"]
     others = ["modeling.py", "pytorch_model.bin", "onnx/model.onnx", "original/model.safetensors", "a.pt", "a.pkl"]
+    others += ["adapter_model.bin"]
     assert list(filter_repo_objects(wanted + others, **options)) == wanted
 
 
