@@ -1,6 +1,7 @@
 """What a person sees: one kind of error, one progress bar, numbers with their unit."""
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -33,6 +34,11 @@ def explained(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{what} ({reason}); {remedy}.") from error
+
+
+def note(sentence: str) -> None:
+    """Say something beside the results, on stderr: a choice that was made for the reader, or what was left out."""
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable[Item], about: str, total: int | None = None, shown: bool = True) -> Iterator[Item]:

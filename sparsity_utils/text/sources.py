@@ -8,17 +8,16 @@ import ast
 import base64
 import hashlib
 import importlib.metadata
-import json
-import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsity_utils.console import InputError, explained
+from sparsity_utils.console import InputError
 from sparsity_utils.text.config import CorpusConfig
+from sparsity_utils.text.documents import Document, Skipped, decoded, normalised
+from sparsity_utils.text.files import file_hashes, hub_documents, path_documents, sha256, text_files
 
 # Only packages whose pin in the lock file is the same for every Python version and platform, and whose wheels
 # hold the same Python files on every platform.
@@ -46,17 +45,6 @@ DIGITS_AT_MOST = 0.25  # share of a file's bytes; above it, a file is a table of
 
 PackageFile = tuple[str, str, importlib.metadata.PackagePath]  # name, domain, file
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and its labels."""
-
-    name: str
-    domain: str
-    text: str
-
 
 @dataclass
 class Source:
@@ -68,7 +56,7 @@ class Source:
 
     identity: dict[str, Any]
     documents: Iterator[Document]
-    skipped: Counter = field(default_factory=Counter)
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 def open_source(config: CorpusConfig) -> Source:
@@ -77,40 +65,25 @@ def open_source(config: CorpusConfig) -> Source:
     Raises:
         InputError: when the source is missing, empty or unreadable; rows may also raise it while they are read.
     """
-    skipped: Counter = Counter()
+    skipped = Skipped()
+    identity, documents = _opened(config, skipped)
+    return Source(identity, normalised(documents, skipped), skipped)
+
+
+def _opened(config: CorpusConfig, skipped: Skipped) -> tuple[dict[str, Any], Iterator[Document]]:
+    """The identity of a source, and its documents as they are stored."""
     if config.source == "python-source":
         files = _package_files()
-        listing = "\n".join(f"{name} {file.hash.value}" for name, _, file in files)
-        identity = {
-            "packages": {p: importlib.metadata.version(p).partition("+")[0] for p in _packages()},
-            "files": len(files),
-            "listing_sha256": sha256(listing.encode()),
-        }
-        return Source(identity, _python_documents(files, skipped), skipped)
+        return _packages_identity(files), _python_documents(files, skipped)
+    root = Path(config.path or "")
     if config.source == "path":
-        root = Path(config.path).expanduser()
-        texts = _text_files(root)
-        documents = _path_documents(root, texts, config.text_field, skipped)
-        return Source({"files": _file_hashes(root, texts)}, documents, skipped)
-    root = Path(config.path)
-    identity = {"path": config.path, "revision": config.revision}
+        root = root.expanduser()
+        texts = text_files(root)
+        return {"files": file_hashes(root, texts)}, path_documents(root, texts, config.text_field, skipped)
+    identity: dict[str, Any] = {"path": config.path, "revision": config.revision}
     if root.is_dir():  # a local data set has no revision of its own
-        identity["files"] = _file_hashes(root, sorted(file for file in root.rglob("*") if file.is_file()))
-    documents = _row_documents(_hub_rows(config), config.path, "hub", config.text_field, skipped)
-    return Source(identity, documents, skipped)
-
-
-def sha256(data: bytes) -> str:
-    """SHA-256 of `data`, in hexadecimal digits."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def _decoded(data: bytes, skipped: Counter) -> str | None:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        skipped["not UTF-8"] += 1
-        return None
+        identity["files"] = file_hashes(root, sorted(file for file in root.rglob("*") if file.is_file()))
+    return identity, hub_documents(config, skipped)
 
 
 # Source "python-source"
@@ -118,6 +91,15 @@ def _decoded(data: bytes, skipped: Counter) -> str | None:
 
 def _packages() -> list[str]:
     return sorted(package for packages in FAMILIES.values() for package in packages)
+
+
+def _packages_identity(files: list[PackageFile]) -> dict[str, Any]:
+    listing = "\n".join(f"{name} {file.hash.value}" for name, _, file in files)
+    return {
+        "packages": {p: importlib.metadata.version(p).partition("+")[0] for p in _packages()},
+        "files": len(files),
+        "listing_sha256": sha256(listing.encode()),
+    }
 
 
 def _package_files() -> list[PackageFile]:
@@ -167,7 +149,7 @@ def package_documents(package: str) -> list[str]:
     """
     if package in _packages():
         raise InputError(f"The package {package} is part of the training text; name one that is not in FAMILIES.")
-    skipped: Counter = Counter()
+    skipped = Skipped()
     files = sorted(_sources_of(package), key=lambda file: file.as_posix())
     texts = [text for file in files if (text := _package_text(file, skipped))]
     if skipped["changed since it was installed"]:
@@ -175,7 +157,7 @@ def package_documents(package: str) -> list[str]:
     return texts
 
 
-def _package_text(file: importlib.metadata.PackagePath, skipped: Counter) -> str | None:
+def _package_text(file: importlib.metadata.PackagePath, skipped: Skipped) -> str | None:
     """The text of an installed file; None, counted by reason, when it is not what the wheel brought or no text."""
     try:
         data = Path(file.locate()).read_bytes()
@@ -183,15 +165,15 @@ def _package_text(file: importlib.metadata.PackagePath, skipped: Counter) -> str
         name = file.as_posix()
         raise InputError(f"{name} cannot be read ({error.strerror}); install its package again.") from error
     if base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode() != file.hash.value:
-        skipped["changed since it was installed"] += 1
+        skipped.add("changed since it was installed", file.as_posix())
         return None
     if sum(map(data.count, b"0123456789")) > DIGITS_AT_MOST * len(data):
-        skipped["table of numbers"] += 1
+        skipped.add("table of numbers", file.as_posix())
         return None
-    return _decoded(data, skipped)
+    return decoded(data, file.as_posix(), skipped)
 
 
-def _python_documents(files: list[PackageFile], skipped: Counter) -> Iterator[Document]:
+def _python_documents(files: list[PackageFile], skipped: Skipped) -> Iterator[Document]:
     for name, domain, file in files:
         text = _package_text(file, skipped)
         if text is None:
@@ -227,109 +209,3 @@ def _dedented(text: str) -> str:
     first, *rest = text.expandtabs().split("\n")
     margin = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip()), default=0)
     return "\n".join([first.strip(), *(line[margin:].rstrip() for line in rest)]).strip()
-
-
-# Source "path"
-
-
-def _text_files(root: Path) -> list[Path]:
-    if not root.exists():
-        raise InputError(f"{root} does not exist; give a file or folder of {', '.join(SUFFIXES)}.")
-    candidates = sorted(root.rglob("*")) if root.is_dir() else [root]
-    files = [file for file in candidates if file.suffix.lower() in SUFFIXES and not file.is_dir()]
-    if not files:
-        raise InputError(f"{root} holds no text; give a file or folder of {', '.join(SUFFIXES)}.")
-    return sorted(files, key=lambda file: sha256(_relative(root, file).encode()))  # a cap keeps a sample of all
-
-
-def _relative(root: Path, file: Path) -> str:
-    return file.relative_to(root).as_posix() if file != root else file.name
-
-
-def _file_hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
-    hashes = {}
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                hashes[_relative(root, file)] = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(f"{file} cannot be read ({error.strerror}); correct it or take it away.") from error
-    return hashes
-
-
-def _path_documents(root: Path, files: list[Path], text_field: str, skipped: Counter) -> Iterator[Document]:
-    """Read text files and tables. Domain: the first sub-folder or, without one, a table's name or a text's suffix."""
-    for file in files:
-        name = _relative(root, file)
-        suffix = file.suffix.lower()
-        is_table = suffix in (".jsonl", ".parquet")
-        folder, slash, _ = name.partition("/")
-        domain = folder if slash else file.stem if is_table else suffix[1:]
-        if is_table:
-            rows = _jsonl_rows(file) if suffix == ".jsonl" else _parquet_rows(file, text_field)
-            yield from _row_documents(rows, name, domain, text_field, skipped)
-        elif (text := _decoded(file.read_bytes(), skipped)) is not None:
-            yield Document(name, domain, text)
-
-
-def _jsonl_rows(file: Path) -> Iterator[Any]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise InputError(
-                        f"{file}, line {number}, is not JSON; correct it or take the file away."
-                    ) from error
-
-
-def _parquet_rows(file: Path, text_field: str) -> Iterator[dict]:
-    """The column of texts, by pyarrow: a row group of 400 MB takes 0.3 s and 220 MB, through `datasets` 3 s and 800."""
-    from pyarrow import parquet
-
-    with explained(f"{file} is not readable as Parquet", "correct it or take it away"):
-        table = parquet.ParquetFile(file)
-        if text_field not in table.schema_arrow.names:
-            raise _no_field(str(file), text_field, table.schema_arrow.names)
-        for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-            yield from batch.to_pylist()
-
-
-# Source "hub"
-
-
-def _hub_rows(config: CorpusConfig) -> Iterator[dict]:
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says of a file is also raised
-    what = f"The data set {config.path} at revision {config.revision} cannot be read"
-    with (
-        explained(what, "check corpus.path, corpus.revision, that it has a train split, and the network"),
-        tempfile.TemporaryDirectory() as cache,  # it holds a lock file while the data set is opened
-    ):
-        options = {"revision": config.revision, "split": "train", "streaming": True, "cache_dir": cache}
-        yield from datasets.load_dataset(config.path, **options)
-
-
-# Rows of a table
-
-
-def _no_field(where: str, text_field: str, names: Iterable[str]) -> InputError:
-    found = ", ".join(sorted(names)) or "no field at all"
-    return InputError(
-        f"{where} has no field {text_field!r}; rename the one that holds the text, or name it as a profile's "
-        f"corpus.text_field ({found})."
-    )
-
-
-def _row_documents(
-    rows: Iterable[Any], name: str, domain: str, text_field: str, skipped: Counter
-) -> Iterator[Document]:
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or text_field not in row:
-            raise _no_field(f"{name}, row {number},", text_field, row if isinstance(row, dict) else ())
-        if isinstance(row[text_field], str):
-            yield Document(f"{name}:{number}", domain, row[text_field])
-        else:
-            skipped["not a text"] += 1
