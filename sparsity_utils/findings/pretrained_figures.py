@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from sparsity_utils.findings.style import AXIS, Look, ShownFigure, captioned, side_by_side, styled
 from sparsity_utils.laws.limits import last_means
@@ -39,6 +40,12 @@ def beside(table: pd.DataFrame, line: pd.DataFrame) -> pd.DataFrame:
         pd.DataFrame(published, columns=columns[:4]),
     ]
     return pd.concat(parts).sort_values("parameters", kind="stable").reset_index(drop=True)
+
+
+def in_percent(models: pd.DataFrame) -> pd.DataFrame:
+    """`beside` for reading: ratios in percent."""
+    ratios = (100 * models[["activation_ratio", "low", "high"]]).round(1).add_suffix(" %")
+    return pd.concat([models[["model", "parameters", "text"]], ratios], axis=1)
 
 
 def price_table(found: "Found") -> pd.DataFrame:
@@ -154,6 +161,7 @@ def positions_figure(found: "Found") -> ShownFigure:
         axes.set_title(text)
         axes.grid(visible=False)
     panels[-1].set_xlabel("Layer")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=list(panels), label=AXIS)
     first = found.table.iloc[0]
     return captioned(figure, f"{first['model']}, CETT-PPL-{PRICE:g}%, {first['documents']} documents of each text.")
@@ -178,12 +186,13 @@ def price_figure(found: "Found") -> ShownFigure:
                 axes.errorbar(100 * curve["activation_ratio"], height, reach, label=METRICS[metric].label, **style)
         panels[0, column].set_title(text)
         panels[1, column].set_xlabel(AXIS)
-    panels[0, 0].set(ylabel="Rise of perplexity (%)", yscale="log")
+    panels[0, 0].set_ylabel("Rise of perplexity (%)")
+    panels[0, 0].set_yscale("symlog", linthresh=0.1)
     panels[1, 0].set_ylabel("Other likeliest token than dense (%)")
     panels[0, 0].legend(fontsize=7)
     first = found.table.iloc[0]
     return captioned(
         figure,
-        f"{first['model']}; {first['documents']} documents of {first['window']} tokens of each text; 90% intervals over "
-        "them.\nRivals of CETT-PPL have its activation ratio on the same documents.",
+        f"{first['model']}; {first['documents']} documents of {first['window']} tokens of each text; 90% intervals "
+        "over them.\nRivals of CETT-PPL have its activation ratio on the same documents.",
     )

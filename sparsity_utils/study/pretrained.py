@@ -22,6 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsity_utils import paths
 from sparsity_utils.console import check, short_number
+from sparsity_utils.models.fetched import SOURCES, fetched
+from sparsity_utils.models.weights import description
 from sparsity_utils.neurons.find import find_ffns, layer_count
 from sparsity_utils.neurons.hooks import sparse_neurons
 from sparsity_utils.neurons.modes import evaluating
@@ -83,10 +85,8 @@ class Text:
 
 
 def found_model(name: str) -> str | Path | None:
-    """What `open_checkpoint` opens for a model of a profile; None for one that was not fetched."""
-    if name != "smollm2":
-        return name
-    return next((paths.build() / "models" / name).glob("*.gguf"), None)
+    """What `open_checkpoint` opens for a model of a profile; None for one that can be fetched and was not."""
+    return fetched(name) if name in SOURCES else name
 
 
 def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PretrainedConfig) -> list[Text]:
@@ -173,6 +173,7 @@ class _Work:
 
     def tables(self, texts: list[Text], delimiters: np.ndarray) -> Frames:
         """All pieces, put together."""
+        opened = description(self.model)
         reports = [self.report(text, delimiters) for text in texts]
         others = [price for price in self.settings.prices if price != PRICE]
         solved = [found["thresholds"] for found in reports] + [self.solved(text, others) for text in texts]
@@ -180,7 +181,7 @@ class _Work:
         nn.Module.to(self.model, torch.bfloat16)
         prices.append(self.prices(texts[0], self.solved(texts[0], [PRICE])))
         parts = {
-            "pretrained": [found["report"] for found in reports],
+            "pretrained": [found["report"].assign(opened=opened) for found in reports],
             "pretrained_prices": prices,
             "pretrained_positions": [found["positions"] for found in reports],
         }
@@ -294,7 +295,7 @@ class _Work:
                     frame.to_csv(aside / f"{part}.csv", index=False)
             self.due += cost
             self.bar.update(self.due - self.bar.n)
-        return {file.stem: pd.read_csv(file, float_precision="round_trip") for file in folder.glob("*.csv")}
+        return {file.stem: pd.read_csv(file) for file in folder.glob("*.csv")}
 
     def tell(self) -> None:
         """One line before the first piece that is measured: how long it should take."""
