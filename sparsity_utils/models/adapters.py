@@ -4,6 +4,7 @@ Merged, W + scaling B A stands where W stood (arXiv 2106.09685, section 4.1), so
 """
 
 import json
+import warnings
 from pathlib import Path
 
 from safetensors import safe_open
@@ -50,10 +51,10 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import PeftModel, get_peft_model_state_dict
 
     remedy = "copy it again, and put the model beside it that it was trained on"
-    with explained(f"The adapter in {folder} cannot be merged", remedy):
+    with explained(f"The adapter in {folder} cannot be merged", remedy), warnings.catch_warnings(action="ignore"):
         adapted = PeftModel.from_pretrained(model, str(folder))
         with safe_open(folder / WEIGHTS, "pt") as tensors:
-            odd = set(tensors.keys()) ^ set(get_peft_model_state_dict(adapted))
+            odd = set(tensors.keys()) ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         if odd:
             raise InputError(f"The adapter in {folder} does not fit its model (see {min(odd)}); {remedy}.")
         whole = adapted.merge_and_unload(safe_merge=True)

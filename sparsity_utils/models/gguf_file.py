@@ -45,7 +45,7 @@ def open_gguf(
         reader = GGUFReader(file)
         _refuse_what_is_left_out(reader, file)
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config))
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         check(model_class is not None, f"{file} holds a {config.model_type}, which does not predict the next token.")
         with _bar():
             model, loaded = model_class.from_pretrained(

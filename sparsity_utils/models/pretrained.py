@@ -59,6 +59,7 @@ def open_checkpoint(
     is missing, damaged or does not fit the others, and when the tokenizer is not the model's.
     """
     place = _place(name, revision)
+    check(torch.get_default_device().type != "meta", f"Open {name} outside of torch.device('meta'): it has no weights.")
     with quiet():
         if place.is_file():
             model, tokenizer = open_gguf(place, dtype, device_map)
@@ -142,7 +143,7 @@ def _default_class(config: PreTrainedConfig, file: Path) -> type[PreTrainedModel
 
     Raises `InputError` where there is none, or the type is also one of masked words, as of BERT: weights do not tell.
     """
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config))
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         raise InputError(
             f"{file} names no model class and its type {config.model_type} has several; add the right one, such as "

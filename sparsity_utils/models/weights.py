@@ -61,8 +61,6 @@ def read_weights(
             model = model.dequantize()
     stored = Stored(folder, weights)
     refuse_faults(folder, [*misfits(loaded), *stored.leftovers(model, loaded["unexpected_keys"])])
-    if device_map is None and any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError(f"The weights in {folder} were not read: open the model outside of torch.device('meta').")
     set_origin(model, f"dequantised from {quantised}" if quantised else "")
     return model
 
@@ -152,19 +150,26 @@ class Stored:
         unexpected: their names as transformers gives them, which may lack or have a prefix more than in the file.
         """
         faults = {name for name in unexpected if _matters(name, model)}
-        constants, others = set(), set()
+        rotary = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+        constants, frequencies = set(), set()
         for file in self.files:
             with safe_open(file, "pt") as tensors:
                 for stored in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                    names = {
-                        name for name in faults if f".{name}".endswith(f".{stored}") or stored.endswith(f".{name}")
-                    }
-                    if stored.endswith("inv_freq") or names:
-                        known = is_constant(stored, tensors.get_tensor(stored), model)
-                        constants |= names if known else set()
-                        others |= set() if known or names else {stored}
-        told = [f"{name} is not of this model" for name in faults - constants]
-        return told + [f"{name} holds other frequencies than its rotary embedding" for name in others]
+                    names = {name for name in faults if _same_name(name, stored)}
+                    of_rotary = rotary and stored.endswith("inv_freq")
+                    if not (names or of_rotary):
+                        continue
+                    if is_constant(stored, tensors.get_tensor(stored), model):
+                        constants |= names
+                    elif of_rotary:
+                        frequencies.add(stored)
+        told = [f"{name} is not of this model" for name in faults - constants - frequencies]
+        return told + [f"{name} holds other frequencies than its rotary embedding" for name in frequencies]
+
+
+def _same_name(one: str, other: str) -> bool:
+    """Whether two names of a tensor differ by a prefix at most."""
+    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
 
 
 def is_constant(name: str, value: Tensor, model: PreTrainedModel) -> bool:
@@ -178,7 +183,7 @@ def is_constant(name: str, value: Tensor, model: PreTrainedModel) -> bool:
         return any(_same(value, buffer) for known, buffer in buffers.items() if known.endswith("inv_freq"))
     if value.numel() == 1 and last in ("masked_bias", "version"):  # the latter of fairseq's positions
         return last == "version" or value.item() <= -1e4
-    if any(f".{known}".endswith(f".{name}") and _same(value, buffer) for known, buffer in buffers.items()):
+    if any(_same_name(known, name) and _same(value, buffer) for known, buffer in buffers.items()):
         return True
     if last in ("position_ids", "token_type_ids"):
         expected = torch.arange(value.shape[-1]) if last == "position_ids" else torch.zeros(value.shape[-1])

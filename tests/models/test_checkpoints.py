@@ -28,6 +28,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models import pretrained as checkpoints
 from sparsity_utils.models.pretrained import load_weights, open_checkpoint
+from sparsity_utils.models.weights import description
 
 
 def edit(folder: Path, **changes) -> None:
@@ -151,6 +152,43 @@ def test_a_hub_model_is_downloaded_without_code_and_pickles(tmp_path: Path, monk
     others = ["modeling.py", "pytorch_model.bin", "onnx/model.onnx", "original/model.safetensors", "a.pt", "a.pkl"]
     others += ["adapter_model.bin"]
     assert list(filter_repo_objects(wanted + others, **options)) == wanted
+
+
+def test_without_architectures_the_class_is_the_one_for_text_generation(tmp_path: Path) -> None:
+    wanted, folder = saved(tmp_path)
+    edit(folder, architectures=None)
+    model, _ = open_checkpoint(folder)
+    assert type(model) is LlamaForCausalLM
+    torch.testing.assert_close(model.cpu()(input_ids=IDS).logits, wanted(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "encoder-decoder", "vision"])
+def test_without_architectures_another_model_is_not_guessed(kind: str, tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, kind)
+    edit(folder, architectures=None)
+    with pytest.raises(InputError, match=r'names no model class .*; add the right one, such as "architectures": \["'):
+        open_checkpoint(folder)
+
+
+def test_a_revision_is_of_the_hub(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path)
+    with pytest.raises(InputError, match=r"A revision was given, and .* is on this machine: leave the revision out\."):
+        open_checkpoint(folder, revision="main")
+
+
+def test_a_folder_with_a_gguf_file_names_it(tmp_path: Path) -> None:
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(InputError, match=r"There is no config\.json in .*; to open b\.gguf, name that file\."):
+        open_checkpoint(tmp_path)
+    with pytest.raises(InputError, match=r"b\.gguf cannot be opened \(.*\); copy it again"):
+        open_checkpoint(tmp_path / "b.gguf")
+
+
+def test_a_line_says_what_was_opened(tmp_path: Path) -> None:
+    wanted, folder = saved(tmp_path)
+    model, _ = open_checkpoint(folder, dtype=torch.bfloat16)
+    assert description(wanted) == "LlamaForCausalLM, 1.69k parameters, float32"
+    assert description(model) == "LlamaForCausalLM, 1.69k parameters, bfloat16"
 
 
 # Bad input
