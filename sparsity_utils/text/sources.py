@@ -4,13 +4,12 @@
 Nothing is read before it is asked for, so a size cap costs no more than the text it keeps.
 """
 
-import ast
 import base64
 import hashlib
 import importlib.metadata
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import PackagePath
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.documents import Document, Skipped, decoded, normalised
 from sparsity_utils.text.files import file_hashes, hub_documents, path_documents, sha256, text_files
+from sparsity_utils.text.prose import LICENCE, docstrings, prose_paragraphs
 
 # Only packages whose pin in the lock file is the same for every Python version and platform, and whose wheels
 # hold the same Python files on every platform.
@@ -36,6 +36,9 @@ PROSE = "prose"
 PROSE_ONE_IN = 5  # one file in so many gives its docstrings, the others their code
 PROSE_LEAST = 400  # characters of docstring worth a document of their own
 
+PROSE_SUFFIXES = (".rst", ".md", ".txt")
+PARAGRAPHS_LEAST = 500  # characters of paragraphs worth a document of python-prose
+
 # Written while a wheel is built or repaired, so they differ between platforms or between CPU and CUDA wheels.
 BUILD_TIME_FILES = {
     "version.py", "_version.py", "__version__.py", "_generated_version.py", "_version_meson.py", "__config__.py",
@@ -43,7 +46,7 @@ BUILD_TIME_FILES = {
 }  # fmt: skip
 DIGITS_AT_MOST = 0.25  # share of a file's bytes; above it, a file is a table of numbers rather than text
 
-PackageFile = tuple[str, str, importlib.metadata.PackagePath]  # name, domain, file
+PackageFile = tuple[str, str, PackagePath]  # name, domain, file
 
 
 @dataclass
@@ -73,8 +76,11 @@ def open_source(config: CorpusConfig) -> Source:
 def _opened(config: CorpusConfig, skipped: Skipped) -> tuple[dict[str, Any], Iterator[Document]]:
     """The identity of a source, and its documents as they are stored."""
     if config.source == "python-source":
-        files = _package_files()
+        files = _package_files(_is_source)
         return _packages_identity(files), _python_documents(files, skipped)
+    if config.source == "python-prose":
+        files = _package_files(_holds_prose)
+        return _packages_identity(files), _prose_documents(files, skipped)
     root = Path(config.path or "")
     if config.source == "path":
         root = root.expanduser()
@@ -86,7 +92,7 @@ def _opened(config: CorpusConfig, skipped: Skipped) -> tuple[dict[str, Any], Ite
     return identity, hub_documents(config, skipped)
 
 
-# Source "python-source"
+# Sources "python-source" and "python-prose"
 
 
 def _packages() -> list[str]:
@@ -102,7 +108,7 @@ def _packages_identity(files: list[PackageFile]) -> dict[str, Any]:
     }
 
 
-def _package_files() -> list[PackageFile]:
+def _package_files(usable: Callable[[PackagePath], bool]) -> list[PackageFile]:
     """(name, domain, file) of every usable file, ordered by a hash of the name.
 
     In this order any prefix, so any size cap, is a proportional sample of all packages.
@@ -111,12 +117,12 @@ def _package_files() -> list[PackageFile]:
         (file.as_posix(), domain, file)
         for domain, packages in FAMILIES.items()
         for package in packages
-        for file in _sources_of(package)
+        for file in _files_of(package, usable)
     ]
     return sorted(found, key=lambda item: sha256(item[0].encode()))
 
 
-def _sources_of(package: str) -> list[importlib.metadata.PackagePath]:
+def _files_of(package: str, usable: Callable[[PackagePath], bool]) -> list[PackagePath]:
     """The usable files of an installed package."""
     try:
         files = importlib.metadata.distribution(package).files
@@ -127,17 +133,33 @@ def _sources_of(package: str) -> list[importlib.metadata.PackagePath]:
             f"The package {package}, whose source is read as text, is not installed with a list of its files; "
             "install the packages of requirements.lock, or name a text of your own."
         )
-    return [file for file in files if _is_source(file)]
+    came = [file for file in files if file.hash and file.hash.mode == "sha256" and ".." not in file.parts]
+    return [file for file in came if usable(file)]
 
 
-def _is_source(file: importlib.metadata.PackagePath) -> bool:
+def _is_source(file: PackagePath) -> bool:
     """Python text that came with the wheel, the same on every platform."""
-    if file.suffix != ".py" or ".." in file.parts or file.hash is None or file.hash.mode != "sha256":
+    if file.suffix != ".py":
         return False
     if file.name in BUILD_TIME_FILES or "generated" in file.parts:
         return False
     # Wheel repair on Windows writes into a package's top-level __init__.py.
     return not (file.name == "__init__.py" and len(file.parts) == 2)
+
+
+def _gives_docstrings(name: str) -> bool:
+    """A file gives its code or its docstrings, never both, so that no sentence stands twice in a corpus or in two
+    (and none of a training file's docstrings is validation prose)."""
+    return hashlib.sha256(f"prose {name}".encode()).digest()[0] % PROSE_ONE_IN == 0
+
+
+def _holds_prose(file: PackagePath) -> bool:
+    """A text file, a package's description, or a Python file that is no test and gives no code to python-source."""
+    if LICENCE.search(file.as_posix()) or {"test", "tests"} & set(file.parts):
+        return False
+    if file.suffix == ".py":
+        return _is_source(file) and _gives_docstrings(file.as_posix())
+    return file.suffix in PROSE_SUFFIXES or file.name == "METADATA"
 
 
 def package_documents(package: str) -> list[str]:
@@ -150,14 +172,14 @@ def package_documents(package: str) -> list[str]:
     if package in _packages():
         raise InputError(f"The package {package} is part of the training text; name one that is not in FAMILIES.")
     skipped = Skipped()
-    files = sorted(_sources_of(package), key=lambda file: file.as_posix())
+    files = sorted(_files_of(package, _is_source), key=PackagePath.as_posix)
     texts = [text for file in files if (text := _package_text(file, skipped))]
     if skipped["changed since it was installed"]:
         raise InputError(f"The package {package} was changed since it was installed; install it again.")
     return texts
 
 
-def _package_text(file: importlib.metadata.PackagePath, skipped: Skipped) -> str | None:
+def _package_text(file: PackagePath, skipped: Skipped) -> str | None:
     """The text of an installed file; None, counted by reason, when it is not what the wheel brought or no text."""
     try:
         data = Path(file.locate()).read_bytes()
@@ -178,34 +200,25 @@ def _python_documents(files: list[PackageFile], skipped: Skipped) -> Iterator[Do
         text = _package_text(file, skipped)
         if text is None:
             continue
-        # A file gives its code or its docstrings, never both, so that no sentence stands twice in the corpus
-        # (and none of a training file's docstrings is validation prose).
-        if hashlib.sha256(f"prose {name}".encode()).digest()[0] % PROSE_ONE_IN == 0:
+        if _gives_docstrings(name):
             prose = docstrings(text)
             if len(prose) >= PROSE_LEAST:
                 text, domain = prose, PROSE
         yield Document(name, domain, text)
 
 
-def docstrings(source: str) -> str:
-    """The docstrings of a Python file, in the order of the file, dedented, joined by empty lines.
-
-    Empty when there are none or the file does not parse.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in the text being read are none of the reader's business
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError):
-            return ""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    owners = [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node, clean=False)]
-    owners.sort(key=lambda node: node.body[0].lineno)
-    return "\n\n".join(filter(None, (_dedented(ast.get_docstring(node, clean=False)) for node in owners)))
-
-
-def _dedented(text: str) -> str:
-    """Like `inspect.cleandoc`, which does not give the same text in every Python version."""
-    first, *rest = text.expandtabs().split("\n")
-    margin = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip()), default=0)
-    return "\n".join([first.strip(), *(line[margin:].rstrip() for line in rest)]).strip()
+def _prose_documents(files: list[PackageFile], skipped: Skipped) -> Iterator[Document]:
+    """The prose of each file: paragraphs of English that no file before it had."""
+    seen: set[str] = set()
+    for name, domain, file in files:
+        text = _package_text(file, skipped)
+        if text is None:
+            continue
+        text = docstrings(text) if file.suffix == ".py" else text.expandtabs()
+        paragraphs = dict.fromkeys(paragraph for paragraph in prose_paragraphs(text) if paragraph not in seen)
+        seen |= paragraphs.keys()
+        prose = "\n\n".join(paragraphs)
+        if len(prose) < PARAGRAPHS_LEAST:
+            skipped.add("of little prose", name)
+        else:
+            yield Document(name, domain, prose)

@@ -16,8 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsity_utils.console import InputError, note
-from sparsity_utils.text.documents import Skipped, normalised
+from sparsity_utils.text.config import CorpusConfig
+from sparsity_utils.text.corpus import collect
+from sparsity_utils.text.documents import Document, Skipped, normalised
 from sparsity_utils.text.files import SUFFIXES, path_documents, text_files
+from sparsity_utils.text.sources import PROSE, open_source
 
 LEAST = 2  # tokens: the first is never predicted
 LARGEST = 50e6  # bytes of a text file: tokenising takes 0.2 kB of memory and 1 microsecond a byte
@@ -172,6 +175,17 @@ def read_documents(path: Path) -> list[str]:
     if skipped:
         note(f"Of {path}, {len(documents):,} documents are read and {skipped.total():,} left out: {skipped.told()}.")
     return documents
+
+
+def pinned_documents(source: str, megabytes: float = 1.0) -> list[Document]:
+    """The first documents of "python-prose" or "python-source", up to so many 1e6 bytes, without duplicates.
+
+    They come from the packages that the lock file pins, in an order that mixes them all. Here "python-source" gives
+    code alone, of files other than the prose is from, so that thresholds can go from one to the other.
+    """
+    config = CorpusConfig(source, max_megabytes=megabytes)
+    documents = [part.document for part in collect(open_source(config), config).parts]
+    return [document for document in documents if document.domain != PROSE]
 
 
 def text_batches(

@@ -1,15 +1,12 @@
 """Text sources: what each reads, how it labels it, and what it refuses."""
 
-import base64
-import hashlib
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from corpus_text import config, own_build_folder, text, texts_of, write_rows  # noqa: F401  (a fixture)
+from corpus_text import config, install, own_build_folder, text, texts_of, write_rows  # noqa: F401  (a fixture)
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
@@ -36,15 +33,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "planted/__init__.py": b"# repaired\n",
         "planted/generated/ops.py": b"# built\n",
         "planted/data.json": b"{}",
-        "planted-1.0.dist-info/METADATA": b"Name: planted\nVersion: 1.0+cpu\n",
     }
-    record = "planted/__pycache__/m.cpython-311.py,,\n../../bin/tool.py,sha256=aaaa,3\n"
-    for name, data in files.items():
-        (site / name).parent.mkdir(parents=True, exist_ok=True)
-        (site / name).write_bytes(data)
-        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-        record += f"{name},sha256={digest},{len(data)}\n"
-    (site / "planted-1.0.dist-info" / "RECORD").write_text(record)
+    install(site, "planted", files)
     (site / "planted" / "changed.py").write_bytes(b"wheel = False\n")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setattr(sources, "FAMILIES", {"planted family": ("planted",)})
@@ -79,32 +69,8 @@ def test_python_source_builds_a_corpus(package: Path) -> None:
     assert {"planted family"} <= set(corpus.documents("validation")["domain"]) <= {"planted family", "prose"}
 
 
-def test_docstrings_stand_in_file_order_dedented() -> None:
-    source = """
-        "Module."
-        class A:
-            def f(self):
-                '''F.
-
-                Args:
-                    x: one
-                '''
-            async def g(self):
-                "G \\\\d."
-            def silent(self):
-                return "not prose"
-        def last():
-            '''
-            Last.
-            '''
-    """
-    wanted = "Module.\n\nF.\n\nArgs:\n    x: one\n\nG \\d.\n\nLast."
-    assert sources.docstrings(textwrap.dedent(source)) == wanted
-    assert sources.docstrings("def broken(:") == ""
-
-
 def test_the_real_packages_hold_hundreds_of_megabytes() -> None:
-    files = sources._package_files()
+    files = sources._package_files(sources._is_source)
     names = [name for name, _, _ in files]
     assert sum(file.size for _, _, file in files) > 200e6 and len(set(names)) == len(names)
     assert "torch/nn/modules/linear.py" in names and "torch/version.py" not in names
