@@ -33,13 +33,12 @@ from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
 from sparsity_utils.sparsity.passes import checked
 from sparsity_utils.sparsity.predictions import by_document, document_activity, fat_thresholds, predictions
 from sparsity_utils.study.profiles import PRICE, PretrainedConfig
-from sparsity_utils.text.config import CorpusConfig
-from sparsity_utils.text.sources import PROSE, open_source
-from sparsity_utils.text.windows import read_documents, split_documents
+from sparsity_utils.text.windows import pinned_documents, read_documents, split_documents
 
 VERSION = 1  # raise it when the same settings would measure other numbers
 TEXTS = ("english", "python")
 EARLY = 4  # first positions of a window: as many as attention sinks need (arXiv 2309.17453)
+MEGABYTES = 2.0  # of the pinned packages' text that is looked through: some 100 documents of 512 tokens and more
 BATCH_TOKENS = 1024  # 200 MB of float32 logits at a vocabulary of 49,152
 # One pass of SmolLM2-135M over 12,000 tokens took 24 s on two quiet cores; a solution takes about six of its text.
 SECONDS_PER_TOKEN_AND_PARAMETER, SOLVING = 1.5e-11, 6
@@ -93,8 +92,9 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PretrainedConfig) -
     """Both texts, as windows of `settings.window` tokens. Raises InputError for one with too few documents."""
     count = (settings.calibration_tokens + settings.evaluation_tokens) // settings.window
     share = settings.calibration_tokens / (settings.calibration_tokens + settings.evaluation_tokens)
+    english = read_documents(Path(settings.english)) if settings.english else _pinned("python-prose")
     texts = []
-    for name, documents in zip(TEXTS, (_english(settings.english), _python()), strict=True):
+    for name, documents in zip(TEXTS, (english, _pinned("python-source")), strict=True):
         ids = torch.tensor(list(islice(_middle_windows(tokenizer, documents, settings.window), count)))
         check(
             len(ids) == count,
@@ -108,14 +108,12 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PretrainedConfig) -
     return texts
 
 
-def _english(folder: str | None) -> Iterable[str]:
-    if folder:
-        return read_documents(Path(folder))
-    return (document.text for document in open_source(CorpusConfig()).documents if document.domain == PROSE)
-
-
-def _python() -> Iterable[str]:
-    return (document.text for document in open_source(CorpusConfig()).documents if document.domain != PROSE)
+def _pinned(source: str) -> list[str]:
+    """Text of the pinned packages, one document of each file: a long file comes in parts."""
+    files: dict[str, str] = {}
+    for document in pinned_documents(source, MEGABYTES):
+        files.setdefault(document.name.partition("#")[0], document.text)
+    return list(files.values())
 
 
 def _middle_windows(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: int) -> Iterator[list[int]]:
