@@ -41,6 +41,11 @@ def opened(settings):
 
 
 @pytest.fixture(scope="module")
+def texts(settings):
+    return pretrained.read_texts(opened(settings)[1], settings)
+
+
+@pytest.fixture(scope="module")
 def tables(here, settings):
     return pretrained.measured(*opened(settings), settings, here / "pieces")
 
@@ -53,9 +58,8 @@ def solved(here, text, price):
     return table
 
 
-def test_a_row_of_prices_is_what_its_setting_measures_alone(here, settings, tables):
-    model, tokenizer = opened(settings)
-    english, python = pretrained.read_texts(tokenizer, settings)
+def test_a_row_of_prices_is_what_its_setting_measures_alone(here, settings, texts, tables):
+    (model, _), (english, python) = opened(settings), texts
     prices = tables["pretrained_prices"].query("dtype == 'float32'")
     for text, solved_on, price in ((english, "english", 1), (english, "english", 10), (python, "english", 1)):
         rule = Thresholds("cett", tuple(solved(here, solved_on, price)["threshold"]))
@@ -85,9 +89,8 @@ def test_rivals_have_the_activation_ratio_of_cett(tables):
     assert ((ratios["fat"] - ratios["cett-ppl"]).abs() < 0.002).all()
 
 
-def test_what_the_dense_model_predicts_is_counted_token_by_token(settings, tables):
-    model, tokenizer = opened(settings)
-    english, _ = pretrained.read_texts(tokenizer, settings)
+def test_what_the_dense_model_predicts_is_counted_token_by_token(settings, texts, tables):
+    (model, _), (english, _) = opened(settings), texts
     right = {}
     for batch in english.evaluation:
         for ids, document in zip(batch["input_ids"], batch["documents"].tolist(), strict=True):
@@ -132,9 +135,8 @@ def test_a_stopped_measurement_goes_on_where_it_was(here, settings, tables, tmp_
     pd.testing.assert_frame_equal(continued["pretrained_prices"], tables["pretrained_prices"])
 
 
-def test_other_settings_and_other_text_are_other_measurements(settings):
-    model, tokenizer = opened(settings)
-    texts = pretrained.read_texts(tokenizer, settings)
+def test_other_settings_and_other_text_are_other_measurements(settings, texts):
+    model, _ = opened(settings)
     keys = {pretrained._key(model, texts, settings), pretrained._key(model, texts, replace(settings, prices=(1.0,)))}
     keys.add(pretrained._key(model, texts[::-1], settings))
     with torch.no_grad():
