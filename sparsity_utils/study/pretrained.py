@@ -171,7 +171,8 @@ class _Work:
 
     def tables(self, texts: list[Text], delimiters: np.ndarray) -> Frames:
         """All pieces, put together."""
-        opened = description(self.model)
+        english = Path(self.settings.english).name if self.settings.english else "prose of pinned packages"
+        about = {"opened": description(self.model), "source": [english, "source of pinned packages"]}
         reports = [self.report(text, delimiters) for text in texts]
         others = [price for price in self.settings.prices if price != PRICE]
         solved = [found["thresholds"] for found in reports] + [self.solved(text, others) for text in texts]
@@ -179,7 +180,7 @@ class _Work:
         nn.Module.to(self.model, torch.bfloat16)
         prices.append(self.prices(texts[0], self.solved(texts[0], [PRICE])))
         parts = {
-            "pretrained": [found["report"].assign(opened=opened) for found in reports],
+            "pretrained": [pd.concat([found["report"] for found in reports]).assign(**about)],
             "pretrained_prices": prices,
             "pretrained_positions": [found["positions"] for found in reports],
         }

@@ -107,6 +107,7 @@ def test_what_the_dense_model_predicts_is_counted_token_by_token(settings, texts
 def test_the_report_has_the_model_and_its_interval(settings, tables):
     table = tables["pretrained"].set_index("text")
     assert set(table["model"]) == {"tiny_llama"} and set(table["documents"]) == {16} and set(table["tokens"]) == {512}
+    assert table["source"].to_dict() == {"english": "english", "python": "source of pinned packages"}
     assert table["opened"].str.startswith("LlamaForCausalLM, ").all() and set(table["dtype"]) == {"float32"}
     assert (table["low"] <= table["activation_ratio"]).all() and (table["activation_ratio"] <= table["high"]).all()
     hidden, layers, d_ff = 24, 4, 64
