@@ -22,7 +22,7 @@ from kernels.shapes import DENSE
 from kernels.timing import alternate, machine, speedups
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.decode import kernel_rule, replaceable_ffns, sparse_kernels
-from sparsity_utils.models.context import context_length
+from sparsity_utils.decoding.kept_text import check_decoder, wait
 from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import FFN, find_ffns
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
@@ -48,14 +48,7 @@ def decode_speeds(
     Raises `InputError` as `sparse_kernels` does, for a model that generates no text, and where prompt and new tokens
     are longer than its context.
     """
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise InputError(f"{type(model).__name__} does not decode text token by token; give a decoder.")
-    context, length = context_length(model), prompts.shape[1] + new_tokens
-    if context is not None and length > context:
-        raise InputError(
-            f"Prompts of {prompts.shape[1]} tokens and {new_tokens} new ones are longer than the model's context of "
-            f"{context}: shorten either."
-        )
+    check_decoder(model, prompts, new_tokens)
 
     def decoded(block: Callable) -> tuple[Tensor, float]:
         with block():
@@ -95,18 +88,13 @@ def greedy(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> tuple[Te
     """The likeliest tokens after `prompts`, (sequences, new_tokens), and the seconds of all but the first."""
     out = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
     tokens = [out.logits[:, -1:].argmax(dim=-1)]
-    _wait(prompts)
+    wait(prompts)
     started = time.perf_counter()
     for _ in range(new_tokens - 1):
         out = model(input_ids=tokens[-1], past_key_values=out.past_key_values, use_cache=True)
         tokens.append(out.logits[:, -1:].argmax(dim=-1))
-    _wait(prompts)
+    wait(prompts)
     return torch.cat(tokens, dim=1), time.perf_counter() - started
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
 
 
 def _can_certify(model: nn.Module, thresholds: Thresholds) -> bool:
@@ -160,13 +148,13 @@ def parts_timed(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[dict[str, f
 
     def start(name: str, args: tuple, kwargs: dict) -> None:
         x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        _wait(x)
+        wait(x)
         if x.shape[-2] == 1:  # not the prompt
             started[name] = time.perf_counter()
 
     def stop(name: str, module: nn.Module) -> None:
         if name in started:
-            _wait(next(module.parameters()))
+            wait(next(module.parameters()))
             seconds[name] += time.perf_counter() - started.pop(name)
 
     spans = [("ffn", ffn.gate.module, ffn.down) for ffn in ffns]

@@ -1,0 +1,137 @@
+"""Sparse models that draft text: the model itself, inside a block in which it leaves out neurons."""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from sparsity_utils.console import InputError, check
+from sparsity_utils.decoding.decode import sparse_kernels
+from sparsity_utils.neurons.find import FFN, find_ffns, layer_count, widened
+from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
+from sparsity_utils.neurons.modes import forward_replaced
+from sparsity_utils.neurons.rules import RULES
+from sparsity_utils.neurons.thresholds import Thresholds
+
+
+class Drafter:
+    """Which neurons a model leaves out while it drafts."""
+
+    def reading(self, prompts: Tensor) -> AbstractContextManager:
+        """The block in which the full model reads `prompts`, (sequences, length)."""
+        return nullcontext()
+
+    def drafting(self, sequences: Tensor) -> AbstractContextManager:
+        """The block in which the model drafts; its rows belong to these `sequences` of the prompts, (rows,)."""
+        raise NotImplementedError
+
+
+class Masked(Drafter):
+    """Neurons that `thresholds` calls inactive are set to zero (`sparse_neurons`): the numbers, not the speed."""
+
+    def __init__(self, model: nn.Module, thresholds: Thresholds) -> None:
+        self.model, self.thresholds = model, thresholds
+
+    def drafting(self, sequences: Tensor) -> AbstractContextManager:
+        return sparse_neurons(self.model, self.thresholds)
+
+
+class OnKernels(Drafter):
+    """The same neurons left unread (`sparse_kernels`), for rules that kernels have.
+
+    Kernels are made and compared with the model once. While the full model runs they are out of its way.
+    """
+
+    def __init__(self, model: nn.Module, thresholds: Thresholds | None) -> None:
+        own = {module: vars(module).get("forward") for module in model.modules()}
+        with sparse_kernels(model, thresholds):
+            now = {module: vars(module).get("forward") for module in own}
+        self.forwards = {module: forward for module, forward in now.items() if forward is not own[module]}
+
+    @contextmanager
+    def drafting(self, sequences: Tensor) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module, forward in self.forwards.items():
+                stack.enter_context(forward_replaced(module, forward))
+            yield
+
+
+class FromPrompt(Drafter):
+    """CSparse: a share of the neurons of each layer, chosen for each prompt and kept for all its text.
+
+    With h of a prompt's token scaled to norm 1, the chosen neurons have the largest norm of h_i over the tokens
+    (Griffin, arXiv 2402.19427 calls the same name another model; this is arXiv 2404.01365).
+    """
+
+    def __init__(self, model: nn.Module, share: float) -> None:
+        """Raises `InputError` for a share outside 0 to 1 and for routed experts, which read but some tokens."""
+        check(0 < share <= 1, f"The share of neurons is {share}; choose one above 0 and at most 1.")
+        ffns = find_ffns(model)
+        routed = next((ffn.name for ffn in ffns if ffn.experts > 1), None)
+        check(routed is None, f"{routed} has routed experts: neurons are chosen from a prompt for dense FFNs alone.")
+        self.model, self.share = model, share
+        self.chosen: dict[int, Tensor] = {}  # layer -> whether a neuron is kept, (sequences, d_ff)
+
+    @contextmanager
+    def reading(self, prompts: Tensor) -> Iterator[None]:
+        def choose(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor) -> None:
+            unit = nn.functional.normalize(widened(h), dim=-1).view(len(prompts), -1, ffn.d_ff)
+            kept = unit.square().sum(1).topk(kept_neurons(self.share, ffn.d_ff), dim=-1).indices
+            none = torch.zeros(len(prompts), ffn.d_ff, dtype=torch.bool, device=h.device)
+            self.chosen[ffn.layer] = none.scatter(1, kept, True)
+
+        with observe_neurons(self.model, choose):
+            yield
+
+    def drafting(self, sequences: Tensor) -> AbstractContextManager:
+        if not self.chosen:
+            raise InputError("No neurons are chosen yet: read the prompts first.")
+        return sparse_neurons(self.model, _Chosen(self.chosen, sequences))  # type: ignore[arg-type]  # as Thresholds
+
+
+class _Chosen:
+    """In the place of `Thresholds`: neurons that were chosen, whatever they compute."""
+
+    def __init__(self, chosen: dict[int, Tensor], sequences: Tensor) -> None:
+        self.values = [chosen[layer][sequences] for layer in range(len(chosen))]  # (rows, d_ff) of each layer
+
+    def active(self, ffn: FFN, s: Tensor, h: Tensor) -> Tensor:
+        """The neurons of each row, for all its tokens, (rows * tokens, d_ff)."""
+        kept = self.values[ffn.layer]
+        return kept.repeat_interleave(len(h) // len(kept), dim=0)
+
+
+def kept_neurons(share: float, d_ff: int) -> int:
+    """How many neurons of an FFN a share is; at least one."""
+    return max(1, math.floor(share * d_ff))
+
+
+def fsparse(model: nn.Module, share: float) -> Thresholds:
+    """FSparse: of each token the `share` of the neurons with the largest |act(gate)|, in every layer."""
+    ffns = find_ffns(model)
+    sizes = {ffn.layer: ffn.d_ff for ffn in ffns}
+    return Thresholds("top-k", tuple(float(kept_neurons(share, sizes[i])) for i in range(layer_count(ffns))))
+
+
+def step_density(model: nn.Module, weights_read: float) -> float:
+    """Share of a model's weights that a sparse step reads, where `weights_read` of those of its FFNs are read.
+
+    1 - s f with s the share of FFN weights left out, f that of the FFNs in all parameters, as Sirius counts; an
+    embedding that is not also the output head is not counted, since a step reads one row of it.
+    """
+    ffns = {ffn.name: ffn for ffn in find_ffns(model)}.values()
+    matrices = 2 + (next(iter(ffns)).up is not None)
+    in_ffns = sum(matrices * ffn.parameter.numel() for ffn in ffns)
+    ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight  # type: ignore[operator]
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    everything -= ends[0].numel() if ends[0] is not ends[1] else 0
+    return 1 - in_ffns / everything * (1 - weights_read)
+
+
+def weights_read(rule: str, activation_ratio: float, nonzero_share: float = 1.0) -> float:
+    """Share of the weights of a gated FFN that a draft step reads under a rule; "csparse": neurons of the prompt."""
+    if rule == "csparse":
+        return activation_ratio
+    return RULES[rule].weights_read(activation_ratio, nonzero_share)
