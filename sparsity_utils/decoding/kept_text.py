@@ -26,10 +26,10 @@ def check_decoder(model: PreTrainedModel, prompts: Tensor, new_tokens: int, more
         f"(sequences, length), and at least one new token.",
     )
     context, length = context_length(model), prompts.shape[1] + new_tokens + more
-    beyond = f" and {more} that are drafted ahead" if more else ""
+    parts = f", {new_tokens} new ones and {more} drafted beyond them" if more else f" and {new_tokens} new ones"
     check(
         context is None or length <= context,
-        f"Prompts of {prompts.shape[1]} tokens, {new_tokens} new ones{beyond} are longer than the model's context of "
+        f"Prompts of {prompts.shape[1]} tokens{parts} are longer than the model's context of "
         f"{context}: shorten either.",
     )
 
@@ -115,4 +115,4 @@ def _checked(model: PreTrainedModel, cache: object) -> DynamicCache:
             f"{type(model).__name__} keeps {', '.join(sorted(kinds))} and not keys and values of all tokens, so that "
             f"tokens cannot be taken back: give a model without sliding windows and recurrent layers."
         )
-    return cache  # type: ignore[return-value]
+    return cache

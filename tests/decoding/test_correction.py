@@ -160,9 +160,9 @@ def test_the_cache_after_corrections_is_that_of_a_full_run(llama, prompts, monke
     for padding, layers in caches[1::2]:  # each round drops the drafts first, then what was not kept
         if len(padding) < 2:
             break
-        for (keys, values), expected in zip(layers, full.layers, strict=True):
+        for (keys, values), layer in zip(layers, full.layers, strict=True):
             for row in range(2):
-                for own, right in ((keys, expected.keys), (values, expected.values)):
+                for own, right in ((keys, layer.keys), (values, layer.values)):
                     own = own[row, :, padding[row] :]
                     size = min(own.shape[1], right.shape[2] - 1)
                     torch.testing.assert_close(
@@ -202,7 +202,7 @@ def _accepted(model, prompt, path):
     logits = logits_of(model, prompt.tolist() + path, [False] * (len(prompt) + len(path)), top_k(1))
     rows = logits[len(prompt) :][: len(path) - 1]
     right = [bool(RULE.accepts(row[None], torch.tensor([word]))) for row, word in zip(rows, path[1:], strict=True)]
-    return (right + [False]).index(False)
+    return [*right, False].index(False)
 
 
 @pytest.mark.parametrize("rule", ["relu", "fat", "cett"])
@@ -235,7 +235,7 @@ def test_neurons_of_the_prompt(llama, prompts):
 
     for number, prompt in enumerate(prompts.tolist()):
         active = lambda layer, s, h, number=number: drafter.chosen[layer][number].expand_as(s)  # noqa: E731
-        tokens, kinds, _ = literal(llama, prompt, active, RULE, NEW)
+        tokens, _, _ = literal(llama, prompt, active, RULE, NEW)
         found = corrected(llama, prompts, drafter, RULE, NEW)
         assert found.tokens[number].tolist() == tokens
 
@@ -271,7 +271,7 @@ def test_settings_that_cannot_be_are_refused(setting, match):
 
 def test_models_and_prompts_that_cannot_be_corrected_are_refused(llama, prompts):
     context = llama.config.max_position_embeddings
-    with pytest.raises(InputError, match=f"4 that are drafted ahead are longer than the model's context of {context}"):
+    with pytest.raises(InputError, match=f"4 drafted beyond them are longer than the model's context of {context}"):
         corrected(llama, prompts, sparse(llama), RULE, NEW + 1)
     assert corrected(llama, prompts[:1], sparse(llama), RULE, NEW).tokens.shape == (1, NEW)
     for empty in (prompts[:0], prompts[:, :0], prompts[0]):
