@@ -41,8 +41,8 @@ def record(profile: str) -> Iterator[Path]:
     for file, question in sorted(questions.items()):
         study.table(question)
         yield _copy(study.folder / file, paths.RESULTS / file)
-    for file in filter(Path.exists, map(study.file, PRETRAINED)):  # as notebook 09 left them: the text is its parameter
-        yield _copy(file, paths.RESULTS / file.name)
+    for left in filter(Path.exists, map(study.file, PRETRAINED)):  # as notebook 09 left them: the text is its parameter
+        yield _copy(left, paths.RESULTS / left.name)
     yield _copy(verdicts, paths.RESULTS / "verdicts.csv")
     yield _write(paths.RESULTS / "manifest.json", json.dumps(_manifest(study), indent=1) + "\n")
     for activation in study.profile.study.activations:

@@ -185,7 +185,7 @@ def price_figure(found: "Found") -> ShownFigure:
                 reach = reach[::sign]
                 axes.errorbar(100 * curve["activation_ratio"], height, reach, label=METRICS[metric].label, **style)
         panels[0, column].set_title(text)
-        panels[1, column].set_xlabel(AXIS)
+        panels[1, column].set(xlabel=AXIS, xlim=(0, 100))
     panels[0, 0].set_ylabel("Rise of perplexity (%)")
     panels[0, 0].set_yscale("symlog", linthresh=0.1)
     panels[1, 0].set_ylabel("Other likeliest token than dense (%)")
