@@ -1,14 +1,14 @@
 """Sparse models that draft text: the model itself, inside a block in which it leaves out neurons."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from sparsity_utils.console import InputError, check
-from sparsity_utils.decoding.decode import sparse_kernels
+from sparsity_utils.decoding.decode import replaceable_ffns, sparse_kernels
 from sparsity_utils.neurons.find import FFN, find_ffns, layer_count, widened
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.modes import forward_replaced
@@ -89,6 +89,46 @@ class FromPrompt(Drafter):
         if not self.chosen:
             raise InputError("No neurons are chosen yet: read the prompts first.")
         return sparse_neurons(self.model, _Chosen(self.chosen, sequences))  # type: ignore[arg-type]  # as Thresholds
+
+
+class Shrunk(FromPrompt):
+    """CSparse for one prompt, on copies of the weights of the chosen neurons, so that a step reads no others.
+
+    Raises `InputError` where FFNs are not computed by modules of their own.
+    """
+
+    def __init__(self, model: nn.Module, share: float) -> None:
+        super().__init__(model, share)
+        self.ffns = replaceable_ffns(model)
+        self.forwards: list[tuple[nn.Module, Callable]] = []
+
+    @contextmanager
+    def reading(self, prompts: Tensor) -> Iterator[None]:
+        check(len(prompts) == 1, f"{len(prompts)} prompts have neurons of their own each: give one.")
+        with super().reading(prompts):
+            yield
+        self.forwards = [pair for ffn in self.ffns for pair in _shrunk(ffn, self.chosen[ffn.layer][0])]
+
+    @contextmanager
+    def drafting(self, sequences: Tensor) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module, forward in self.forwards:
+                stack.enter_context(forward_replaced(module, forward))
+            yield
+
+
+def _shrunk(ffn: FFN, chosen: Tensor) -> Iterator[tuple[nn.Module, Callable]]:
+    """The modules of an FFN, each with a map that has the `chosen` neurons alone, (d_ff,)."""
+    parts = [part for part in (ffn.gate, ffn.up) if part is not None]
+    parts.sort(key=lambda part: part.outputs.start or 0)  # gate and up may be two halves of one map
+    for module in dict.fromkeys(part.module for part in parts):
+        own = [part for part in parts if part.module is module]
+        weight = torch.cat([part.weight[chosen] for part in own])
+        biases = [part.bias[chosen] for part in own if part.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        yield module, lambda x, weight=weight, bias=bias: nn.functional.linear(x, weight, bias)
+    weight, bias = ffn.down_weight[:, chosen].contiguous(), ffn.down_bias
+    yield ffn.down, lambda x: nn.functional.linear(x, weight, bias)
 
 
 class _Chosen:

@@ -48,8 +48,8 @@ RECOVERY = Claim(
     "Correction gives back most of what sparsity cost",
     "84 to 87% of the lost accuracy (GSM8K, Llama-3-8B-Instruct)",
     "% of the gap",
-    "log-likelihood of continuations under the full model: what correction adds to the sparse model's text, by what the "
-    "full model's own text has above it; threshold 0.1; "
+    "log-likelihood of continuations under the full model: what correction adds to the sparse model's text, by what "
+    "the full model's own text has above it; threshold 0.1; "
     + _BOOTSTRAP
     + "that quotient; FSparse and CSparse, each text",
     "90% interval above 60% for both rules and texts; one wholly below 30% refutes" + _UNIT,
@@ -60,7 +60,7 @@ TRADE = Claim(
     QUESTION,
     "The threshold trades advance for quality, monotonically",
     "thresholds 0.05 and 0.1, chosen per task",
-    "of the smallest step",
+    "tokens, or nats per token",
     "FSparse, each text; from each threshold to the next higher one " + _BOOTSTRAP + "the fall of AAL (tokens) and of "
     "the rise of log-likelihood (nats per token), on the same documents",
     "90% interval above 0 for every step of both; one wholly below 0 refutes" + _UNIT,

@@ -20,7 +20,7 @@ from sparsity_utils.decoding.correction import (
     drafted,
     first_differences,
 )
-from sparsity_utils.decoding.drafters import FromPrompt, Masked, OnKernels, fsparse
+from sparsity_utils.decoding.drafters import FromPrompt, Masked, OnKernels, Shrunk, fsparse
 from sparsity_utils.decoding.kept_text import KeptText
 from sparsity_utils.decoding.speed import greedy
 from sparsity_utils.neurons.find import find_ffns
@@ -238,6 +238,19 @@ def test_neurons_of_the_prompt(llama, prompts):
         tokens, _, _ = literal(llama, prompt, active, RULE, NEW)
         found = corrected(llama, prompts, drafter, RULE, NEW)
         assert found.tokens[number].tolist() == tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_weights_of_the_chosen_neurons_alone_draft_the_same(family, prompts):
+    model = peaked(family)
+    for prompt in prompts:
+        expected, found = (
+            corrected(model, prompt[None], kind(model, SHARE), RULE, NEW) for kind in (FromPrompt, Shrunk)
+        )
+        assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.kinds, expected.kinds)
+    assert not left_behind(model)
+    with pytest.raises(InputError, match="4 prompts have neurons of their own"):
+        corrected(model, prompts, Shrunk(model, SHARE), RULE, NEW)
 
 
 def test_texts_that_differ_by_rounding_alone_are_told_from_others(llama, prompts):
