@@ -12,7 +12,6 @@ from sparsity_utils.decoding.decode import replaceable_ffns, sparse_kernels
 from sparsity_utils.neurons.find import FFN, find_ffns, layer_count, widened
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.modes import forward_replaced
-from sparsity_utils.neurons.rules import RULES
 from sparsity_utils.neurons.thresholds import Thresholds
 
 
@@ -153,25 +152,3 @@ def fsparse(model: nn.Module, share: float) -> Thresholds:
     ffns = find_ffns(model)
     sizes = {ffn.layer: ffn.d_ff for ffn in ffns}
     return Thresholds("top-k", tuple(float(kept_neurons(share, sizes[i])) for i in range(layer_count(ffns))))
-
-
-def step_density(model: nn.Module, weights_read: float) -> float:
-    """Share of a model's weights that a sparse step reads, where `weights_read` of those of its FFNs are read.
-
-    1 - s f with s the share of FFN weights left out, f that of the FFNs in all parameters, as Sirius counts; an
-    embedding that is not also the output head is not counted, since a step reads one row of it.
-    """
-    ffns = {ffn.name: ffn for ffn in find_ffns(model)}.values()
-    matrices = 2 + (next(iter(ffns)).up is not None)
-    in_ffns = sum(matrices * ffn.parameter.numel() for ffn in ffns)
-    ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight  # type: ignore[operator]
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    everything -= ends[0].numel() if ends[0] is not ends[1] else 0
-    return 1 - in_ffns / everything * (1 - weights_read)
-
-
-def weights_read(rule: str, activation_ratio: float, nonzero_share: float = 1.0) -> float:
-    """Share of the weights of a gated FFN that a draft step reads under a rule; "csparse": neurons of the prompt."""
-    if rule == "csparse":
-        return activation_ratio
-    return RULES[rule].weights_read(activation_ratio, nonzero_share)

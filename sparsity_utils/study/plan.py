@@ -14,6 +14,10 @@ SPEEDS = {"sparse_ffn": "relu_vs_silu", "sparse_decoding": "relu_vs_silu", "dept
 # Tables of one measurement, of a model that is not trained here; each names its file.
 PRETRAINED = ("pretrained", "pretrained_prices", "pretrained_positions")
 
+# Sparse drafts that are corrected: of a pretrained model, and of the profile's own largest ReLU model.
+CORRECTION = ("correction", "correction_prefixes", "correction_speeds", "correction_text")
+OF_MODELS = (*PRETRAINED, *CORRECTION)
+
 
 class Question(NamedTuple):
     """A question is answered by a table. It holds what was measured on each of the runs that the question needs."""
@@ -41,7 +45,7 @@ QUESTIONS = {
     "sparse_ffn": Question("sparse_ffn.csv", None),
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
-    **{name: Question(f"{name}.csv", None) for name in PRETRAINED},
+    **{name: Question(f"{name}.csv", None) for name in OF_MODELS},
 }
 COVERING = (  # questions that together need every run of a profile
     *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
@@ -57,7 +61,7 @@ Settings = tuple[ModelConfig, TrainConfig]
 def planned(profile: Profile, question: str) -> list[Settings]:
     """The settings of the runs that a question needs; none where the profile leaves the question out."""
     study = profile.study
-    if question in SPEEDS or question in PRETRAINED:
+    if question in SPEEDS or question in OF_MODELS:
         return []
     if question == "width_depth_ratio":
         return _unique(

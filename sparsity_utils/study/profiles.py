@@ -93,6 +93,27 @@ class PretrainedConfig:
 
 
 @dataclass(frozen=True)
+class CorrectionConfig:
+    """How sparse drafts that the full model corrects are measured: notebook 13."""
+
+    model: str = "smollm2"  # as in PretrainedConfig; the profile's own ReLU model is measured beside it
+    documents: int = 4  # of each text
+    prompt: int = 128  # tokens
+    new_tokens: int = 48
+    thresholds: tuple[float, ...] = (0.02, 0.1, 0.5)  # least probabilities of an accepted draft
+    rounds: int = 5  # of each way of decoding that is timed
+
+    def __post_init__(self) -> None:
+        for name, least in (("documents", 1), ("prompt", 2), ("new_tokens", 2), ("rounds", 1)):
+            check(getattr(self, name) >= least, f"correction.{name} is {getattr(self, name)}; give {least} or more.")
+        rising = list(self.thresholds) == sorted(set(self.thresholds)) and all(0 <= one <= 1 for one in self.thresholds)
+        check(
+            rising and 0.1 in self.thresholds,
+            f"correction.thresholds is {list(self.thresholds)}; choose rising probabilities, 0.1 among them.",
+        )
+
+
+@dataclass(frozen=True)
 class Size:
     """One shape of a line, written as d_model x n_layers: how long it is trained, and with which seeds."""
 
@@ -176,6 +197,7 @@ class Profile:
     measure: MeasureConfig = MeasureConfig()
     speed: SpeedConfig = SpeedConfig()
     pretrained: PretrainedConfig = PretrainedConfig()
+    correction: CorrectionConfig = CorrectionConfig()
     workers: int = 2  # runs side by side
     threads: int = 1  # torch threads of each
 

@@ -22,8 +22,10 @@ from sparsity_utils.console import InputError, check
 from sparsity_utils.models.decoder import default_device
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.shapes import head_count
+from sparsity_utils.sparsity.metrics import measure_sparsity
+from sparsity_utils.study import correction
 from sparsity_utils.study.jobs import Job, do_jobs, longest_first, measurement
-from sparsity_utils.study.plan import PRETRAINED, PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
+from sparsity_utils.study.plan import CORRECTION, PRETRAINED, PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
 from sparsity_utils.study.pretrained import found_model, measured
 from sparsity_utils.study.profiles import Profile, read_profile
 from sparsity_utils.study.runs import RunConfig, find_run, run_with_model
@@ -41,7 +43,7 @@ class Study(Tables):
         super().__init__(name, folder)
         self.profile, self.text = profile, text
         self._corpus: Corpus | None = None
-        self._pretrained: dict[str, pd.DataFrame] = {}
+        self._of_models: dict[str, pd.DataFrame] = {}
 
     @classmethod
     def from_profile(cls, name: str, text: Path | None = None) -> "Study":
@@ -58,10 +60,10 @@ class Study(Tables):
         return cls(profile.name, paths.profile_output(profile.name) / "results", profile, text)
 
     @classmethod
-    def open(cls, source: str, profile: str, **pretrained: Any) -> "Study":
+    def open(cls, source: str, profile: str, section: str = "pretrained", **settings: Any) -> "Study":
         """What a notebook opens: `source` "recorded" reads the stored tables, "run" follows `profile`.
 
-        pretrained: in place of settings of the profile's section of that name; an empty text leaves one as it is.
+        settings: in place of those of a section of the profile; an empty text leaves one as it is.
         """
         if source not in ("recorded", "run"):
             raise InputError(
@@ -69,8 +71,8 @@ class Study(Tables):
             )
         if source == "recorded":
             return cls.recorded()
-        study, given = cls.from_profile(profile), {name: value for name, value in pretrained.items() if value != ""}
-        study.profile = replace(study.profile, pretrained=replace(study.profile.pretrained, **given))
+        study, given = cls.from_profile(profile), {name: value for name, value in settings.items() if value != ""}
+        study.profile = replace(study.profile, **{section: replace(getattr(study.profile, section), **given)})
         return study
 
     @property
@@ -87,6 +89,8 @@ class Study(Tables):
             return super().answers(question)
         if question in PRETRAINED:
             return found_model(self.profile.pretrained.model) is not None
+        if question in CORRECTION:
+            return True  # our own model needs no fetching
         return bool(planned(self.profile, SPEEDS.get(known(question), question)))
 
     def table(self, question: str) -> pd.DataFrame:
@@ -99,6 +103,7 @@ class Study(Tables):
         made = self.profile is not None and question not in PUBLISHED_TABLES
         if made and not (question in SPEEDS and file.exists()):
             own = {**dict.fromkeys(SPEEDS, self.speeds), **dict.fromkeys(PRETRAINED, self.pretrained)}
+            own |= dict.fromkeys(CORRECTION, self.correction)
             table = own.get(question, self._measured)(question)
             with paths.written_aside(file) as aside:
                 table.to_csv(aside, index=False, float_format="%.8g")
@@ -171,17 +176,48 @@ class Study(Tables):
         Pieces are kept beside the tables. Raises InputError without the model.
         """
         settings = self.profile.pretrained
-        if not self._pretrained:
+        if question not in self._of_models:
             name = found_model(settings.model)
             check(name is not None, self.lacking(question))
             model, tokenizer = open_checkpoint(name, dtype=torch.float32)
-            self._pretrained = measured(model, tokenizer, settings, self.folder.parent / "pretrained")
-        return self._pretrained[question]
+            self._of_models |= measured(model, tokenizer, settings, self.folder.parent / "pretrained")
+        return self._of_models[question]
+
+    def correction(self, question: str) -> pd.DataFrame:
+        """The table of a question of CORRECTION: all of them are measured at the first call.
+
+        Of the pretrained model where it is here, else a line says how to get it, and of the profile's own ReLU model.
+        Pieces are kept beside the tables.
+        """
+        settings, folder = self.profile.correction, self.folder.parent / "correction"
+        if question not in self._of_models:
+            parts, name = [], found_model(settings.model)
+            if name is None:
+                print(self.not_here(settings.model))
+            else:
+                texts = ("english", "python", "arithmetic")
+                model, tokenizer = open_checkpoint(name, dtype=torch.float32)
+                title = Path(settings.model).name
+                parts.append(correction.measured(title, model, tokenizer, texts, None, settings, folder))
+            model, tokenizer = self.trained_model("relu")
+            tokens, measure = self.corpus.tokens("validation"), self.profile.measure
+            calibration, evaluation = (
+                measurement_batches(tokens, model.config.max_position_embeddings, part, measure.calibration_tokens)
+                for part in ("calibration", "evaluation")
+            )
+            cett = measure_sparsity(model, evaluation, "cett-ppl", measure.p, calibration, show_progress=False)
+            parts.append(correction.measured("relu", model, tokenizer, ("python",), cett, settings, folder))
+            self._of_models |= {name: pd.concat([part[name] for part in parts]) for name in CORRECTION}
+        return self._of_models[question]
 
     def lacking(self, question: str) -> str:
         if question not in PRETRAINED or self.profile is None:
             return super().lacking(question)
-        name = self.profile.pretrained.model
+        return self.not_here(self.profile.pretrained.model)
+
+    @staticmethod
+    def not_here(name: str) -> str:
+        """How to get a model that can be fetched."""
         return f"{name} is not here, so nothing is measured: python -m sparsity_utils fetch {name} gets it (98 MB)."
 
     def _depth_cost(self) -> pd.DataFrame:
@@ -196,6 +232,8 @@ class Study(Tables):
 
     def configs(self, question: str) -> list[RunConfig]:
         """The runs that a question needs: of a speed those whose models are timed, none for bare shapes."""
+        if question in CORRECTION:
+            return [self.largest_config("relu")]
         if SPEEDS.get(question) == "relu_vs_silu":
             return [self.largest_config(activation) for activation in self.profile.study.activations]
         return self.configs_of(planned(self.profile, question))
