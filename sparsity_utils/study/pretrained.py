@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PretrainedConfig) -
     return texts
 
 
+@cache
 def pinned(source: str) -> list[str]:
     """Text of the pinned packages, one document of each file: a long file comes in parts."""
     files: dict[str, str] = {}

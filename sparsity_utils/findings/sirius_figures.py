@@ -1,0 +1,133 @@
+"""Tables and figures of notebook 13, of what `sirius.analyse` found."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
+from sparsity_utils.laws.corrections import near_ties, prefix_rises
+
+RULES = {"full": "full model", "fsparse": "FSparse", "csparse": "CSparse", "cett": "CETT"}
+SHADES = {
+    "corrected": (COLOURS[3], "put in place of a rejected draft"),
+    "interleaved": (COLOURS[2], "added by the full model"),
+}
+LINE = 92  # characters of a line of shown text
+
+
+def ways_table(ways: pd.DataFrame, model: str, text: str) -> pd.DataFrame:
+    """Every way of decoding a text: advance, what is read, what correction changes, and how good the text is.
+
+    Percent are of tokens; log-likelihood is under the full model, nats per token.
+    """
+    rows = ways[(ways["model"] == model) & (ways["text"] == text)]
+    table = pd.DataFrame(
+        {
+            "rule": rows["rule"].map(RULES),
+            "way": rows["way"],
+            "threshold": [f"{value:g}" if value == value else "" for value in rows["threshold"]],
+            "AAL": rows["advance"].round(2),
+            "break-even": rows["break_even"].where(rows["advance"].notna()).round(2),
+            "effective density": rows["effective_density"].round(3),
+            "corrected %": (100 * rows["corrected"]).round(1),
+            "log-likelihood": rows["log_likelihood"].round(3),
+            "as the full model %": (100 * rows["agreed"]).round(1),
+            "repeated %": (100 * rows["repeated"]).round(1),
+            "right answers %": (100 * rows["right"]).round(0) if "right" in rows else None,
+        }
+    )
+    return table.dropna(axis=1, how="all").fillna("").reset_index(drop=True)
+
+
+def speeds_table(speeds: pd.DataFrame) -> pd.DataFrame:
+    """Tokens per second after one prompt, with 90% intervals, and megabytes of weights read per token."""
+    names = {"low_tokens_per_second": "low", "tokens_per_second": "tokens per second", "high_tokens_per_second": "high"}
+    names |= {"advance": "AAL", "megabytes": "MB read per token", "same_tokens": "the right text"}
+    table = speeds[["model", "rule", "way", *names]].rename(columns=names)
+    return table.assign(rule=table["rule"].map(RULES)).round(2)
+
+
+def prefixes_table(prefixes: pd.DataFrame) -> pd.DataFrame:
+    """Where sparse models fail: rises of perplexity in percent, and how often their likeliest word is another."""
+    table = prefix_rises(prefixes)
+    table["rule"] = table["rule"].map(RULES)
+    table[["fresh", "repeated", "disagreed"]] *= 100
+    names = {"fresh": "rise on fresh text %", "repeated": "rise on repeated text %", "disagreed": "another word %"}
+    return table.rename(columns=names).round(1)
+
+
+def lossless_table(table: pd.DataFrame) -> pd.DataFrame:
+    """How many lossless texts are not the full model's, and how many of those by a near tie."""
+    found = near_ties(table)
+    return found.assign(rule=found["rule"].map(RULES))
+
+
+@styled
+def trade_figure(ways: pd.DataFrame) -> ShownFigure:
+    """Left, advance against threshold, with break-even; right, quality against what is read."""
+    rows = ways[(ways["way"] == "corrected") & (ways["text"] != "arithmetic")]
+    figure, (left, right) = side_by_side(2)
+    for number, (name, curve) in enumerate(rows.groupby(["model", "text", "rule"], sort=False)):
+        look, curve = Look(number), curve.sort_values("threshold")
+        style = {"color": look.colour, "marker": look.marker, "linestyle": look.line}
+        left.plot(curve["threshold"], curve["advance"], **style)
+        left.axhline(curve["break_even"].iloc[0], color=look.colour, linewidth=0.8, linestyle=":")
+        model, text, rule = name
+        full = ways[(ways["model"] == model) & (ways["text"] == text) & (ways["way"] == "full")]
+        lost = curve["log_likelihood"] - full["log_likelihood"].iloc[0]
+        right.plot(curve["effective_density"], lost, label=f"{model}, {text}, {RULES[rule]}", **style)
+    left.set(xscale="log", xlabel="Threshold of acceptance", ylabel="Average advance (tokens)", title="Advance")
+    right.set(xlabel="Weights read per token (full model: 1)", ylabel="Nats per token above the full model's text")
+    right.set_title("Quality against reads")
+    right.axvline(1, color="grey", linewidth=0.8)
+    right.axhline(0, color="grey", linewidth=0.8)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=7)
+    counts = rows.groupby("model")["documents"].first()
+    basis = ", ".join(f"{count} documents of each text ({model})" for model, count in counts.items())
+    return captioned(figure, f"Dotted: break-even, 15 d + 1. Points on the right are thresholds. {basis}.")
+
+
+@styled
+def text_figure(text: pd.DataFrame) -> ShownFigure:
+    """A text of each model that FSparse drafted, with the words marked that the full model put in."""
+    chosen = text[(text["rule"] == "fsparse") & (text["text"] != "arithmetic")]
+    shown = list(chosen.groupby(["model", "text"], sort=False))
+    lines = [_lines(rows) for _, rows in shown]
+    figure = ShownFigure(figsize=(8, 0.35 * len(shown) + 0.2 * sum(map(len, lines))), layout="constrained")
+    panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[len(one) + 1 for one in lines])[:, 0]
+    for axes, ((model, kind), _), rows in zip(panels, shown, lines, strict=True):
+        _write(axes, rows)
+        axes.set_title(f"{model}, {kind}")
+    marks = "; ".join(f"{'red' if name == 'corrected' else 'green'}: {about}" for name, (_, about) in SHADES.items())
+    return captioned(figure, f"First document of each text, threshold 0.1. {marks[0].upper()}{marks[1:]}.")
+
+
+def _lines(rows: pd.DataFrame) -> list[list[tuple[int, str, str]]]:
+    """(column, letters, kind) of the words, cut into lines of LINE characters and at line breaks."""
+    lines: list[list[tuple[int, str, str]]] = [[]]
+    column = 0
+    for word, kind in zip(rows["word"].fillna(""), rows["kind"], strict=True):
+        for number, part in enumerate(str(word).replace("\t", "    ").split("\n")):
+            if number or column + len(part) > LINE:
+                lines.append([])
+                column = 0
+            if part:
+                lines[-1].append((column, part, kind))
+                column += len(part)
+    return lines
+
+
+def _write(axes: Axes, lines: list[list[tuple[int, str, str]]]) -> None:
+    axes.set(xlim=(0, LINE), ylim=(len(lines), 0))
+    axes.axis("off")
+    for number, line in enumerate(lines):
+        for column, part, kind in line:
+            if kind in SHADES:
+                axes.add_patch(_box(column, number, len(part), SHADES[kind][0]))
+            for place, letter in enumerate(part):
+                centre = {"ha": "center", "va": "center", "parse_math": False}
+                axes.text(column + place + 0.5, number + 0.5, letter, family="monospace", fontsize=7.5, **centre)
+
+
+def _box(column: int, line: int, width: int, colour: str) -> Rectangle:
+    return Rectangle((column, line), width, 1, color=colour, alpha=0.35, linewidth=0)
