@@ -148,10 +148,7 @@ def analyse(study: Tables) -> Found | None:
 
 def verdicts(found: Found | None) -> Verdicts:
     """The verdict on every claim, in the order of `claims`; all inconclusive where the pretrained model is missing."""
-    table, prefixes = (
-        (pd.DataFrame(), pd.DataFrame()) if found is None else map(_judged_rows, (found.table, found.prefixes))
-    )
-    if table.empty:
+    if found is None or set(found.table["model"]) == {OWN}:
         return Verdicts(claim.undecided("not measured: the pretrained model is not here") for claim in CLAIMS)
     table, prefixes = _of_claims(found.table), _of_claims(found.prefixes)
     return Verdicts(

@@ -36,7 +36,7 @@ def ways_table(ways: pd.DataFrame, model: str, text: str) -> pd.DataFrame:
             "right answers %": (100 * rows["right"]).round(0) if "right" in rows else None,
         }
     )
-    return table.dropna(axis=1, how="all").fillna("").reset_index(drop=True)
+    return table.dropna(axis=1, how="all").astype(object).fillna("").reset_index(drop=True)
 
 
 def speeds_table(speeds: pd.DataFrame) -> pd.DataFrame:

@@ -231,9 +231,9 @@ class _Batch:
             rounds = rounds.groupby("sequence").agg(
                 rounds=("advance", "size"), advance=("advance", "sum"), rejected=("rejected", "sum")
             )
-        rows = pd.DataFrame({"document": self.documents, "tokens": self.new}).join(rounds)
-        rows["log_likelihood"] = -_losses(self.model, self.prompts, tokens).cpu()
-        rows["agreed"] = (tokens == self.full).sum(1).cpu()
+        rows = pd.DataFrame({"document": self.documents.tolist(), "tokens": self.new}).join(rounds)
+        rows["log_likelihood"] = -_losses(self.model, self.prompts, tokens).cpu().numpy()
+        rows["agreed"] = (tokens == self.full).sum(1).cpu().numpy()
         rows["repeated"] = [repeated(row) for row in tokens.tolist()]
         if self.answers:
             texts = self.work.tokenizer.batch_decode(tokens)
@@ -268,10 +268,10 @@ class _Batch:
                 "predicted": len(self.fresh[0]) - 1,
             }
             sparse = self._logits(self.full, drafter)
-            table["disagreed"] = (sparse.argmax(-1) != self.full[:, 1:]).sum(1).cpu()
+            table["disagreed"] = (sparse.argmax(-1) != self.full[:, 1:]).sum(1).cpu().numpy()
             for name, text in (("fresh", self.fresh), ("repeated", self.prompts)):
-                table[f"{name}_full"] = _summed(self._logits(text), text).cpu()
-                table[f"{name}_sparse"] = _summed(self._logits(text, drafter), text).cpu()
+                table[f"{name}_full"] = _summed(self._logits(text), text).cpu().numpy()
+                table[f"{name}_sparse"] = _summed(self._logits(text, drafter), text).cpu().numpy()
             rows.append(pd.DataFrame(table))
         return {"correction_prefixes": pd.concat(rows).assign(text=self.text)}
 

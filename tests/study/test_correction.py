@@ -32,7 +32,9 @@ def opened(tmp_path_factory):
     tiny_gguf(file)
     model, tokenizer = open_checkpoint(file, dtype=torch.float32)
     with torch.no_grad():
-        model.lm_head.weight *= 12  # or no word is likelier than another
+        model.model.norm.weight *= 12  # or no word is likelier than another, and FFNs decide nothing
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight *= 200
     return model, tokenizer
 
 
@@ -192,14 +194,14 @@ def test_repeated_sequences_of_eight_words():
     assert correction.repeated([1, 2]) == 0
 
 
-def test_too_little_text_is_an_input_error(opened):
+def test_too_little_text_is_an_input_error(opened, pieces):
     with pytest.raises(InputError, match="english text has 0 documents of 200000 tokens, and 3 are asked for"):
         correction.prompts_of(opened[1], "english", replace(SETTINGS, prompt=100_000))
     with pytest.raises(InputError, match="24 sums have fewer than 1000 tokens"):
         correction.prompts_of(opened[1], "arithmetic", replace(SETTINGS, prompt=1000))
     with pytest.raises(InputError, match="longer than the model's context"):
         settings = replace(SETTINGS, new_tokens=600)
-        correction.measured("tiny", *opened, ("python",), None, settings, None)
+        correction.measured("tiny", *opened, ("python",), None, settings, pieces)
 
 
 def test_a_study_without_the_model_measures_its_own_and_says_how_to_get_it(tmp_path, monkeypatch, capsys):
