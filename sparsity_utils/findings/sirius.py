@@ -146,9 +146,14 @@ def analyse(study: Tables) -> Found | None:
     return Found(table, prefixes, speeds, text, summed_ways(table, PERIOD))
 
 
+def judged_model(found: Found) -> str:
+    """The name of the model that claims are on; our own where the pretrained one is missing."""
+    return next((name for name in found.table["model"] if name != OWN), OWN)
+
+
 def verdicts(found: Found | None) -> Verdicts:
     """The verdict on every claim, in the order of `claims`; all inconclusive where the pretrained model is missing."""
-    if found is None or set(found.table["model"]) == {OWN}:
+    if found is None or judged_model(found) == OWN:
         return Verdicts(claim.undecided("not measured: the pretrained model is not here") for claim in CLAIMS)
     table, prefixes = _of_claims(found.table), _of_claims(found.prefixes)
     return Verdicts(

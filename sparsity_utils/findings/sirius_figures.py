@@ -15,12 +15,14 @@ SHADES = {
 LINE = 92  # characters of a line of shown text
 
 
-def ways_table(ways: pd.DataFrame, model: str, text: str) -> pd.DataFrame:
+def ways_table(ways: pd.DataFrame, model: str, text: str) -> pd.DataFrame | str:
     """Every way of decoding a text: advance, what is read, what correction changes, and how good the text is.
 
-    Percent are of tokens; log-likelihood is under the full model, nats per token.
+    Percent are of tokens; log-likelihood is under the full model, nats per token. "not measured" without such rows.
     """
     rows = ways[(ways["model"] == model) & (ways["text"] == text)]
+    if rows.empty:
+        return "not measured"
     table = pd.DataFrame(
         {
             "rule": rows["rule"].map(RULES),

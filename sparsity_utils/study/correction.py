@@ -38,6 +38,10 @@ TREE = 4  # a published width of a tree
 BATCH = 8  # documents decoded side by side: a step of 8 reads the weights once
 GRAM = 8  # words of a repetition
 EXAMPLES = 24  # sums before the one that is asked for
+COLUMNS = (  # of the table correction; what a way or a text does not have is empty
+    *("model", "text", "document", "rule", "way", "threshold", "density", "tokens", "rounds", "advance", "rejected"),
+    *("log_likelihood", "agreed", "repeated", "right", "place", "gap", "rounding"),
+)
 PARTS = {"no rewrite": "rewrite", "no interleaving": "interleave", "no rollback": "rollback"}
 # A pass of SmolLM2-135M over 8 tokens, its weights read once, took 0.1 s on two cores.
 SECONDS_PER_PASS_AND_PARAMETER = 7.5e-10
@@ -162,7 +166,10 @@ class _Work:
         with pieces.shown(self.model.base_model, total, "pass", lambda _: 1), evaluating(self.model):
             for place, cost, measure in plan:
                 for table, frame in pieces.kept(place, cost, measure).items():
-                    found.setdefault(table, []).append(frame.assign(model=self.name))
+                    frame.insert(0, "model", self.name)
+                    found.setdefault(table, []).append(
+                        frame.reindex(columns=COLUMNS) if table == "correction" else frame
+                    )
         return {table: pd.concat(frames, ignore_index=True) for table, frames in found.items()}
 
     def _plan(self, given: Given) -> list[tuple[str, int, Callable[[], Frames]]]:
@@ -273,7 +280,7 @@ class _Batch:
                 table[f"{name}_full"] = _summed(self._logits(text), text).cpu().numpy()
                 table[f"{name}_sparse"] = _summed(self._logits(text, drafter), text).cpu().numpy()
             rows.append(pd.DataFrame(table))
-        return {"correction_prefixes": pd.concat(rows).assign(text=self.text)}
+        return {"correction_prefixes": pd.concat(rows)}
 
     def _logits(self, tokens: Tensor, drafter: Drafter | None = None) -> Tensor:
         """Logits for all but the first of the tokens after the prompts, which the full model reads."""

@@ -16,6 +16,7 @@ from sparsity_utils.decoding.correction import Correction, corrected
 from sparsity_utils.decoding.drafters import FromPrompt, Masked, fsparse
 from sparsity_utils.decoding.speed import greedy
 from sparsity_utils.models.pretrained import open_checkpoint
+from sparsity_utils.paths import RESULTS
 from sparsity_utils.study import correction
 from sparsity_utils.study.plan import CORRECTION
 from sparsity_utils.study.profiles import CorrectionConfig
@@ -77,6 +78,11 @@ def likelihood(model, prompt, tokens):
             total += float(model(input_ids=torch.tensor([text])).logits[0, -1].log_softmax(-1)[token])
         text.append(token)
     return total
+
+
+def test_tables_have_the_columns_that_are_described(tables):
+    described = pd.read_csv(RESULTS / "columns.csv").groupby("table")["column"].apply(list)
+    assert {name: list(table) for name, table in tables.items()} == {name: described[name] for name in CORRECTION}
 
 
 def test_every_way_is_measured_on_every_document(tables):
