@@ -129,12 +129,11 @@ class Found:
     ways: pd.DataFrame  # of every way of decoding, means over its documents
 
 
-def analyse(study: Tables) -> Found | None:
-    """What follows from the tables of a study; None, and a printed line, where it has none.
+def analyse(study: Tables, table: pd.DataFrame | None) -> Found | None:
+    """What follows from the tables of a study, `table` its "correction"; None where it has none.
 
     Raises InputError for missing columns, duplicates and NaN.
     """
-    table = study.table_or_none("correction")
     if table is None:
         return None
     names = ("correction_prefixes", "correction_speeds", "correction_text")
@@ -196,6 +195,6 @@ def _judged(claim: Claim, estimates: Estimates, refuted: Callable[[Estimate], bo
 def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """Every figure that a study has the tables for, with its name."""
     if study.answers("correction"):
-        found = analyse(study)
+        found = analyse(study, study.table("correction"))
         yield "13_trade", trade_figure(found.ways)
         yield "13_text", text_figure(found.text)

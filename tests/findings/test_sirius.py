@@ -21,7 +21,8 @@ def found_in(folder, table=None, prefixes=None):
     }
     for name, frame in tables.items():
         frame.to_csv(folder / f"{name}.csv", index=False)
-    return sirius.analyse(Tables("planted", folder))
+    study = Tables("planted", folder)
+    return sirius.analyse(study, study.table("correction"))
 
 
 def words(found):
@@ -83,7 +84,8 @@ def test_the_claims_are_not_on_our_own_model_nor_on_sums(tmp_path):
 
 
 def test_a_study_without_tables_says_so(tmp_path, capsys):
-    assert sirius.analyse(Tables("planted", tmp_path)) is None
+    study = Tables("planted", tmp_path)
+    assert sirius.analyse(study, study.table_or_none("correction")) is None
     assert "no table for correction" in capsys.readouterr().out
     assert list(sirius.figures(Tables("planted", tmp_path))) == []
 
