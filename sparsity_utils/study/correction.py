@@ -79,13 +79,17 @@ def prompts_of(
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Prompts, (documents, prompt), and what follows them there, of the same shape; answers, of sums alone.
 
+    What follows sums are other sums.
+
     Raises InputError for a text with too few documents.
     """
     size, answers = settings.prompt, []
     if text == "arithmetic":
-        sums = [_sums(number) for number in range(settings.documents)]
-        answers = [answer for _, answer in sums]
-        windows = [tokenizer(words, verbose=False)["input_ids"][-size:] * 2 for words, _ in sums]
+        count = settings.documents
+        sums = [_sums(number) for number in range(2 * count)]
+        answers = [answer for _, answer in sums[:count]]
+        ends = [tokenizer(words, verbose=False)["input_ids"][-size:] for words, _ in sums]
+        windows = [first + second for first, second in zip(ends[:count], ends[count:], strict=True)]
         check(
             all(len(window) == 2 * size for window in windows),
             f"{EXAMPLES} sums have fewer than {size} tokens; lower correction.prompt.",
@@ -193,7 +197,7 @@ class _Work:
 
     def _key(self, given: Given) -> str:
         """Digest of all that decides the numbers: weights, thresholds, token ids, settings."""
-        decides = {**asdict(self.settings), "version": VERSION, "batch": BATCH}
+        decides = {**asdict(self.settings), "model": None, "version": VERSION, "batch": BATCH}
         rules = {rule: thresholds.values for rule, thresholds in self.thresholds.items()}
         digest = hashlib.sha256(json.dumps([decides, rules], sort_keys=True).encode())
         ids = [part for prompts, fresh, _ in given.values() for part in (prompts, fresh)]
