@@ -232,8 +232,6 @@ class Study(Tables):
 
     def configs(self, question: str) -> list[RunConfig]:
         """The runs that a question needs: of a speed those whose models are timed, none for bare shapes."""
-        if question in CORRECTION:
-            return [self.largest_config("relu")]
         if SPEEDS.get(question) == "relu_vs_silu":
             return [self.largest_config(activation) for activation in self.profile.study.activations]
         return self.configs_of(planned(self.profile, question))
