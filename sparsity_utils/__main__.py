@@ -174,7 +174,7 @@ def _corpus(options: argparse.Namespace) -> None:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from sparsity_utils.study.plan import QUESTIONS
+    from sparsity_utils.study.plan import OF_MODELS, QUESTIONS
     from sparsity_utils.study.schedule import run_session, tell_costs
     from sparsity_utils.study.study import Study
 
@@ -189,7 +189,8 @@ def _study(options: argparse.Namespace) -> int:
     if left:
         print(f"The time is over. {left}; the same command continues.")
         return TIME_OVER
-    for question in filter(study.answers, options.questions or QUESTIONS):
+    runs = [question for question in QUESTIONS if question not in OF_MODELS]  # those of opened models when asked for
+    for question in filter(study.answers, options.questions or runs):
         print(f"{question}: {len(study.table(question))} rows in {study.folder}")
     return 0
 
