@@ -273,6 +273,7 @@ class _Batch:
         rows = []
         for rule, drafter in self.work.drafters.items():
             table = {
+                "text": self.text,
                 "document": self.documents,
                 "rule": rule,
                 "tokens": self.new - 1,
