@@ -10,6 +10,8 @@ threads give equal bits.
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -41,17 +43,28 @@ def run(ffn: SparseFFN, x: Tensor) -> Tensor:
     wide = x.to(torch.float32).numpy()  # (tokens, d)
     gate, up, down, quantised, limits = ffn.arrays
     rule = limits, ffn.threshold.numpy(), ffn.rule == "neuron", ACTIVATIONS[ffn.act]
-    count, wanted = threads(ffn), torch.get_num_threads()
+    with on_threads(size(ffn) // BYTES_PER_THREAD) as count:
+        y = computed(wide, gate, up, down, quantised, *rule, count)
+    return torch.from_numpy(y).to(x.dtype)
+
+
+@contextmanager
+def on_threads(most: int) -> Iterator[int]:
+    """Inside the block numba runs on as many threads as torch does, at most `most`; the number is given.
+
+    A small job is given few: starting a thread takes time.
+    """
+    wanted = torch.get_num_threads()
+    count = max(min(wanted, numba.config.NUMBA_NUM_THREADS, most), 1)
     choose_threads()
     before = numba.get_num_threads()
     numba.set_num_threads(count)
     try:
-        y = computed(wide, gate, up, down, quantised, *rule, count)
+        yield count
     finally:
         numba.set_num_threads(before)
         if torch.get_num_threads() != wanted:  # numba's first start of threads sets the number for all of OpenMP
             torch.set_num_threads(wanted)
-    return torch.from_numpy(y).to(x.dtype)
 
 
 class Rows(NamedTuple):
@@ -85,10 +98,9 @@ def arrays(ffn: SparseFFN) -> tuple[Rows, Rows, Rows, Quantised, np.ndarray]:
     return gate, up, Rows(array(ffn.w_down_t), vector(ffn.b_down)), quantised, ffn.gate_limit.numpy()
 
 
-def threads(ffn: SparseFFN) -> int:
-    """How many threads to share the rows among: torch's number, fewer for an FFN that is small."""
-    size = ffn.w_gate.nbytes + ffn.w_down_t.nbytes + (0 if ffn.w_up is None else ffn.w_up.nbytes)
-    return max(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, size // BYTES_PER_THREAD), 1)
+def size(ffn: SparseFFN) -> int:
+    """Bytes of all weights."""
+    return ffn.w_gate.nbytes + ffn.w_down_t.nbytes + (0 if ffn.w_up is None else ffn.w_up.nbytes)
 
 
 @cache  # once, before numba starts its threads
