@@ -151,16 +151,16 @@ def fetch_pieces(weight, rows, first, end):
 def add_for_one(x, weight, start, stop, rows, y):
     """y[start:stop] += sum of x[j] weight[j, start:stop] over the given rows j; x (d,), y (outputs,)."""
     for k in range(0, len(rows), 4):
-        a, b, c, d = four_rows(rows, k)
-        left = len(rows) - k
-        xa, xb, xc, xd = x[a], x[b] * (left > 1), x[c] * (left > 2), x[d] * (left > 3)
-        wa, wb, wc, wd = weight[a], weight[b], weight[c], weight[d]
-        following = four_rows(rows, k + 4)
+        four, following = four_rows(rows, k), four_rows(rows, k + 4)
+        values = four_values(x, four, len(rows) - k)
         for first in range(start, stop, PIECE):
             end = min(first + PIECE, stop)
             fetch_pieces(weight, following, first, end)
-            for i in range(first, end):
-                y[i] += xa * widened(wa[i]) + xb * widened(wb[i]) + xc * widened(wc[i]) + xd * widened(wd[i])
+            wa, wb, wc, wd = (
+                weight[four[0], first:end], weight[four[1], first:end],
+                weight[four[2], first:end], weight[four[3], first:end],
+            )  # fmt: skip
+            add(y[first:end], values, wa, wb, wc, wd)
 
 
 @njit(fastmath=MATH, cache=True)
@@ -169,17 +169,36 @@ def add_for_many(x, weight, start, stop, rows, y):
     pieces = np.empty((4, PIECE), np.float32)
     for k in range(0, len(rows), 4):
         four, following = four_rows(rows, k), four_rows(rows, k + 4)
-        left = min(len(rows) - k, 4)
         for first in range(start, stop, PIECE):
-            size = min(PIECE, stop - first)
-            fetch_pieces(weight, following, first, first + size)
+            end = min(first + PIECE, stop)
+            fetch_pieces(weight, following, first, end)
             for place in range(4):
-                row = weight[four[place]]
-                for i in range(size):
-                    pieces[place, i] = widened(row[first + i]) if place < left else np.float32(0)
+                widen(weight[four[place], first:end], pieces[place])
             for t in range(len(x)):
-                xa, xb, xc, xd = x[t, four[0]], x[t, four[1]], x[t, four[2]], x[t, four[3]]
-                for i in range(size):
-                    y[t, first + i] += (
-                        xa * pieces[0, i] + xb * pieces[1, i] + xc * pieces[2, i] + xd * pieces[3, i]
-                    )
+                values = four_values(x[t], four, len(rows) - k)
+                add(y[t, first:end], values, pieces[0], pieces[1], pieces[2], pieces[3])
+
+
+@njit(cache=True)
+def four_values(x, four, left):
+    """x of four rows, zero for those beyond the last."""
+    nothing = np.float32(0)
+    return (
+        x[four[0]], x[four[1]] if left > 1 else nothing,
+        x[four[2]] if left > 2 else nothing, x[four[3]] if left > 3 else nothing,
+    )  # fmt: skip
+
+
+@njit(cache=True)
+def widen(row, out):
+    """out = row in float32."""
+    for i in range(len(row)):
+        out[i] = widened(row[i])
+
+
+@njit(fastmath=MATH, cache=True)
+def add(y, values, wa, wb, wc, wd):
+    """y += the sum of four values times their pieces of rows. Its indices start at 0, or LLVM would not vectorise."""
+    xa, xb, xc, xd = values
+    for i in range(len(y)):
+        y[i] += xa * widened(wa[i]) + xb * widened(wb[i]) + xc * widened(wc[i]) + xd * widened(wd[i])

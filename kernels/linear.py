@@ -66,7 +66,6 @@ class SparseLinear:
 
         return arrays(self)
 
-    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """The maps of `x`, (..., d), in its dtype, (..., sum of d_out).
 
@@ -166,7 +165,8 @@ class SparseInputFFN:
 def dense(linear: SparseLinear, x: Tensor) -> Tensor:
     """The same rule run densely, in the dtype of `x`, (tokens, d); of 8-bit weights their numbers."""
     active = linear.active(x)
-    parts = linear.wide_weights().to(x.dtype).split(linear.widths, dim=1)
+    weights = linear.weight_t if linear.scale is None else linear.wide_weights()
+    parts = weights.to(x.dtype).split(linear.widths, dim=1)
     y = torch.cat([torch.where(a, x, 0) @ w for a, w in zip(active, parts, strict=True)], dim=1)
     return y if linear.bias is None else y + linear.bias
 
