@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from kernels import naive
+from kernels.eight_bits import EightBits
 from kernels.ffn import SparseFFN
 
 ACTIVATIONS = {name: code for code, name in enumerate(naive.ACTIVATIONS)}
@@ -75,7 +77,7 @@ class Rows(NamedTuple):
 
 
 class Quantised(NamedTuple):
-    """The arrays of a `CertifiedGate`; they have no rows where an FFN has none."""
+    """The arrays of a `CertifiedGate`, those of its copy first; they have no rows where an FFN has none."""
 
     bits: np.ndarray
     scale: np.ndarray
@@ -94,8 +96,13 @@ def arrays(ffn: SparseFFN) -> tuple[Rows, Rows, Rows, Quantised, np.ndarray]:
     up = Rows(gate.weight[:0] if ffn.w_up is None else array(ffn.w_up), vector(ffn.b_up))
     quantised = NOT_QUANTISED
     if ffn.certificate is not None:
-        quantised = Quantised(*(getattr(ffn.certificate, name).numpy() for name in Quantised._fields))
+        quantised = Quantised(*(*numbers(ffn.certificate.copy), ffn.certificate.region.numpy()))
     return gate, up, Rows(array(ffn.w_down_t), vector(ffn.b_down)), quantised, ffn.gate_limit.numpy()
+
+
+def numbers(copy: EightBits) -> tuple[np.ndarray, ...]:
+    """The arrays of an 8-bit copy, in the order of its fields."""
+    return tuple(getattr(copy, field.name).numpy() for field in fields(copy))
 
 
 def size(ffn: SparseFFN) -> int:

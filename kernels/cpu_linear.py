@@ -8,7 +8,6 @@ fixed order, so that equal calls with equal numbers of threads give equal bits.
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
@@ -35,8 +34,9 @@ class Maps(NamedTuple):
 def arrays(linear: SparseLinear) -> Maps:
     """The maps as numba takes them; weights share the memory of `linear`."""
     none, maps = np.empty((0, 0), np.float32), len(linear.widths)
-    norms = linear.norms if linear.norms is not None or linear.keep is None else torch.ones(maps, linear.d)
-    limits, norms, scale = (none if part is None else part.numpy() for part in (linear.limits, norms, linear.scale))
+    ones = none if linear.keep is None else np.ones((maps, linear.d), np.float32)
+    limits, scale = (none if part is None else part.numpy() for part in (linear.limits, linear.scale))
+    norms = ones if linear.norms is None else linear.norms.numpy()
     starts = np.cumsum([0, *linear.widths])
     keep = np.array(linear.keep or (), np.int64)
     return Maps(array(linear.weight_t), starts, limits, norms, keep, scale, vector(linear.bias))

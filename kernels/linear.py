@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from kernels import naive
+from kernels.eight_bits import LEVELS
 from kernels.ffn import DTYPES, MAX_TOKENS, described
 
-LEVELS = 127  # of an int8, on either side of zero
 BACKENDS = {"cpu": "kernels.cpu_linear", "cuda": "kernels.triton_linear"}  # device -> module with `run(linear, x)`
 
 

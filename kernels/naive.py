@@ -68,7 +68,7 @@ def active_inputs(x: Tensor, limits: Tensor | None, keep: tuple[int, ...] | None
     if limits is not None:
         return (size > limits[:, None]) | broken
     kept = []
-    for map_, k in enumerate(keep):
+    for map_, k in enumerate(keep or ()):
         score = size if norms is None else size * norms[map_]
         score = score.masked_fill(broken, torch.inf)
         kept.append((score >= score.topk(k, dim=-1).values[:, -1:]) & (size != 0))

@@ -1,4 +1,4 @@
-"""Sparse linear maps, each backend against the rule run densely in float64; Triton interpreted where there is no GPU."""
+"""Sparse linear maps: each backend against the rule in float64; Triton is interpreted where there is no GPU."""
 
 from importlib import import_module
 
