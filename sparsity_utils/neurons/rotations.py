@@ -22,6 +22,8 @@ from sparsity_utils.neurons.trace import Inputs, tiny_inputs
 DIAGONAL = {"attention": "k", "ffn": "gate"}  # vector -> the map whose W'^T W' is made diagonal
 ROUNDING = 0.02  # relative difference at which a module still counts as an RMSNorm: bfloat16 rounds by 0.004
 
+LEVEL = 256.0  # far above the epsilon of any norm
+
 
 def rotated(model: nn.Module, inputs: Inputs | None = None) -> list[LinearMap]:
     """The linear maps of `model`, those of attention and FFN with a basis: for `observe_inputs` and `sparse_inputs`.
@@ -88,8 +90,8 @@ def _rms_gains(module: nn.Module, args: tuple, output: object) -> Tensor | None:
     x = args[0]
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape != output.shape:
         return None
-    ones = torch.ones_like(x[..., :1, :].reshape(-1, x.shape[-1])[:1])
-    gains = widened(module.forward(ones)[0])
+    level = torch.full((1, x.shape[-1]), LEVEL, dtype=x.dtype, device=x.device)
+    gains = widened(module.forward(level)[0])  # g * 1
     wide = widened(x)
     expected = gains * wide * wide.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
     same = (expected - output).norm() <= ROUNDING * expected.norm()

@@ -184,7 +184,8 @@ def greedy_sparsities(
 
     In each block all maps start at zero. At each step one of them skips more: the one with which the block's output
     errs least, the mean over all tokens of ||y - y_dense|| / ||y_dense||. A step is `step` of the block's weights,
-    whichever map takes it, and the last is what is left to `sparsity`. The input of the block is that of the dense run.
+    whichever map takes it; a map of which less is left takes that, and the last step is what is left to `sparsity`. The
+    input of the block is that of the dense run.
 
     Args:
         batches: allocation text, as `measure_sparsity` takes it.
