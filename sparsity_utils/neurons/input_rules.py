@@ -60,6 +60,10 @@ class InputRule(Rule):
         """Raises `InputError` unless every map can skip `sparsity` of its inputs. `widths`: their numbers of inputs."""
         self.check_value(sparsity)
 
+    def nearest(self, sparsity: float, widths: Iterable[int]) -> float:
+        """The sparsity nearest to this one that maps of such `widths` can all meet."""
+        return sparsity
+
     def map_share(self, role: str, active: float, nonzero: float = 1.0) -> float:
         return active
 
@@ -80,15 +84,17 @@ class TopInputs(InputRule):
     def check_sparsity(self, sparsity: float, widths: Iterable[int]) -> None:
         self.check_value(sparsity)
         widths = sorted(set(widths))
-        if all(abs(sparsity * width - round(sparsity * width)) <= WHOLE for width in widths):
-            return
-        parts = math.gcd(*widths)
-        nearest = round(sparsity * parts) / parts
+        met = all(abs(sparsity * width - round(sparsity * width)) <= WHOLE for width in widths)
         check(
-            False,
+            met,
             f"No whole number of {' and of '.join(map(str, widths))} inputs is a share of {sparsity:g}, which "
-            f"{self.name!r} would have each token skip: the nearest share that it can is {nearest:.6g}.",
+            f"{self.name!r} would have each token skip: the nearest share that is one is "
+            f"{self.nearest(sparsity, widths):.6g}.",
         )
+
+    def nearest(self, sparsity: float, widths: Iterable[int]) -> float:
+        parts = math.gcd(*widths)
+        return round(sparsity * parts) / parts
 
 
 class Teal(InputRule):

@@ -6,14 +6,14 @@ Every threshold is the empirical quantile of a map's scores on the tokens that a
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from sparsity_utils.console import check, progress
-from sparsity_utils.neurons.find import find_ffns, layer_count, widened
+from sparsity_utils.neurons.find import FFN, find_ffns, layer_count, widened
 from sparsity_utils.neurons.hooks import observe_neurons
 from sparsity_utils.neurons.input_rules import INPUT_RULES, Cats, InputRule
 from sparsity_utils.neurons.linears import LinearMap, by_vector, find_linears, observe_inputs, sparse_inputs
@@ -92,7 +92,7 @@ def calibrated(
     check(rule in INPUT_RULES or rule == Cats.name, f"The rule is {rule!r}; choose one of {', '.join(_names())}.")
     if rule == Cats.name:
         Cats().check_value(sparsity)
-        return _cats(model, list(checked(model, calibration, "calibration")), sparsity)
+        return Gates(model, list(checked(model, calibration, "calibration"))).thresholds(sparsity)
     maps = find_linears(model) if maps is None else list(maps)
     INPUT_RULES[rule].check_sparsity(sparsity, {linear.inputs for linear in maps})
     kept = KeptInputs(model, list(checked(model, calibration, "calibration")), maps, show_progress)
@@ -103,22 +103,30 @@ def _names() -> list[str]:
     return [*INPUT_RULES, Cats.name]
 
 
-def _cats(model: nn.Module, batches: list[Batch], sparsity: float) -> Thresholds:
-    """For each layer the smallest size of gate that is kept where `sparsity` of them all are below it."""
-    layers: list[list[Tensor]] = [[] for _ in range(layer_count(find_ffns(model)))]
-    widths = sum({ffn.layer: ffn.d_ff for ffn in find_ffns(model)}.values())
-    tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
-    every = max(1, math.ceil(4 * tokens * widths / KEPT_BYTES))
-    rows: Tensor
+class Gates:
+    """The sizes |s| of the neurons of every layer on calibration tokens, in memory."""
 
-    def keep(ffn: Any, s: Tensor, h: Tensor, tokens: Tensor) -> None:
-        layers[ffn.layer].append(widened(s[rows]).abs().flatten())
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        """Runs a dense pass over `batches`, keeping every n-th real token so that KEPT_BYTES suffice."""
+        ffns = find_ffns(model)
+        widths = sum({ffn.layer: ffn.d_ff for ffn in ffns}.values())
+        tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
+        every = max(1, math.ceil(4 * tokens * widths / KEPT_BYTES))
+        layers: list[list[Tensor]] = [[] for _ in range(layer_count(ffns))]
+        rows: Tensor
 
-    for batch in batches:
-        rows = real_rows(batch)[::every]
-        with evaluating(model), observe_neurons(model, keep):
-            run_backbone(model, batch)
-    return Thresholds(Fat.name, tuple(_smallest_kept(torch.cat(found), sparsity) for found in layers))
+        def keep(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor) -> None:
+            layers[ffn.layer].append(widened(s[rows]).abs().flatten())
+
+        for batch in batches:
+            rows = real_rows(batch)[::every]
+            with evaluating(model), observe_neurons(model, keep):
+                run_backbone(model, batch)
+        self.sizes = [torch.cat(found) for found in layers]
+
+    def thresholds(self, sparsity: float) -> Thresholds:
+        """For each layer the smallest size that is kept where `sparsity` of them all are below it."""
+        return Thresholds(Fat.name, tuple(_smallest_kept(sizes, sparsity) for sizes in self.sizes))
 
 
 def _smallest_kept(sizes: Tensor, sparsity: float) -> float:
@@ -202,18 +210,37 @@ def greedy_sparsities(
     chosen.check_value(sparsity)
     check(0 < step <= 1, f"step is {step}; choose a share of a block's weights, above 0 and at most 1.")
     maps = find_linears(model) if maps is None else list(maps)
+    path = greedy_path(model, list(checked(model, batches, "allocation")), chosen, sparsity, step, maps, show_progress)
+    return sparsities_along(path, maps, sparsity), path
+
+
+def greedy_path(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    rule: InputRule,
+    sparsity: float,
+    step: float,
+    maps: Sequence[LinearMap],
+    show_progress: bool = False,
+) -> pd.DataFrame:
+    """The path of `greedy_sparsities`, on batches already checked."""
+    blocks: dict[int, list[LinearMap]] = {}
+    for linear in maps:
+        blocks.setdefault(linear.layer, []).append(linear)
+    rows = []
     with evaluating(model):
-        text = list(checked(model, batches, "allocation"))
-        blocks: dict[int, list[LinearMap]] = {}
-        for linear in maps:
-            blocks.setdefault(linear.layer, []).append(linear)
-        sparsities, path = [0.0] * len(maps), []
         for own in progress(blocks.values(), "allocation", len(blocks), show_progress):
-            block = _Block(model, text, chosen, own)
-            path += _greedy(model, block, chosen, maps, sparsity, step)
-            for linear in own:
-                sparsities[linear.index] = path[-1][linear.role] if path else 0.0
-    return sparsities, pd.DataFrame(path)
+            rows += _greedy(model, _Block(model, batches, rule, own), rule, maps, sparsity, step)
+    return pd.DataFrame(rows, columns=["layer", "sparsity", "role", "error", *dict.fromkeys(one.role for one in maps)])
+
+
+def sparsities_along(path: pd.DataFrame, maps: Sequence[LinearMap], sparsity: float) -> list[float]:
+    """The sparsity of each map where its block's greedy `path` reaches `sparsity`, straight lines between steps."""
+    found = []
+    for linear in maps:
+        rows = path[path["layer"] == linear.layer]
+        found.append(float(np.interp(sparsity, [0.0, *rows["sparsity"]], [0.0, *rows[linear.role]])))
+    return found
 
 
 def _greedy(

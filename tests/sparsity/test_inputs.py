@@ -167,7 +167,7 @@ def test_the_greedy_allocation_is_that_of_whole_passes(rule, rotate):
         for one in maps:
             if one.layer == layer:
                 np.testing.assert_allclose(rows[one.role], [now[one.role] for _, _, now in expected], rtol=1e-12)
-                assert sparsities[one.index] == rows[one.role].iloc[-1]
+                assert sparsities[one.index] == pytest.approx(rows[one.role].iloc[-1], rel=1e-12)
 
 
 def test_every_block_meets_its_target_by_steps_of_no_more_than_asked():
