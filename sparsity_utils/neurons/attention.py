@@ -63,10 +63,11 @@ def attentions(model: nn.Module, others: set[nn.Module], inputs: Inputs | None =
     calls = _calls(model, inputs)
     candidates = [call for call in calls if call.module not in others]
     found = []
-    for call in candidates:
-        parts = _mixed(call, candidates)
-        if parts is not None:
-            found.append(_roles(call, parts, names))
+    with torch.enable_grad():  # a caller may have turned gradients off
+        for call in candidates:
+            parts = _mixed(call, candidates)
+            if parts is not None:
+                found.append(_roles(call, parts, names))
     return found
 
 
