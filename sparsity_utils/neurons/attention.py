@@ -61,12 +61,16 @@ def attentions(model: nn.Module, others: set[nn.Module], inputs: Inputs | None =
     names = {module: name for name, module in model.named_modules()}
     _check_unquantised(names)
     calls = _calls(model, inputs)
-    candidates = [call for call in calls if call.module not in others]
-    found = []
-    for call in candidates:
-        parts = _mixed(call, candidates)
+    found: list[dict[str, Found]] = []
+    since: list[_Call] = []  # the last o
+    for call in calls:
+        if call.module in others:
+            continue
+        parts = _mixed(call, since)
+        since.append(call)
         if parts is not None:
             found.append(_roles(call, parts, names))
+            since = []
     return found
 
 
@@ -137,14 +141,16 @@ def _mixed(call: _Call, calls: list[_Call]) -> list[tuple[_Call, Tensor, Tensor,
     Each part is a call, and for its columns (out,) how strongly they reach z_0, z_1... from position 0, and z_1... from
     later positions.
     """
-    if not call.x.requires_grad:
+    if not call.x.requires_grad or not calls:
         return None
     leaves = [other.y for other in calls]
     generator = torch.Generator().manual_seed(0)
     direction = 1 + torch.rand(call.x.shape[-1], generator=generator)  # of one sign, so that no head cancels another
     z = (call.x * direction.to(call.x)).sum((0, 2))  # (length,)
-    first = torch.autograd.grad(z[0], leaves, retain_graph=True, allow_unused=True)
     later = torch.autograd.grad(z[1:].sum(), leaves, retain_graph=True, allow_unused=True)
+    if not any(grad is not None and bool(_by_text(grad)[:, 0].any()) for grad in later):
+        return None
+    first = torch.autograd.grad(z[0], leaves, retain_graph=True, allow_unused=True)
     parts = []
     for other, at_first, at_later in zip(calls, first, later, strict=True):
         if at_later is None:
@@ -152,7 +158,7 @@ def _mixed(call: _Call, calls: list[_Call]) -> list[tuple[_Call, Tensor, Tensor,
         own = torch.zeros_like(other.y) if at_first is None else at_first
         columns = [_by_text(grad).abs().amax(0) for grad in (own, at_later)]  # (length, out)
         parts.append((other, columns[0].amax(0), columns[1][0], columns[1][1:].amax(0)))
-    return parts if any(bool(part[2].any()) for part in parts) else None
+    return parts
 
 
 def _roles(o: _Call, parts: list[tuple[_Call, Tensor, Tensor, Tensor]], names: Mapping[nn.Module, str]) -> dict:
@@ -178,6 +184,6 @@ def _roles(o: _Call, parts: list[tuple[_Call, Tensor, Tensor, Tensor]], names: M
 def _check(condition: bool, o: _Call, names: Mapping[nn.Module, str]) -> None:
     if not condition:
         raise InputError(
-            f"What {names[o.module]} is given is not causal attention over q, k and v computed by one linear map each "
-            f"of one vector; rules on the inputs of linear maps know no other kind of block."
+            f"What {names[o.module]} is given is not causal attention over q, k and v, each computed by an unquantised "
+            f"linear map of one vector; rules on the inputs of linear maps know no other kind of block."
         )

@@ -22,7 +22,7 @@ from sparsity_utils.neurons.rules import Fat
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.passes import Batch, checked, run_backbone
 
-KEPT_BYTES = 2**29  # of kept inputs: SmolLM2-135M in float32 keeps 1,370 tokens, each with 1.8 million scores
+KEPT_BYTES = 2**29  # of kept inputs: SmolLM2-135M in float32 keeps 1,370 tokens, 0.8 or 2.1 million scores of a map
 STEP = 0.01  # of a block's weights: what one step of the greedy allocation skips
 Batches = Iterable[Mapping[str, Tensor]]
 
@@ -51,8 +51,10 @@ class KeptInputs:
                 run_backbone(model, batch)
         self.x = {place: torch.cat(found) for place, found in parts.items()}
 
-    def scores(self, rule: InputRule, linear: LinearMap) -> Tensor:
-        """The scores of one map on all kept tokens, (tokens * in,)."""
+    def scores(self, rule: InputRule, linear: LinearMap) -> Tensor | None:
+        """The scores of one map on all kept tokens, (tokens * in,); None where the rule needs none."""
+        if rule.per_token:
+            return None
         x = self.x[linear.layer, linear.vector]
         return rule.scores(linear, widened(linear.coordinates(x)).abs()).flatten()
 
@@ -158,7 +160,7 @@ class _Block:
             kept = KeptInputs(model, batches, maps)
         finally:
             handle.remove()
-        self.scores = {linear: kept.scores(rule, linear).sort().values for linear in self.maps}
+        self.scores = {linear: kept.scores(rule, linear) for linear in self.maps}
         self.rows = [real_rows(batch) for batch in batches]
         self.dense = [self._output(place) for place in range(len(self.calls))]
 

@@ -152,10 +152,13 @@ def test_more_than_a_rule_can_save_is_refused():
         found.at_weights_read("teal", 1.2)
 
 
-@pytest.mark.parametrize(("greedy", "p"), [(False, 5.0), (True, 1.0)])
+@pytest.mark.parametrize(("greedy", "p"), [(False, 5.0), (True, 0.3)])
 def test_perplexity_rises_by_what_was_asked_on_the_calibration_text(greedy, p, monkeypatch):
     monkeypatch.setattr(module, "STEP", 0.1)
     model = grouped_query()
+    for block in model.model.layers:  # else they matter little
+        block.self_attn.o_proj.weight.data *= 3
+        block.mlp.down_proj.weight.data *= 3
     calibration = written(model, 1)
     found = TrainingFree(model, calibration, written(model, 2), written(model, 3))
     report = found.at_perplexity("teal", p, greedy=greedy)
