@@ -220,6 +220,24 @@ def test_a_module_that_computes_something_else_is_no_linear_map(name):
         find_linears(model)
 
 
+class ReadsItsWeight(nn.Module):
+    """A down projection that the FFN computes itself, with the weight of a module that never runs."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x):
+        return functional.linear(functional.silu(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+
+
+def test_a_module_that_never_runs_is_not_masked_in_silence():
+    model = granite(layers=1)
+    model.model.layers[0].mlp = ReadsItsWeight(model.model.layers[0].mlp)
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj is not run once as an unquantised linear"):
+        find_linears(model)
+
+
 class NoAttention(nn.Module):
     """What mixes no tokens."""
 
