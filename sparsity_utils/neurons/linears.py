@@ -253,8 +253,7 @@ def sparse_inputs(
 
     def masked(linear: LinearMap, x: Tensor) -> Tensor:
         z = linear.coordinates(x)
-        kept = torch.where(mask.active_inputs(linear, z), z, torch.zeros((), dtype=x.dtype, device=x.device))
-        return linear.restored(kept)
+        return linear.restored(z * mask.active_inputs(linear, z))
 
     by_module: dict[nn.Module, list[LinearMap]] = {}
     for linear in maps:

@@ -12,8 +12,8 @@ from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.input_rules import INPUT_RULES
 from sparsity_utils.neurons.linears import find_linears, observe_inputs, sparse_inputs
 from sparsity_utils.neurons.rotations import rotated
-from sparsity_utils.sparsity import inputs as module
-from sparsity_utils.sparsity.inputs import calibrated, greedy_sparsities
+from sparsity_utils.sparsity import input_thresholds as module
+from sparsity_utils.sparsity.input_thresholds import calibrated, greedy_sparsities
 
 IDS = torch.randperm(41, generator=torch.Generator().manual_seed(1))[:36].view(4, 9)  # equal tokens would make ties
 MASK = (torch.arange(9) < torch.tensor([9, 9, 6, 3])[:, None]).long()
