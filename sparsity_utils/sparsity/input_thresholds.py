@@ -94,7 +94,7 @@ def calibrated(
     check(rule in INPUT_RULES or rule == Cats.name, f"The rule is {rule!r}; choose one of {', '.join(_names())}.")
     if rule == Cats.name:
         Cats().check_value(sparsity)
-        return Gates(model, list(checked(model, calibration, "calibration"))).thresholds(sparsity)
+        return Gates(model, list(checked(model, calibration, "calibration")), show_progress).thresholds(sparsity)
     maps = find_linears(model) if maps is None else list(maps)
     INPUT_RULES[rule].check_sparsity(sparsity, {linear.inputs for linear in maps})
     kept = KeptInputs(model, list(checked(model, calibration, "calibration")), maps, show_progress)
@@ -108,7 +108,7 @@ def _names() -> list[str]:
 class Gates:
     """The sizes |s| of the neurons of every layer on calibration tokens, in memory."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], show_progress: bool = False) -> None:
         """Runs a dense pass over `batches`, keeping every n-th real token so that KEPT_BYTES suffice."""
         ffns = find_ffns(model)
         widths = sum({ffn.layer: ffn.d_ff for ffn in ffns}.values())
@@ -120,7 +120,7 @@ class Gates:
         def keep(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor) -> None:
             layers[ffn.layer].append(widened(s[rows]).abs().flatten())
 
-        for batch in batches:
+        for batch in progress(batches, "dense pass", len(batches), show_progress):
             rows = real_rows(batch)[::every]
             with evaluating(model), observe_neurons(model, keep):
                 run_backbone(model, batch)
