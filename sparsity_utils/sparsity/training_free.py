@@ -26,7 +26,8 @@ from sparsity_utils.neurons.rules import RULES, CettPpl, Rule
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.evaluation import DocumentBootstrap
 from sparsity_utils.sparsity.input_thresholds import STEP, Gates, KeptInputs, greedy_path, sparsities_along
-from sparsity_utils.sparsity.passes import IGNORED, Batch, checked, forward, predicts_next_token
+from sparsity_utils.sparsity.inputs import IGNORED, predicts_next_token
+from sparsity_utils.sparsity.passes import Batch, checked, forward
 from sparsity_utils.sparsity.search import find_root
 from sparsity_utils.text.overlap import check_disjoint
 
