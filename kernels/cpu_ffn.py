@@ -9,14 +9,9 @@ threads give equal bits.
 """
 
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
-from functools import cache
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from llvmlite.ir import FunctionType, HalfType, PointerType, VoidType
@@ -26,8 +21,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from kernels import naive
+from kernels.cpu_threads import alone, forked, on_threads
 from kernels.eight_bits import EightBits
-from kernels.ffn import SparseFFN
+from kernels.ffn import SparseFFN, run_dense
 
 ACTIVATIONS = {name: code for code, name in enumerate(naive.ACTIVATIONS)}
 RELU, RELU2, SILU, GELU, GELU_TANH = (ACTIVATIONS[name] for name in ("relu", "relu2", "silu", "gelu", "gelu_tanh"))
@@ -37,36 +33,18 @@ BITS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16}  # numba has n
 # Bytes of the next row to prefetch; the processor fetches what follows by itself. At d = 2304 in float32, half and
 # nine tenths of 5,760 neurons inactive: 2.38 and 1.19 ms, against 2.54 and 1.35 without and 2.71 and 1.37 with 4,096.
 FETCHED = 256
-BYTES_PER_THREAD = 2**18  # of weights; below, starting a thread costs more than it saves
 
 
 def run(ffn: SparseFFN, x: Tensor) -> Tensor:
     """y, (tokens, d_out), of `x`, (tokens, d): the backend of `SparseFFN` for tensors on a CPU."""
+    if forked():
+        return alone(lambda: run_dense(ffn, x))
     wide = x.to(torch.float32).numpy()  # (tokens, d)
     gate, up, down, quantised, limits = ffn.arrays
     rule = limits, ffn.threshold.numpy(), ffn.rule == "neuron", ACTIVATIONS[ffn.act]
-    with on_threads(size(ffn) // BYTES_PER_THREAD) as count:
+    with on_threads(size(ffn)) as count:
         y = computed(wide, gate, up, down, quantised, *rule, count)
     return torch.from_numpy(y).to(x.dtype)
-
-
-@contextmanager
-def on_threads(most: int) -> Iterator[int]:
-    """Inside the block numba runs on as many threads as torch does, at most `most`; the number is given.
-
-    A small job is given few: starting a thread takes time.
-    """
-    wanted = torch.get_num_threads()
-    count = max(min(wanted, numba.config.NUMBA_NUM_THREADS, most), 1)
-    choose_threads()
-    before = numba.get_num_threads()
-    numba.set_num_threads(count)
-    try:
-        yield count
-    finally:
-        numba.set_num_threads(before)
-        if torch.get_num_threads() != wanted:  # numba's first start of threads sets the number for all of OpenMP
-            torch.set_num_threads(wanted)
 
 
 class Rows(NamedTuple):
@@ -108,17 +86,6 @@ def numbers(copy: EightBits) -> tuple[np.ndarray, ...]:
 def size(ffn: SparseFFN) -> int:
     """Bytes of all weights."""
     return ffn.w_gate.nbytes + ffn.w_down_t.nbytes + (0 if ffn.w_up is None else ffn.w_up.nbytes)
-
-
-@cache  # once, before numba starts its threads
-def choose_threads() -> None:
-    """Have numba's threads come from the pool of torch's own, where both load the same libgomp.
-
-    With a pool of its own numba waits for torch's threads, which spin after each operation: 20 against 32 GB/s on 2
-    cores.
-    """
-    if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
-        numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
 def array(weight: Tensor) -> np.ndarray:

@@ -13,8 +13,9 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from kernels.cpu_ffn import ACTIVATIONS, BYTES_PER_THREAD, MATH, activated, array, fetch, on_threads, vector, widened
-from kernels.linear import SparseInputFFN, SparseLinear
+from kernels.cpu_ffn import ACTIVATIONS, MATH, activated, array, fetch, vector, widened
+from kernels.cpu_threads import alone, forked, on_threads
+from kernels.linear import SparseInputFFN, SparseLinear, dense, dense_ffn
 
 PIECE = 64  # outputs that are added at a time; 256 took 1.1 times as long, 1,024 1.4 times, at 576 x 960 half inactive
 
@@ -44,15 +45,18 @@ def arrays(linear: SparseLinear) -> Maps:
 
 def run(linear: SparseLinear, x: Tensor) -> Tensor:
     """y, (tokens, outputs), of `x`, (tokens, d): the backend of `SparseLinear` for tensors on a CPU."""
-    with on_threads(linear.weight_t.nbytes // BYTES_PER_THREAD) as count:
+    if forked():
+        return alone(lambda: dense(linear, x))
+    with on_threads(linear.weight_t.nbytes) as count:
         y = mapped(x.to(torch.float32).numpy(), linear.arrays, count)
     return torch.from_numpy(y).to(x.dtype)
 
 
 def run_ffn(ffn: SparseInputFFN, x: Tensor) -> Tensor:
     """y, (tokens, d_out), of `x`, (tokens, d)."""
-    size = ffn.gate_up.weight_t.nbytes + ffn.down.weight_t.nbytes
-    with on_threads(size // BYTES_PER_THREAD) as count:
+    if forked():
+        return alone(lambda: dense_ffn(ffn, x))
+    with on_threads(ffn.gate_up.weight_t.nbytes + ffn.down.weight_t.nbytes) as count:
         y = ffn_mapped(x.to(torch.float32).numpy(), ffn.gate_up.arrays, ffn.down.arrays, ACTIVATIONS[ffn.act], count)
     return torch.from_numpy(y).to(x.dtype)
 

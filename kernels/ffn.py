@@ -1,5 +1,6 @@
 """One sparse FFN: its weights checked once, its backend chosen by their device."""
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from kernels.certified import CertifiedGate, certified_gate
 
 MAX_TOKENS = 16  # tokens of one call that the kernels take; above, most neurons are active for some token
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PROCESS = os.getpid()  # a forked child has another
 BACKENDS = {"cpu": "kernels.cpu_ffn", "cuda": "kernels.triton_ffn"}  # device -> module with `run(ffn, x)`
 
 
@@ -24,8 +26,9 @@ class SparseFFN:
 
     Symbols and rules are those of `kernels.naive`. All tensors are on one device and of one dtype (float32, float16 or
     bfloat16), sums are kept in float32. The same input gives the same bits on every call. No gradient flows through
-    it. More than MAX_TOKENS tokens are computed densely, by `naive.sparse_ffn`. In half precision that compares rounded
-    numbers with the threshold, and the kernels compare unrounded ones; neurons very near it may be judged differently.
+    it. More than MAX_TOKENS tokens are computed densely, by `naive.sparse_ffn`, as are all on a CPU in a process that
+    was forked. In half precision that compares rounded numbers with the threshold, and the kernels compare unrounded
+    ones; neurons very near it may be judged differently.
 
     Raises `ValueError` when shapes, dtypes or devices do not fit, and when act or rule is unknown.
     """

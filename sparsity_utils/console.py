@@ -1,6 +1,7 @@
 """What a person sees: one kind of error, one progress bar, numbers with their unit."""
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -35,10 +36,32 @@ def explained(what: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{what} ({reason}); {remedy}.") from error
 
 
+def note(sentence: str) -> None:
+    """Say something beside the results, on stderr: a choice that was made for the reader, or what was left out."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
 def progress(items: Iterable[Item], about: str, total: int | None = None, shown: bool = True) -> Iterator[Item]:
     """Iterate over `items` behind a bar named `about`, with an estimate of what is left, unless not `shown`."""
     hidden = not shown or bool(os.environ.get("CI"))
     return iter(tqdm(items, desc=about, total=total, disable=hidden, mininterval=0.5, leave=False))
+
+
+def share_bar(about: str, shown: bool = True, leave: bool = False) -> tqdm:
+    """A bar from 0 to 100 percent named `about`, to be updated, unless not `shown`; `leave` it when it is full.
+
+    What is left is estimated from the mean pace, since work is reported in bursts.
+    """
+    return tqdm(
+        total=100,
+        desc=about,
+        disable=not shown or bool(os.environ.get("CI")),
+        smoothing=0,
+        mininterval=0.5,
+        miniters=0,
+        leave=leave,
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
+    )
 
 
 def short_number(count: float) -> str:

@@ -52,6 +52,11 @@ def measurement(model: str) -> Path:
     return build() / "measure" / Path(model).resolve().name
 
 
+def models() -> Path:
+    """Models that `python -m sparsity_utils fetch` brought, one folder each."""
+    return build() / "models"
+
+
 def published_curves() -> Path:
     """The downloaded curves of the paper."""
     return build() / "published_curves"

@@ -17,10 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import DTYPES
+from sparsity_utils.models.context import context_length
 from sparsity_utils.models.pretrained import open_checkpoint
+from sparsity_utils.models.weights import description
 from sparsity_utils.neurons.rules import METRICS, metric_named
+from sparsity_utils.sparsity.inputs import predicts_next_token
 from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
-from sparsity_utils.sparsity.passes import predicts_next_token
 from sparsity_utils.text.config import MEASURED_TOKENS
 from sparsity_utils.text.windows import CALIBRATION_SHARE, evenly_spaced, read_documents, split_documents, text_batches
 
@@ -53,10 +55,11 @@ def measure_checkpoint(
     length: int | None = None,
     calibration: Path | None = None,
     dtype: str | None = None,
+    revision: str | None = None,
     max_tokens: int = MEASURED_TOKENS,
     **knobs: float | None,
 ) -> Measured:
-    """Open `model` (a folder or a model of the hub) and measure it on the documents of `text`, behind progress bars.
+    """Open `model` (as `open_checkpoint` takes it) and measure it on the documents of `text`, behind progress bars.
 
     Args:
         metric, knobs: as for `measure_sparsity`, where p is one of the knobs: only the metric's own may be given.
@@ -64,6 +67,7 @@ def measure_checkpoint(
         calibration: text to solve thresholds on; by default a third of the documents of `text`, which are then not
             measured. A metric that solves nothing is measured on all of them.
         dtype: one of DTYPES; by default the one the weights are stored in.
+        revision: branch, tag or commit of a model of the hub.
         max_tokens: of both texts together, a third of them for calibration; windows evenly spread over each text.
 
     Raises `InputError` for whatever cannot be opened, read or measured.
@@ -76,7 +80,7 @@ def measure_checkpoint(
         raise InputError(f"The dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
     documents = read_documents(text)
     others = read_documents(calibration) if calibration else None
-    network, tokenizer = open_checkpoint(model, dtype=getattr(torch, dtype) if dtype else None)
+    network, tokenizer = open_checkpoint(model, dtype=getattr(torch, dtype) if dtype else None, revision=revision)
     if tokenizer is None or not predicts_next_token(network):
         raise InputError(
             f"{model} is a {type(network).__name__}, which does not predict the next token of a text; this command "
@@ -95,6 +99,8 @@ def measure_checkpoint(
     report = measure_sparsity(network, chosen, metric, per_token=True, show_progress=True, **how)
     settings = {
         "model": model,
+        "revision": revision,
+        "opened": description(network),
         "architecture": type(network).__name__,
         "dtype": str(network.dtype).removeprefix("torch."),
         "text": str(text),
@@ -110,7 +116,7 @@ def window_length(model: PreTrainedModel, wanted: int | None = None) -> int:
 
     Raises `InputError` when `wanted` is longer than the context or shorter than two tokens.
     """
-    context: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context: Any = context_length(model) or math.inf
     if wanted is None:
         return min(WINDOW, context)
     if not 2 <= wanted <= context:
@@ -155,6 +161,7 @@ def summary(measured: Measured) -> str:
         f"Skipping the other {report.sparsity:.1%}, chosen anew for every token, takes perplexity from {dense:.2f} to "
         f"{sparse:.2f} ({report.ppl_ratio - 1:+.2%}{price}).",
         _basis(measured),
+        f"Model {measured.settings['opened']}.",
         "",
         _layer_lines(report),
     ]

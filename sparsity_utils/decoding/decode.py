@@ -6,7 +6,7 @@ for every model whose FFNs `find_ffns` finds as modules of their own.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from kernels import MAX_TOKENS, SparseFFN
 from kernels.head import CertifiedHead
-from kernels.linear import SparseInputFFN, SparseLinear
 from sparsity_utils.console import InputError, check
 from sparsity_utils.decoding.input_kernels import checked_maps, ffn_kernel, replace_attention
+from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import (
     FFN,
     Projection,
-    activation_name,
     bypassed,
     check_not_bypassed,
     find_ffns,
@@ -29,13 +28,13 @@ from sparsity_utils.neurons.find import (
 )
 from sparsity_utils.neurons.hooks import check_layers
 from sparsity_utils.neurons.input_rules import INPUT_RULES
-from sparsity_utils.neurons.modes import evaluating, forward_replaced
+from sparsity_utils.neurons.modes import evaluating, forward_replaced, unchanged
 from sparsity_utils.neurons.rules import RULES
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.neurons.trace import Inputs, tiny_inputs
 
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative RMS error of one FFN's output
-Kernel = SparseFFN | SparseInputFFN | SparseLinear | CertifiedHead
+Kernel = Callable[[Tensor], Tensor]
 THROUGH_LAYERS = 10  # times as much is allowed in the model's output
 
 
@@ -98,14 +97,20 @@ def sparse_kernels(
             kernels = [kernel_of(ffn, thresholds, certified) for ffn in ffns]
             stack.enter_context(_bypass(model, ffns, kernels))
         if head is not None:
-            stack.enter_context(forward_replaced(model.get_output_embeddings(), head))  # type: ignore[operator]
+            stack.enter_context(forward_replaced(head_module(model), head))
         yield kernels if head is None else [*kernels, head]
+
+
+def head_module(model: Any) -> nn.Linear:
+    """The output head of `model`. Raises `InputError` where it has none that is one linear map."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    check(isinstance(head, nn.Linear), f"{type(model).__name__} has no output head that is one linear map.")
+    return head
 
 
 def head_kernel(model: nn.Module, likeliest: int) -> CertifiedHead:
     """The kernel of the model's output head. Raises `InputError` where there is none."""
-    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    check(isinstance(head, nn.Linear), f"{type(model).__name__} has no output head that is one linear map.")
+    head = head_module(model)
     try:
         return CertifiedHead(head.weight, likeliest, head.bias)
     except ValueError as error:
@@ -213,7 +218,7 @@ def _check_close(y: Tensor, expected: Tensor, factor: float, problem: str) -> No
 
 def _output(model: nn.Module, inputs: Inputs) -> Tensor:
     """The first tensor that the model returns, in evaluation mode."""
-    with evaluating(model):
+    with evaluating(model), unchanged(model):
         out = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
     return out if isinstance(out, Tensor) else out[0]
 

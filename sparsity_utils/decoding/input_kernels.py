@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from kernels.linear import SparseInputFFN, SparseLinear, side_by_side
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.find import FFN, activation_name
+from sparsity_utils.neurons.activations import activation_name
+from sparsity_utils.neurons.find import FFN
 from sparsity_utils.neurons.input_rules import INPUT_RULES, InputRule, TopInputs
 from sparsity_utils.neurons.linears import LinearMap, by_vector, find_linears
 from sparsity_utils.neurons.modes import forward_replaced

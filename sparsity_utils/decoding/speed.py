@@ -22,7 +22,9 @@ from kernels.shapes import DENSE
 from kernels.timing import alternate, machine, speedups
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.decode import kernel_rule, replaceable_ffns, sparse_kernels
-from sparsity_utils.neurons.find import FFN, activation_name, find_ffns
+from sparsity_utils.models.context import context_length
+from sparsity_utils.neurons.activations import activation_name
+from sparsity_utils.neurons.find import FFN, find_ffns
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.rules import RULES
@@ -43,10 +45,17 @@ def decode_speeds(
     Args:
         prompts: token ids, (sequences, length), decoded side by side.
 
-    Raises `InputError` as `sparse_kernels` does, and for a model that generates no text.
+    Raises `InputError` as `sparse_kernels` does, for a model that generates no text, and where prompt and new tokens
+    are longer than its context.
     """
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise InputError(f"{type(model).__name__} does not decode text token by token; give a decoder.")
+    context, length = context_length(model), prompts.shape[1] + new_tokens
+    if context is not None and length > context:
+        raise InputError(
+            f"Prompts of {prompts.shape[1]} tokens and {new_tokens} new ones are longer than the model's context of "
+            f"{context}: shorten either."
+        )
 
     def decoded(block: Callable) -> tuple[Tensor, float]:
         with block():

@@ -28,51 +28,46 @@ from sparsity_utils.neurons.trace import TEXTS, Inputs, tiny_inputs
 ROUNDING = 0.02  # relative difference at which a module still counts as computing W x + b: bfloat16 rounds by 0.004
 REACHES = 0.1  # of the largest derivative: above, z_0 depends on a column; below is rounding of the softmax
 
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """A linear map that a module computes."""
-
-    module: nn.Module
-    outputs: Tensor  # which columns of what it returns, (out,) int64
-    transposed: bool  # whether its weight is kept as (in, out)
+Found = tuple[nn.Module, Tensor]  # a module, and which columns of what it returns make a map, (out,) int64
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class LinearCall:
     """A linear map that ran. Its output is a leaf of autograd's graph."""
 
     module: nn.Module
     transposed: bool
     given: Tensor  # its input as the model gave it
     x: Tensor  # the same, (texts, length, in)
-    y: Tensor  # (texts, length, out)
+    y: Tensor  # (..., out)
 
 
-def attentions(model: nn.Module, others: set[nn.Module], inputs: Inputs | None = None) -> list[dict[str, Found]]:
+def attentions(model: nn.Module, calls: list[LinearCall], others: set[nn.Module]) -> list[dict[str, Found]]:
     """The maps q, k, v and o of each attention layer, first layer first.
 
     Args:
+        calls: the linear maps that ran, by `linear_calls`.
         others: modules known to compute something else, such as FFNs.
-        inputs: as `neurons.find.find_ffns` takes them; the positions of each window are the second dimension.
 
-    Raises `InputError` for quantised weights, and where what reaches an o is not q, k and v of one vector.
+    Raises `InputError` where what reaches an o is not q, k and v of one vector.
     """
     names = {module: name for name, module in model.named_modules()}
-    _check_unquantised(names)
-    calls = _calls(model, inputs)
-    candidates = [call for call in calls if call.module not in others]
-    found = []
+    found: list[dict[str, Found]] = []
+    since: list[LinearCall] = []  # the last o
     with torch.enable_grad():  # a caller may have turned gradients off
-        for call in candidates:
-            parts = _mixed(call, candidates)
+        for call in calls:
+            if call.module in others:
+                continue
+            parts = _mixed(call, since)
+            since.append(call)
             if parts is not None:
                 found.append(_roles(call, parts, names))
+                since = []
     return found
 
 
-def _check_unquantised(names: Mapping[nn.Module, str]) -> None:
-    for module, name in names.items():
+def _check_unquantised(model: nn.Module) -> None:
+    for name, module in model.named_modules():
         held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         narrow = (
             tensor for tensor in held if tensor.dim() == 2 and tensor.itemsize == 1 and tensor.dtype != torch.bool
@@ -84,17 +79,23 @@ def _check_unquantised(names: Mapping[nn.Module, str]) -> None:
             )
 
 
-def _calls(model: nn.Module, inputs: Inputs | None) -> list[_Call]:
-    """The linear maps of one forward pass, in the order in which they run."""
+def linear_calls(model: nn.Module, inputs: Inputs | None) -> list[LinearCall]:
+    """The linear maps of one forward pass, in the order in which they run, each cut off from what it was computed from.
+
+    inputs: as `neurons.find.find_ffns` takes them; the positions of each window are the second dimension.
+
+    Raises `InputError` for quantised weights.
+    """
+    _check_unquantised(model)
     given = tiny_inputs(model) if inputs is None else inputs
-    calls: list[_Call] = []
+    calls: list[LinearCall] = []
 
     def cut(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         transposed = _is_transposed(module, args, output)
         if transposed is None:
             return None
         y = output.detach().requires_grad_()
-        calls.append(_Call(module, transposed, args[0], _by_text(args[0]), y))
+        calls.append(LinearCall(module, transposed, args[0], _by_text(args[0]), y))
         return y.clone()  # the model may write into it
 
     devices = sorted({x.device.index for x in model.parameters() if x.device.type == "cuda"})
@@ -132,20 +133,22 @@ def _by_text(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.unflatten(0, (TEXTS, -1))
 
 
-def _mixed(call: _Call, calls: list[_Call]) -> list[tuple[_Call, Tensor, Tensor, Tensor]] | None:
+def _mixed(call: LinearCall, calls: list[LinearCall]) -> list[tuple[LinearCall, Tensor, Tensor, Tensor]] | None:
     """What reaches the input of `call`, if that mixes positions; else None.
 
     Each part is a call, and for its columns (out,) how strongly they reach z_0, z_1... from position 0, and z_1... from
     later positions.
     """
-    if not call.x.requires_grad:
+    if not call.x.requires_grad or not calls:
         return None
     leaves = [other.y for other in calls]
     generator = torch.Generator().manual_seed(0)
     direction = 1 + torch.rand(call.x.shape[-1], generator=generator)  # of one sign, so that no head cancels another
     z = (call.x * direction.to(call.x)).sum((0, 2))  # (length,)
-    first = torch.autograd.grad(z[0], leaves, retain_graph=True, allow_unused=True)
     later = torch.autograd.grad(z[1:].sum(), leaves, retain_graph=True, allow_unused=True)
+    if not any(grad is not None and bool(_by_text(grad)[:, 0].any()) for grad in later):
+        return None
+    first = torch.autograd.grad(z[0], leaves, retain_graph=True, allow_unused=True)
     parts = []
     for other, at_first, at_later in zip(calls, first, later, strict=True):
         if at_later is None:
@@ -153,12 +156,14 @@ def _mixed(call: _Call, calls: list[_Call]) -> list[tuple[_Call, Tensor, Tensor,
         own = torch.zeros_like(other.y) if at_first is None else at_first
         columns = [_by_text(grad).abs().amax(0) for grad in (own, at_later)]  # (length, out)
         parts.append((other, columns[0].amax(0), columns[1][0], columns[1][1:].amax(0)))
-    return parts if any(bool(part[2].any()) for part in parts) else None
+    return parts
 
 
-def _roles(o: _Call, parts: list[tuple[_Call, Tensor, Tensor, Tensor]], names: Mapping[nn.Module, str]) -> dict:
+def _roles(
+    o: LinearCall, parts: list[tuple[LinearCall, Tensor, Tensor, Tensor]], names: Mapping[nn.Module, str]
+) -> dict:
     most = max(float(part[1].max()) for part in parts)
-    roles = {"o": Found(o.module, torch.arange(o.y.shape[-1]), o.transposed)}
+    roles = {"o": (o.module, torch.arange(o.y.shape[-1]))}
     used = []
     for call, to_first, from_first, from_later in parts:
         is_v = (to_first > REACHES * most) & (from_first > 0)
@@ -167,18 +172,18 @@ def _roles(o: _Call, parts: list[tuple[_Call, Tensor, Tensor, Tensor]], names: M
         for role, columns in (("q", is_q), ("k", is_k), ("v", is_v)):
             if bool(columns.any()):
                 _check(role not in roles, o, names)
-                roles[role] = Found(call.module, columns.nonzero().flatten().cpu(), call.transposed)
+                roles[role] = call.module, columns.nonzero().flatten().cpu()
                 used.append(call)
         _check(bool((is_q | is_k | is_v).all()), o, names)
     _check(roles.keys() == {"q", "k", "v", "o"}, o, names)
-    _check(len(roles["k"].outputs) == len(roles["v"].outputs), o, names)
+    _check(len(roles["k"][1]) == len(roles["v"][1]), o, names)
     _check(all(call.given is used[0].given for call in used), o, names)
     return roles
 
 
-def _check(condition: bool, o: _Call, names: Mapping[nn.Module, str]) -> None:
+def _check(condition: bool, o: LinearCall, names: Mapping[nn.Module, str]) -> None:
     if not condition:
         raise InputError(
-            f"What {names[o.module]} is given is not causal attention over q, k and v computed by one linear map each "
-            f"of one vector; rules on the inputs of linear maps know no other kind of block."
+            f"What {names[o.module]} is given is not causal attention over q, k and v, each computed by an unquantised "
+            f"linear map of one vector; rules on the inputs of linear maps know no other kind of block."
         )

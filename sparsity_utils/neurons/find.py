@@ -3,19 +3,24 @@
 Names follow arXiv 2411.02335, section 3: a gated FFN computes `s = act(W_gate x)`, `h = s * (W_in x)` and
 `W_out h`; a plain one `h = s = act(W_in x)` and `W_out h`. Neuron i gives `W_out[:, i] * h_i`. Routed experts of a
 mixture share a layer.
+
+s is what the model multiplies by the other map of x, after thresholds or masks of its own; h is what the down
+projection is given. Of two activated maps (dReLU, `act(W_gate x) * act(W_in x)`) s is the first factor.
+
+A layer is one step of the computation: FFNs that share their weights are layers of their own, and so is each call of a
+module that the model runs several times.
 """
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef
 
-from kernels.naive import ACTIVATIONS
-from sparsity_utils.console import InputError
-from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.console import InputError, check
+from sparsity_utils.neurons.complete import check_followed, check_in_place, check_none_left_out
 from sparsity_utils.neurons.trace import FirstMap, Inputs, Use, trace
 from sparsity_utils.neurons.vectors import Frames, Matrix, common
 
@@ -63,6 +68,9 @@ class FFN:
     expert: int = 0  # which of the routed experts of its layer
     experts: int = 1  # how many routed experts share its layer and its threshold; 1 in a dense model
     in_encoder: bool = False  # whether it belongs to the encoder of an encoder-decoder
+    call: int = 0  # which of the calls of its modules in one run of the model, where they serve several layers
+    calls: int = 1  # how many layers they serve
+    scope: str = ""  # where calls > 1: name of the innermost module whose one call makes all of them
 
     @property
     def parameter(self) -> Tensor:
@@ -119,16 +127,23 @@ def layer_count(ffns: list[FFN]) -> int:
 
 @dataclass(frozen=True)
 class _Found:
-    """The FFNs that were found in a model; they hold as long as it consists of the same modules."""
+    """The FFNs that were found in a model; they hold as long as it consists of the same modules and parameters."""
 
-    modules: list[weakref.ref]
+    parts: list[tuple]
     ffns: list[FFN]
 
-    def is_of(self, model: nn.Module) -> bool:
-        modules = list(model.modules())
-        return len(modules) == len(self.modules) and all(
-            known() is module for known, module in zip(self.modules, modules, strict=True)
-        )
+
+def _parts(model: nn.Module) -> list[tuple]:
+    """What a model consists of: equal for two moments between which no module or parameter was replaced or reshaped.
+
+    Flags of modules count too, since they switch adapters off and on; the one for training does not.
+    """
+    parts = []
+    for module in model.modules():
+        flags = tuple(name for name, value in vars(module).items() if value is True and name != "training")
+        shapes = [(name, WeakIdRef(p), p.shape, p.stride()) for name, p in module._parameters.items() if p is not None]
+        parts.append((weakref.ref(module), flags, *shapes))
+    return parts
 
 
 _found: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
@@ -139,20 +154,27 @@ def find_ffns(model: nn.Module, inputs: Inputs | None = None) -> list[FFN]:
 
     They are found by what the model computes, not by the names or shapes of its modules: it runs once, on a tiny input,
     while `flow.Flow` follows its vectors. What that run does not reach (a vision tower, given text) is not found. The
-    result is kept until modules of the model are replaced.
+    result is kept until modules or parameters of the model are replaced.
 
     Args:
         inputs: keyword arguments of the model, or its one positional argument; None: made up from its config. Needed
             once, for models that are not of `transformers` or that take neither token ids nor images.
 
-    Raises `InputError` naming the modules looked at when there is none, and when the model does not run.
+    Raises `InputError` naming the modules looked at when there is none, when the model does not run, and where not all
+    FFNs can be measured: weights that are elsewhere or are no parameters, and neurons that more than the down
+    projection reads.
     """
-    known = _found.get(model)
-    if known is None or not known.is_of(model):
-        ffns = _ffns(model, trace(model, inputs))
+    check(isinstance(model, nn.Module), f"The model is of type {type(model).__name__}: give a torch module.")
+    known, parts = _found.get(model), _parts(model)
+    if known is None or known.parts != parts:
+        check_in_place(model)
+        uses, strays = trace(model, inputs)
+        check_followed(model, uses, strays)
+        ffns = _ffns(model, uses)
         if not ffns:
             raise InputError(_nothing_found(model))
-        known = _found[model] = _Found([weakref.ref(module) for module in model.modules()], ffns)
+        check_none_left_out(model, ffns)
+        known = _found[model] = _Found(parts, ffns)
     return list(known.ffns)
 
 
@@ -182,14 +204,14 @@ class _Container:
 
 
 def _ffns(model: nn.Module, uses: list[Use]) -> list[FFN]:
-    first: dict[tuple[str, int], Use] = {}
+    first: dict[tuple, Use] = {}
     for use in uses:
-        first.setdefault((use.matrix.parameter, use.matrix.offset), use)
+        first.setdefault((use.matrix.parameter, use.matrix.offset, use.x), use)
     layers: dict[tuple, list[Use]] = {}
     for use in first.values():
         container = _container(model, use)
         if _fused_experts(model, use.matrix) > 1 or container is None:
-            key: tuple = (use.matrix.parameter,)
+            key: tuple = (use.matrix.parameter, use.x)
         else:
             key = (container.name, use.x)  # layers of a decoder, unlike experts, are applied to different vectors
         layers.setdefault(key, []).append(use)
@@ -197,18 +219,54 @@ def _ffns(model: nn.Module, uses: list[Use]) -> list[FFN]:
     encoder = set(model.get_encoder().modules()) if _is_encoder_decoder(model) else set()  # type: ignore[operator]
     ffns: list[FFN] = []
     for layer, members in enumerate(layers.values()):
-        ffns += _layer(model, layer, members, ran, encoder)
-    return ffns
+        ffns += _layer(model, layer, members, _in_pieces(uses, members[0]), ran, encoder)
+    return _with_calls(ffns, list(layers.values()))
+
+
+def _in_pieces(uses: list[Use], of: Use) -> Frames:
+    """The modules that are running during all uses of one matrix on the same x, of which it may see a piece each time.
+
+    A call, not a module, is what runs all of them.
+    """
+    calls = [use for use in uses if use.matrix == of.matrix and use.x == of.x]
+    return of.frames[: len(common(*(use.calls for use in calls)))]
+
+
+def _with_calls(ffns: list[FFN], layers: list[list[Use]]) -> list[FFN]:
+    """The FFNs, told apart where the same modules serve several layers. Raises `InputError` where they are experts."""
+
+    def served(ffn: FFN) -> tuple:
+        return ffn.down or ffn.owner, ffn.parameter, ffn.matrix.offset
+
+    by_modules: dict[tuple, list[FFN]] = {}
+    for ffn in ffns:
+        by_modules.setdefault(served(ffn), []).append(ffn)
+    result = []
+    for ffn in ffns:
+        same = by_modules[served(ffn)]
+        if len(same) == 1:
+            result.append(ffn)
+            continue
+        check(
+            ffn.experts == 1,
+            f"The routed experts {ffn.name} serve several layers, which cannot be told apart: unshare them first.",
+        )
+        runs = [layers[other.layer][0] for other in same]
+        scope = runs[0].frames[: len(common(*(run.calls for run in runs)))][-1]
+        result.append(replace(ffn, call=same.index(ffn), calls=len(same), scope=scope))
+    return result
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _layer(model: nn.Module, layer: int, members: list[Use], ran: set[str], encoder: set[nn.Module]) -> list[FFN]:
+def _layer(
+    model: nn.Module, layer: int, members: list[Use], frames: Frames, ran: set[str], encoder: set[nn.Module]
+) -> list[FFN]:
     """The FFNs of one layer, given its down projections that ran: some experts may not have run."""
     use = members[0]
-    name, frames = use.frames[-1], use.frames
+    name = frames[-1]
     activation, down = use.activation, use.down
     matrices = [use.matrix]
     container = _container(model, use)
@@ -218,7 +276,7 @@ def _layer(model: nn.Module, layer: int, members: list[Use], ran: set[str], enco
     elif container is not None and (len(members) > 1 or use.gathered is not None):
         matrices = _siblings(model, container, use.matrix, {other.matrix.parameter for other in members}, ran)
         if len(matrices) > 1:
-            name, frames = container.name, _outside(use.frames, container.name)
+            name, frames = container.name, _outside(frames, container.name)
     routed = len(matrices) > 1 or use.gathered is not None
     if routed or activation is None or down is None:
         activation = down = None
@@ -310,35 +368,3 @@ def owners(ffns: Iterable[FFN]) -> dict[str, list[FFN]]:
         if ffn.activation is None or ffn.down is None:
             found.setdefault(ffn.owner, []).append(ffn)
     return found
-
-
-def activation_name(module: nn.Module) -> str | None:
-    """The one of `kernels.naive.ACTIVATIONS` that `module` computes, element by element; None if it is none of them.
-
-    The module is called in float32, without its hooks, and stays as it is. A module that holds tensors is none of them,
-    because what it computes may change.
-    """
-    if any(True for _ in chain(module.parameters(), module.buffers())):
-        return None
-    try:
-        with evaluating(module):
-            values = module.forward(_grid())
-    except Exception:  # it takes something else than one tensor of any shape
-        return None
-    if not isinstance(values, Tensor) or values.shape != _grid().shape:
-        return None
-    return next((name for name, act in ACTIVATIONS.items() if _same(values, act(_grid()))), None)
-
-
-def _grid() -> Tensor:
-    """Numbers at which activation functions are compared: where they differ, and far out, where some are clipped.
-
-    A new tensor each time, because a module may work in place.
-    """
-    near, far = torch.linspace(-10, 10, 2001), 2.0 ** torch.arange(4, 11)
-    return torch.cat([-far, near, far]).to("cpu", torch.float32)
-
-
-def _same(values: Tensor, expected: Tensor) -> bool:
-    """Whether two results differ by no more than the rounding of float32 and of constants written with eight digits."""
-    return torch.allclose(values.float(), expected, rtol=1e-5, atol=1e-6)

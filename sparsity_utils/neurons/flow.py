@@ -9,7 +9,6 @@ and copy, so that routed experts can be followed.
 """
 
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,19 +28,22 @@ from sparsity_utils.neurons.vectors import (
     Map,
     Matrix,
     Role,
+    Source,
     Vectors,
+    activated,
     common,
     fresh,
     image_of,
     moved_places,
 )
+from sparsity_utils.neurons.weights import Constant, Weights, is_one_matrix, moved_constant, operation
 
 # Names of primitive operations (torch.ops.aten, without overload).
 LINEAR_MAPS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_grouped_mm": 0, "grouped_mm_fallback": 0}  # first factor
 GROUPED = ("_grouped_mm", "grouped_mm_fallback")  # (rows, in) x (experts, in, out), rows sorted by expert
-TRANSPOSES = ("t", "transpose", "permute", "numpy_T")
-INTEGERS = (torch.int32, torch.int64)
-POINTWISE = ("rsub", "hardswish", "hardsigmoid", "_prelu_kernel")  # those without torch's pointwise tag
+POINTWISE = ("rsub", "hardswish", "hardsigmoid", "_prelu_kernel", "masked_fill_")  # those without torch's pointwise tag
+CREATED = ("zeros_like", "ones_like", "full_like", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+ORDERS, SUMMARIES = ("topk", "sort"), ("kthvalue", "argmax", "any", "all", "count_nonzero", "std", "var")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,36 +58,20 @@ class Down:
 
 
 @dataclass(frozen=True, eq=False)
-class Constant:
-    """A tensor computed from parameters alone."""
+class Stray:
+    """An operation that reads s or h and is neither a step towards a down projection nor one itself."""
 
-    base: Tensor | None = None  # view of a parameter that it copies, or is gathered from
-    chosen: Tensor | None = None  # the entries of the base along dimension 0, where gathered
-
-
-class Weights:
-    """Which parameter or buffer of a module a tensor lies in, found by its address."""
-
-    def __init__(self, module: nn.Module) -> None:
-        named = [*module.named_parameters(), *module.named_buffers()]
-        spans = [(x.data_ptr(), x.data_ptr() + x.nbytes, name) for name, x in named if x.numel()]
-        self.spans = sorted(spans)
-        self.starts = [start for start, _, _ in self.spans]
-
-    def find(self, x: Tensor) -> tuple[str, int] | None:
-        """Name of the parameter or buffer that `x` lies in, and its offset there in elements; None outside all."""
-        index = bisect_right(self.starts, x.data_ptr()) - 1
-        if index < 0 or x.data_ptr() >= self.spans[index][1]:
-            return None
-        start, _, name = self.spans[index]
-        return name, (x.data_ptr() - start) // x.itemsize
+    source: object  # `Vectors.source` of what it reads
+    frames: Frames  # the modules that were running
+    maps_back: bool  # whether it gives vectors of the size of x, by a weight that is no parameter
 
 
 class Flow(TorchDispatchMode):
     """Inside the `with` block, `visit` is called just before each down projection whose weights are in `module`.
 
     A tensor that `visit` returns, (rows, d_ff), takes the place of h, below autograd: no gradient flows through it.
-    No other bit of what the model computes changes.
+    No other bit of what the model computes changes. Rows that an expert was given times a factor of zero have the token
+    `-1 - token`: they are not routed to it.
     """
 
     supports_higher_order_operators = True  # they run, unfollowed
@@ -93,9 +79,13 @@ class Flow(TorchDispatchMode):
 
     def __init__(self, module: nn.Module, visit: Callable[[Down], Tensor | None]) -> None:
         super().__init__()
+        torch.clear_autocast_cache()  # of casts of weights that were made before anybody watched
         self.visit, self.weights = visit, Weights(module)
         self.tags: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> Vectors
         self.constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> Constant
+        self.created: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> True: it began with equal values
+        self.ordered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # largest values, their places -> Vectors
+        self.strays: list[Stray] = []
         self.frames: Frames = ()  # kept by whoever knows which modules are running
 
     @classmethod
@@ -133,8 +123,12 @@ class Flow(TorchDispatchMode):
             out = func(*args, **kwargs)
         if torch.Tag.pointwise in func.tags or name in POINTWISE:
             self._pointwise(name.removesuffix("_"), args, kwargs, out)
+        elif is_masked_fill(name, args):
+            self._pointwise("masked_fill", (args[0], args[1][0], args[2]), {}, out)
+        elif name in ("scatter", "scatter_") and isinstance(args[2], Tensor) and args[2] in self.ordered:
+            self._scattered(args, out)
         else:
-            self._other(args, out)
+            self._other(func, args, out)
         return out
 
     def tag(self, x: Any) -> Vectors | None:
@@ -158,6 +152,8 @@ class Flow(TorchDispatchMode):
     def _moved(self, func: Any, args: tuple, kwargs: dict, out: Any, part: int | None) -> None:
         if not args or not isinstance(args[0], Tensor) or not isinstance(out, Tensor):
             return
+        if args[0] in self.ordered:
+            self.ordered[out] = self.ordered[args[0]]
         constant = self._constant(args[0])
         if constant is not None:
             if self.weights.find(out) is None:
@@ -168,6 +164,7 @@ class Flow(TorchDispatchMode):
         name = operation(func)
         rows, columns = moved_places(tag, name, func, args, kwargs, out, part)
         if rows is None:
+            self._stray(tag)
             return
         image, gathered = tag.image, tag.gathered
         if image is not None and image.s is not None and name not in COPIES:
@@ -184,7 +181,7 @@ class Flow(TorchDispatchMode):
 
     def _pointwise(self, name: str, args: tuple, kwargs: dict, out: Any) -> None:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        data = [x for x in tensors if x.numel() > 1 and self._constant(x) is None]
+        data = [x for x in tensors if x.numel() > 1 and self._constant(x) is None and not self._uniform(x)]
         if not data:
             if any(self._constant(x) is not None for x in tensors):
                 self.constants[out] = Constant()
@@ -195,18 +192,48 @@ class Flow(TorchDispatchMode):
         if lead is None:
             return
         per_row = [x.shape[-1] == 1 != out.shape[-1] for x in data]  # one number per vector
-        image, source = None, object()
+        image, source, rows = None, object(), lead.rows
         if None not in tags:
             image = image_of(name, args, data, tags, per_row)
-            if name == "mul" and len(data) == 2 and any(per_row):
-                source = lead.source  # x up to one factor per token
-        self.tags[out] = Vectors(source, lead.rows, lead.columns, image, lead.gathered)
+        if image is None:
+            for tag in tags:
+                self._stray(tag)
+            if name == "mul" and len(data) == 2 and any(per_row):  # x up to one factor per token
+                source, rows = lead.source, fed(lead, data[per_row.index(True)], out)
+        self.tags[out] = Vectors(source, rows, lead.columns, image, lead.gathered)
 
-    def _other(self, args: tuple, out: Any) -> None:
+    def _uniform(self, x: Tensor) -> bool:
+        """Whether `x` was created with equal values and still has them."""
+        with self.paused():
+            return x in self.created and bool((x == x.flatten()[0]).all())
+
+    def _scattered(self, args: tuple, out: Tensor) -> None:
+        """A scatter to the places of the largest values of s or h: a mask of it, or what the mask leaves of it."""
+        tag = self.ordered[args[2]]
+        base, values = self.tags.get(args[0]), args[3]
+        same = base is not None and base.image is not None and base.image.map is tag.image.map and base.part == tag.part
+        plain = not isinstance(values, Tensor) or values in self.ordered or self._uniform(values)
+        self.tags.pop(out, None)
+        if plain and out.shape == tag.rows.shape and (same or args[0] in self.created):
+            image = tag.image if tag.image.role is Role.PRODUCT else activated(tag.image)
+            self.tags[out] = replace(tag, source=object(), image=image)
+            self.created.pop(out, None)
+
+    def _other(self, func: Any, args: tuple, out: Any) -> None:
         """Any other operation makes new vectors; they keep the tokens of an argument whose rows were gathered."""
+        name = operation(func)
+        read = [tag for x in args if isinstance(x, Tensor) and (tag := self.tags.get(x)) is not None]
+        if name in ORDERS and read and read[0].image is not None:
+            for one in out:
+                self.ordered[one] = read[0]
+        elif name not in SUMMARIES and torch.Tag.reduction not in func.tags:
+            for tag in read:
+                self._stray(tag, func.namespace != "aten" and maps_back(tag, out))
         if not isinstance(out, Tensor):
             return
         self.tags.pop(out, None)
+        if name in CREATED:
+            self.created[out] = True
         for x in args:
             tag = self.tags.get(x) if isinstance(x, Tensor) else None
             tokens = tag.row_tokens() if tag is not None and tag.gathered is not None else None
@@ -214,6 +241,10 @@ class Flow(TorchDispatchMode):
                 rows = tokens.unsqueeze(-1).expand(out.shape)
                 self.tags[out] = replace(fresh(out), rows=rows, gathered=tag.gathered)
                 return
+
+    def _stray(self, tag: Vectors | None, maps_back: bool = False) -> None:
+        if tag is not None and tag.image is not None and tag.image.role is not Role.LINEAR:
+            self.strays.append(Stray(tag.source, self.frames, maps_back))
 
     # Linear maps.
 
@@ -226,7 +257,11 @@ class Flow(TorchDispatchMode):
         tag = self.tag(args[at])
         if tag is None or (constants[0] is None) == flipped:  # two activations, or two weights
             out = func(*args, **kwargs)
-            self._other((), out)
+            for factor in args[first : first + 2]:
+                if (read := self.tags.get(factor)) is not None:
+                    is_product = read.image is not None and read.image.role is Role.PRODUCT
+                    self._stray(read, is_product and factor.dim() == 2 and maps_back(read, out))
+            self._other(func, (), out)
             return out
         x, weight = args[at], args[first if flipped else first + 1]
         constant = constants[0 if flipped else 1]
@@ -236,10 +271,12 @@ class Flow(TorchDispatchMode):
                 constant = replace(constant, base=constant.base.mT)
             tag = replace(tag, rows=tag.rows.mT, columns=tag.columns.mT)
         role = tag.image.role if tag.image is not None else None
-        if role in (Role.ACTIVATED, Role.PRODUCT) and tag.image.width == weight.shape[-1]:
+        if role in (Role.ACTIVATED, Role.PRODUCT) and weight.shape[-1] in widths(tag):
             replacement = self._down(func, args, kwargs, x, constant, tag, flipped)
             if replacement is not None:
                 args = (*args[:at], replacement.mT if flipped else replacement, *args[at + 1 :])
+        else:
+            self._stray(tag)
         out = func(*args, **kwargs)
         self._mapped(out.mT if flipped else out, x, constant, tag, out, flipped)
         return out
@@ -251,7 +288,9 @@ class Flow(TorchDispatchMode):
         if flipped:
             rows, columns = rows.mT, columns.mT
         applied = Map(self._matrix(constant.base) if is_one_matrix(constant) else None)
-        image = Image(Role.LINEAR, (tag.source, tag.part), x.shape[-1], applied, self.frames)
+        further = tag.image.xs if tag.image is not None and tag.image.role is Role.LINEAR else ()
+        xs = (Source(tag.source, tag.part, x.shape[-1]), *further)
+        image = Image(Role.LINEAR, xs, applied, self.frames)
         self.tags[out] = Vectors(new.source, rows, columns, image, tag.gathered)
 
     def _down(
@@ -263,6 +302,7 @@ class Flow(TorchDispatchMode):
         with self.paused():
             blocks = self._blocks(func, args, kwargs, x, constant)
             if tokens is None or blocks is None or s.shape != x.shape:
+                self._stray(tag, True)
                 return None
             flat = Down(s.flatten(0, -2), x.flatten(0, -2), tokens.flatten(), blocks, tag)
             h = self.visit(flat)
@@ -304,28 +344,30 @@ class Flow(TorchDispatchMode):
         return found and Matrix(*found, (base.shape[-1], base.shape[-2]), (base.stride(-1), base.stride(-2)))
 
 
-def is_one_matrix(constant: Constant) -> bool:
-    """Whether all vectors are multiplied by the same matrix."""
-    base = constant.base
-    return constant.chosen is None and base is not None and (base.dim() == 2 or base.stride(0) == 0)
+def widths(tag: Vectors) -> list[int]:
+    """The sizes of the vectors that s or h was computed from."""
+    return [x.width for x in tag.image.xs]
 
 
-def operation(func: Any) -> str:
-    """Name of a primitive operation, without its library and overload."""
-    return func.__name__.partition(".")[0]
+def maps_back(tag: Vectors, out: Any) -> bool:
+    """Whether what an operation gave for s or h may be vectors of the size of x."""
+    is_activated = tag.image is not None and tag.image.role is not Role.LINEAR
+    return is_activated and isinstance(out, Tensor) and out.dim() > 1 and out.shape[-1] in widths(tag)
 
 
-def moved_constant(constant: Constant, func: Any, args: tuple, kwargs: dict, out: Tensor) -> Constant:
-    """What a copy, view or gather makes of a tensor that is computed from parameters alone."""
-    name, base = operation(func), constant.base
-    if base is None:
-        return constant
-    if name in COPIES or (out.shape == args[0].shape and name not in (*GATHERS, *TRANSPOSES)):
-        return constant
-    if name in TRANSPOSES:
-        return replace(constant, base=func(base, *args[1:], **kwargs))
-    if constant.chosen is None and name == "index" and len(args[1]) == 1 and args[1][0].dtype in INTEGERS:
-        return Constant(base, args[1][0])
-    if constant.chosen is None and name == "index_select" and args[1] == 0:
-        return Constant(base, args[2])
-    return Constant()
+def fed(tag: Vectors, factor: Tensor, out: Tensor) -> Tensor:
+    """`tag.rows` of vectors times one factor each, (..., 1): `-1 - token` where it is zero."""
+    tokens = tag.row_tokens()
+    if tokens is None:
+        return tag.rows
+    with Flow.paused():
+        dropped = (factor == 0).squeeze(-1).expand(tokens.shape) & (tokens >= 0)
+        return torch.where(dropped, -1 - tokens, tokens).unsqueeze(-1).expand(out.shape)
+
+
+def is_masked_fill(name: str, args: tuple) -> bool:
+    """Whether an operation is `x[mask] = number`."""
+    if name not in ("index_put", "index_put_") or len(args) != 3 or len(args[1]) != 1:
+        return False
+    mask = args[1][0]
+    return mask is not None and mask.dtype is torch.bool and mask.shape == args[0].shape and args[2].numel() == 1

@@ -31,6 +31,7 @@ class InputRule(Rule):
     decided_on = "input"
     norm = 0  # the score is |x_j| ||W[:, j]|| in this norm; 0: |x_j| alone
     normed: tuple[str, ...] | None = None  # the maps whose score has that norm, by role; None: all
+    per_token = False  # True: the number of inputs kept is fixed for each token, and no text is needed to set it
 
     def scores(self, linear: LinearMap, sizes: Tensor) -> Tensor:
         """The score of each input, (..., in). `sizes`: |x|, float32 or wider."""
@@ -41,12 +42,12 @@ class InputRule(Rule):
     def active(self, linear: LinearMap, sizes: Tensor, value: float) -> Tensor:  # type: ignore[override]
         return self.scores(linear, sizes) > value
 
-    def value(self, linear: LinearMap, sparsity: float, scores: Tensor) -> float:
+    def value(self, linear: LinearMap, sparsity: float, scores: Tensor | None) -> float:
         """What `active` takes to skip `sparsity` of the inputs of `linear`.
 
         Args:
             scores: those of the map on calibration tokens, in any order, (n,). Exactly round(sparsity * n) of them are
-                not above the result, ties aside: the empirical quantile.
+                not above the result, ties aside: the empirical quantile. None will do where `per_token`.
         """
         skipped = round(sparsity * len(scores))
         if skipped == len(scores):
@@ -71,6 +72,8 @@ class InputRule(Rule):
 class TopInputs(InputRule):
     """Kept: the k inputs of the largest scores, k being the same for each token. Ties with the k-th stay."""
 
+    per_token = True
+
     def active(self, linear: LinearMap, sizes: Tensor, value: float) -> Tensor:  # type: ignore[override]
         scores = self.scores(linear, sizes)
         if value < 1:
@@ -78,7 +81,7 @@ class TopInputs(InputRule):
         smallest_kept = scores.topk(min(int(value), scores.shape[-1]), dim=-1).values[..., -1:]  # (..., 1)
         return (scores >= smallest_kept) & (scores != 0)
 
-    def value(self, linear: LinearMap, sparsity: float, scores: Tensor) -> float:
+    def value(self, linear: LinearMap, sparsity: float, scores: Tensor | None) -> float:
         return round((1 - sparsity) * linear.inputs)
 
     def check_sparsity(self, sparsity: float, widths: Iterable[int]) -> None:

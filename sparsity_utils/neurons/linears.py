@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_utils.console import InputError, check
-from sparsity_utils.neurons.attention import Found, attentions
-from sparsity_utils.neurons.find import FFN, Projection, check_not_bypassed, find_ffns, widened
+from sparsity_utils.neurons.attention import Found, LinearCall, attentions, linear_calls
+from sparsity_utils.neurons.find import FFN, check_not_bypassed, find_ffns, widened
 from sparsity_utils.neurons.modes import forward_replaced
 from sparsity_utils.neurons.trace import Inputs
 
@@ -140,7 +140,8 @@ def _linears(model: nn.Module, ffns: list[FFN], inputs: Inputs | None) -> list[L
             ffn.experts == 1 and ffn.gate is not None,
             f"{ffn.name} of {kind} {what}, and rules on the inputs of linear maps need dense FFNs made of modules.",
         )
-    found = attentions(model, {module for ffn in ffns for module in _modules(ffn)}, inputs)
+    calls = linear_calls(model, inputs)
+    found = attentions(model, calls, {module for ffn in ffns for module, _ in _ffn_maps(ffn).values()})
     check(
         len(found) == len(ffns),
         f"{kind} has {len(ffns)} FFNs and {len(found)} attention layers made of unquantised linear maps q, k, v and o; "
@@ -150,34 +151,22 @@ def _linears(model: nn.Module, ffns: list[FFN], inputs: Inputs | None) -> list[L
     result: list[LinearMap] = []
     for ffn, roles in zip(ffns, found, strict=True):
         maps = {**roles, **_ffn_maps(ffn)}
-        block = _common([names[part.module] for part in maps.values()])
-        _check_whole(maps, block)
+        block = _common([names[module] for module, _ in maps.values()])
+        transposed = _checked_modules(maps, calls, names)
         for role in VECTORS:
             if role in maps:
-                part = maps[role]
-                place = (len(result), ffn.layer, role, block, names[part.module])
-                result.append(LinearMap(*place, part.module, part.outputs, part.transposed))
+                module, outputs = maps[role]
+                place = (len(result), ffn.layer, role, block, names[module])
+                result.append(LinearMap(*place, module, outputs, transposed[module]))
     return result
 
 
-def _modules(ffn: FFN) -> set[nn.Module]:
-    return {ffn.holder, *(part.module for part in (ffn.gate, ffn.up) if part is not None)}
-
-
 def _ffn_maps(ffn: FFN) -> dict[str, Found]:
-    maps = {role: _first(part) for role, part in (("gate", ffn.gate), ("up", ffn.up)) if part is not None}
-    transposed = ffn.matrix.stride[0] == 1
-    maps["down"] = Found(ffn.holder, torch.arange(ffn.matrix.size[0]), transposed)
+    maps: dict[str, Found] = {"down": (ffn.holder, torch.arange(ffn.matrix.size[0]))}
+    for role, part in (("gate", ffn.gate), ("up", ffn.up)):
+        if part is not None:
+            maps[role] = part.module, part.outputs.start + part.outputs.step * torch.arange(ffn.d_ff)
     return maps
-
-
-def _first(part: Projection) -> Found:
-    whole = _rows(part)
-    return Found(part.module, torch.arange(whole)[part.outputs], part.matrix.stride[1] != 1)
-
-
-def _rows(part: Projection) -> int:
-    return getattr(part.holder, part.parameter_name).numel() // part.matrix.size[1]
 
 
 def _common(names: list[str]) -> str:
@@ -187,18 +176,24 @@ def _common(names: list[str]) -> str:
     return ".".join(split[0][:shared])
 
 
-def _check_whole(maps: dict[str, Found], block: str) -> None:
-    """Raises `InputError` unless the outputs of each module are those of the maps found."""
-    for module in {part.module for part in maps.values()}:
-        parts = [part for part in maps.values() if part.module is module]
-        known = torch.cat([part.outputs for part in parts]).sort().values
-        weight = getattr(module, "weight", None)
-        whole = len(_weight(module, parts[0].transposed)) if isinstance(weight, Tensor) and weight.dim() == 2 else -1
+def _checked_modules(
+    maps: dict[str, Found], calls: list[LinearCall], names: dict[nn.Module, str]
+) -> dict[nn.Module, bool]:
+    """Whether each module of a block keeps its weight transposed.
+
+    Raises `InputError` unless each runs once as a linear map, all of whose outputs are those of `maps`.
+    """
+    found = {}
+    for module in dict.fromkeys(module for module, _ in maps.values()):
+        ran = [call for call in calls if call.module is module]
+        known = torch.cat([outputs for owner, outputs in maps.values() if owner is module]).sort().values
         check(
-            torch.equal(known, torch.arange(whole)) if whole >= 0 else False,
-            f"{block} uses outputs of {type(module).__name__} for something else than q, k, v, o, gate, up and down, "
-            f"and rules on the inputs of linear maps cannot tell what.",
+            len(ran) == 1 and torch.equal(known, torch.arange(ran[0].y.shape[-1])),
+            f"{names[module]} is not run once as an unquantised linear map that computes some of q, k, v, o, gate, up "
+            f"and down and nothing else; rules on the inputs of linear maps know no other kind.",
         )
+        found[module] = ran[0].transposed
+    return found
 
 
 @contextmanager
@@ -258,8 +253,7 @@ def sparse_inputs(
 
     def masked(linear: LinearMap, x: Tensor) -> Tensor:
         z = linear.coordinates(x)
-        kept = torch.where(mask.active_inputs(linear, z), z, torch.zeros((), dtype=x.dtype, device=x.device))
-        return linear.restored(kept)
+        return linear.restored(z * mask.active_inputs(linear, z))
 
     by_module: dict[nn.Module, list[LinearMap]] = {}
     for linear in maps:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from sparsity_utils.console import progress
 from sparsity_utils.neurons.find import widened
 from sparsity_utils.neurons.linears import Basis, LinearMap, by_vector, find_linears
 from sparsity_utils.neurons.modes import evaluating
@@ -25,7 +26,7 @@ ROUNDING = 0.02  # relative difference at which a module still counts as an RMSN
 LEVEL = 256.0  # far above the epsilon of any norm
 
 
-def rotated(model: nn.Module, inputs: Inputs | None = None) -> list[LinearMap]:
+def rotated(model: nn.Module, inputs: Inputs | None = None, show_progress: bool = False) -> list[LinearMap]:
     """The linear maps of `model`, those of attention and FFN with a basis: for `observe_inputs` and `sparse_inputs`.
 
     With nothing masked, the model computes what it did, to rounding. The gains g are those of the module that returned
@@ -35,7 +36,7 @@ def rotated(model: nn.Module, inputs: Inputs | None = None) -> list[LinearMap]:
     maps = find_linears(model, inputs)
     gains = _gains(model, maps, inputs)
     bases = {}
-    for readers in by_vector(maps):
+    for readers in progress(by_vector(maps), "rotations", shown=show_progress):
         made_diagonal = next((linear for linear in readers if linear.role == DIAGONAL.get(linear.vector)), None)
         if made_diagonal is not None:
             bases[readers[0].layer, readers[0].vector] = _basis(made_diagonal, gains[made_diagonal])

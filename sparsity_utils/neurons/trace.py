@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.flow import Down, Flow
-from sparsity_utils.neurons.modes import evaluating
-from sparsity_utils.neurons.vectors import Frames, Map, Matrix, Role, Vectors, common
+from sparsity_utils.neurons.flow import Down, Flow, Stray
+from sparsity_utils.neurons.modes import eager_attention, evaluating, unchanged
+from sparsity_utils.neurons.vectors import Frames, Map, Matrix, Role, Source, Vectors, common
 
 TEXTS, TOKENS, IMAGES = 2, 5, 2  # of the tiny input: several texts, so that the order of tokens shows
 
@@ -32,8 +32,11 @@ class Use:
     """One down projection that ran."""
 
     matrix: Matrix  # W_out
-    x: tuple  # identity of the vectors the FFN was applied to
+    x: Source  # the vectors the FFN was applied to
+    h: object  # `Vectors.source` of h
+    operation: int  # number of the operation that it is a part of: one may multiply by several matrices
     frames: Frames  # the modules that ran both the first linear map and the down projection
+    calls: tuple[int, ...]  # the number of the call of each of `frames`
     gathered: Frames | None  # the modules that chose the rows of x, if any did
     activation: str | None  # the module whose output is s, if there is one
     down: str | None  # the module whose first argument is h, if there is one
@@ -46,6 +49,7 @@ class _Call:
     """A module that is running."""
 
     name: str
+    number: int  # of calls before it
     argument: Any  # its first positional one
     tag: Vectors | None  # of that argument, when the module began
 
@@ -55,13 +59,17 @@ class _Tracer:
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[_Call] = []
+        self.begun = 0  # calls
+        self.downs = 0  # operations
         self.uses: list[Use] = []
         self.projections: dict[Map, str] = {}  # -> the module that returned its output
+        self.returned: dict[str, Map] = {}  # activation module -> the map whose s it returned last
         self.flow = Flow(model, self.seen)
 
     def enter(self, name: str, args: tuple) -> None:
         argument = args[0] if args else None
-        self.calls.append(_Call(name, argument, self._tag(argument)))
+        self.calls.append(_Call(name, self.begun, argument, self._tag(argument)))
+        self.begun += 1
         self.flow.frames = tuple(call.name for call in self.calls)
 
     def leave(self, output: Any) -> None:
@@ -77,7 +85,8 @@ class _Tracer:
         image, given = tag.image, self._tag(call.argument)
         if image.role is Role.LINEAR and image.frames[-1:] == (call.name,) and image.map.matrix is not None:
             all_of_it = tag.part == (0, 1, image.map.matrix.size[0])
-            if all_of_it and given is not None and (given.source, given.part) == image.x:
+            x = image.xs[0]
+            if all_of_it and given is not None and (given.source, given.part) == (x.tensor, x.part):
                 self.projections[image.map] = call.name
         if call.tag is None or call.tag.image is None:
             return
@@ -85,16 +94,22 @@ class _Tracer:
         if (before.role, image.role) == (Role.LINEAR, Role.ACTIVATED) and before.map is image.map:
             name = image.activation or call.name  # the innermost, where one holds another
             self.flow.tags[output] = replace(tag, image=replace(image, activation=name))
+            self.returned[name] = image.map
 
     def seen(self, down: Down) -> None:
-        image, call = down.vectors.image, self.calls[-1]
+        h, image, call = down.vectors, down.vectors.image, self.calls[-1]
         given = self._tag(call.argument)
-        is_h = given is not None and given.image is not None and given.part == down.vectors.part
-        is_h = is_h and (given.image.map, given.image.role) == (image.map, image.role)
-        frames = common(image.frames, self.flow.frames)
-        name, first = call.name if is_h else None, self._first_maps(down)
+        is_h = given is not None and (given.source, given.part) == (h.source, h.part)
+        # Hooks on modules see s and h where those return and take them, of all tokens in order, s last of all calls.
+        in_order = torch.equal(down.tokens, torch.arange(len(down.tokens), device=down.tokens.device))
+        hooked = is_h and in_order and self.returned.get(image.activation) is image.map
+        activation, name = (image.activation, call.name) if hooked else (None, None)
+        frames, first = common(image.frames, self.flow.frames), self._first_maps(down)
+        calls = tuple(call.number for call in self.calls[: len(frames)])
+        self.downs += 1
         for matrix, _ in down.blocks:
-            self.uses.append(Use(matrix, image.x, frames, down.vectors.gathered, image.activation, name, *first))
+            x = next(x for x in image.xs if x.width == matrix.size[0])
+            self.uses.append(Use(matrix, x, h.source, self.downs, frames, calls, h.gathered, activation, name, *first))
 
     def _first_maps(self, down: Down) -> tuple[FirstMap | None, FirstMap | None]:
         """Gate and up. A plain FFN has no up; both are None where a map is not computed by a module."""
@@ -117,21 +132,25 @@ class _Tracer:
         return self.flow.tags.get(x) if isinstance(x, Tensor) else None
 
 
-def trace(model: nn.Module, inputs: Inputs | None = None) -> list[Use]:
-    """The down projections that one forward pass computes, in the order in which it does.
+def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[list[Use], list[Stray]]:
+    """The down projections that one forward pass computes, in the order in which it does, and what else reads s or h.
 
-    The pass is in evaluation mode and without gradients; modes and random state are as before when it ends.
+    The pass is in evaluation mode and without gradients. When it ends, the model is `unchanged` and the random state
+    as before.
 
     Args:
         inputs: keyword arguments of the model, or its one positional argument; None: two texts of five tokens, or two
             blank images.
 
-    Raises `InputError` when the model has no such inputs, or does not run on them.
+    Raises `InputError` when the model has no such inputs, does not run on them, or moves its weights meanwhile.
     """
     given = tiny_inputs(model) if inputs is None else inputs
     tracer = _Tracer(model)
+    places = [(parameter, parameter.data_ptr()) for parameter in model.parameters()]
     with ExitStack() as stack:
+        stack.enter_context(unchanged(model))
         stack.enter_context(evaluating(model))
+        stack.enter_context(eager_attention(model))
         stack.enter_context(torch.random.fork_rng(_cuda_devices(model)))
         for name, module in model.named_modules():
             _watch(stack, tracer, name, module)
@@ -140,11 +159,17 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> list[Use]:
             model(**given) if isinstance(given, Mapping) else model(given)
         except Exception as error:
             which = "a tiny input of its own" if inputs is None else "the given inputs"
+            reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{type(model).__name__} did not run on {which}, which finding its FFNs needs "
-                f"({type(error).__name__}: {error}); pass find_ffns inputs that it takes."
+                f"({type(error).__name__}: {reason}); pass find_ffns inputs that it takes."
             ) from error
-    return tracer.uses
+        if any(parameter.data_ptr() != place for parameter, place in places):
+            raise InputError(
+                f"{type(model).__name__} moves its weights while it runs, as offloading does: "
+                f"load it on one device, without offloading."
+            )
+    return tracer.uses, tracer.flow.strays
 
 
 def _watch(stack: ExitStack, tracer: _Tracer, name: str, module: nn.Module) -> None:
@@ -165,12 +190,13 @@ def tiny_inputs(model: nn.Module) -> dict[str, Tensor]:
     """
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if config is not None and main == "input_ids":
-        vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # of a transformers model
-        padding = getattr(config, "pad_token_id", None)
+    vocabulary = _vocabulary(model) if config is not None and main == "input_ids" else None
+    if vocabulary is not None:
+        padding, chunk = getattr(config, "pad_token_id", None), getattr(config, "chunk_size_feed_forward", 0)
         usable = [token for token in range(min(vocabulary, TEXTS * TOKENS + 1)) if token != padding] or [0]
-        ids = torch.tensor([usable[i % len(usable)] for i in range(TEXTS * TOKENS)], device=device)
-        inputs = {"input_ids": ids.view(TEXTS, TOKENS)}
+        tokens = 2 * chunk if chunk else TOKENS  # FFNs in chunks run on multiples of their size, here on two
+        ids = torch.tensor([usable[i % len(usable)] for i in range(TEXTS * tokens)], device=device)
+        inputs = {"input_ids": ids.view(TEXTS, tokens)}
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs["input_ids"]
         return inputs
@@ -183,3 +209,12 @@ def tiny_inputs(model: nn.Module) -> dict[str, Tensor]:
         f"{type(model).__name__} takes neither input_ids nor pixel_values of a size that its config tells: "
         f"call find_ffns(model, inputs=...) once with inputs that it takes."
     )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many token ids the model knows; None where its embedding does not tell."""
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]  # of a transformers model
+    except (AttributeError, NotImplementedError):
+        return None
+    return len(weight)

@@ -1,15 +1,18 @@
 """How the vectors in a tensor relate to the vector x they were computed from, and what operations make of that.
 
-    linear     W x + b, a part of it, or a multiple
+    linear     W x + b, a part of it, a multiple, or the sum of two (as adapters of the first maps make)
     activated  s: a nonlinear function, applied element by element, of one linear image of x
-    product    h: s times another linear image of the same x
+    product    h: s times another linear image of the same x, or s times an activated one (dReLU), and what
+               element-wise functions make of h, such as thresholds and masks
+
+A threshold or a Top-k mask of a linear image, of s or of h belongs to what it is applied to.
 
 `flow.py` keeps one tag, `Vectors`, per tensor of a running model and asks here for the tag of each result.
 """
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +22,9 @@ COPIES = ("clone", "_to_copy", "alias", "detach", "lift_fresh")
 RESHAPES = ("view", "_unsafe_view", "_reshape_alias", "reshape")
 GATHERS = ("index", "index_select", "repeat")
 SHIFTS, SCALINGS, BOUNDS = ("add", "sub", "rsub"), ("mul", "div", "neg"), ("clamp", "clamp_min", "clamp_max")
+COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 
+Entry = TypeVar("Entry")
 Frames = tuple[str, ...]  # names of the modules that are running, outermost first
 
 
@@ -59,13 +64,21 @@ class Map:
     matrix: Matrix | None  # W, where it is one matrix and kept in a parameter
 
 
+@dataclass(frozen=True)
+class Source:
+    """Which vectors x are."""
+
+    tensor: object  # `Vectors.source`
+    part: tuple  # which of its columns
+    width: int
+
+
 @dataclass(frozen=True, eq=False)
 class Image:
     """One vector's relation to x."""
 
     role: Role
-    x: tuple  # which vector x is, and which part of it
-    width: int  # size of x
+    xs: tuple["Source", ...]  # x, innermost first: where x is a linear image itself, also what that is computed from
     map: Map  # of a product: the one that s is computed from
     frames: Frames  # modules that ran it
     s: Tensor | None = None  # of a product
@@ -93,8 +106,8 @@ class Vectors:
         return self.rows.select(-1, 0) if self.rows.stride(-1) == 0 or self.rows.shape[-1] == 1 else None
 
 
-def common(*frames: Frames) -> Frames:
-    """The modules that are running in all of `frames`."""
+def common(*frames: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """What all of `frames` begin with: the modules, or the calls, that are running in all of them."""
     shortest = min(map(len, frames))
     same = next((i for i in range(shortest) if len({f[i] for f in frames}) > 1), shortest)
     return frames[0][:same]
@@ -149,41 +162,47 @@ def leaves_columns(name: str, args: tuple) -> bool:
 
 def image_of(name: str, args: tuple, data: list[Tensor], tags: list[Vectors], per_row: list[bool]) -> Image | None:
     """How an element-wise function of `data` (and of constants) relates to the x they were computed from."""
+    wide = [at for at, narrow in enumerate(per_row) if not narrow]
+    if len(wide) == 1:
+        return transformed(name, args, data[wide[0]], tags[wide[0]].image, any(per_row))
     images = [tag.image for tag in tags]
-    if len(data) == 1 or (len(data) == 2 and sum(per_row) == 1):
-        at = per_row.index(False) if False in per_row else 0
-        return transformed(name, args, data[at], images[at], any(per_row))
-    if None in images:
+    if None in images or any(per_row):
         return None
-    roles = [image.role for image in images]
-    if len({(image.map, tag.part) for image, tag in zip(images, tags, strict=True)}) == 1:
-        if Role.PRODUCT in roles:
-            return None
-        same = name in SHIFTS and Role.ACTIVATED not in roles
-        return images[0] if same else activated(images[0])
-    if name == "mul" and set(roles) == {Role.ACTIVATED, Role.LINEAR} and len(data) == 2:
+    shared = tuple(x for x in images[0].xs if all(x in image.xs for image in images))
+    products = [image for image in images if image.role is Role.PRODUCT]
+    factors = [(image.map, tag.part) for image, tag in zip(images, tags, strict=True)]
+    if products:
+        h = products[0]
+        of_h = (
+            h.factors == image.factors if image in products else factor in h.factors
+            for image, factor in zip(images, factors, strict=True)
+        )
+        return h if h.factors and all(of_h) else None
+    if len(set(factors)) == 1:
+        is_linear = name in SHIFTS and all(image.role is Role.LINEAR for image in images)
+        return images[0] if is_linear else activated(images[0])
+    if len(images) != 2 or not shared:
+        return None
+    frames, roles = common(images[0].frames, images[1].frames), [image.role for image in images]
+    if name in SHIFTS and roles == [Role.LINEAR, Role.LINEAR]:
+        return Image(Role.LINEAR, shared, Map(None), frames)
+    if name == "mul" and Role.ACTIVATED in roles:
         at = roles.index(Role.ACTIVATED)
-        if images[0].x == images[1].x:
-            frames = common(images[0].frames, images[1].frames)
-            factors = tuple((images[i].map, tags[i].part) for i in (at, 1 - at))
-            return replace(images[at], role=Role.PRODUCT, s=data[at], frames=frames, factors=factors)
+        s_first = (factors[at], factors[1 - at])
+        return replace(images[at], role=Role.PRODUCT, xs=shared, s=data[at], frames=frames, factors=s_first)
     return None
 
 
 def transformed(name: str, args: tuple, x: Tensor, image: Image | None, per_row: bool) -> Image | None:
     """`image` after a function of itself and constants or, if `per_row`, one more number per vector."""
-    if image is None:
-        return None
-    scaled = name in SCALINGS and (name != "div" or args[0] is x)
-    if image.role is Role.PRODUCT:
-        return image if scaled else None
-    if per_row:
-        if image.role is Role.ACTIVATED and scaled:
-            return replace(image, role=Role.PRODUCT, s=x)
-        return image if image.role is Role.LINEAR and name in SHIFTS else None
-    if image.role is Role.LINEAR and (scaled or name in SHIFTS or is_bound(name, args)):
+    if image is None or image.role is Role.PRODUCT:
         return image
-    return activated(image)
+    scaled = name in SCALINGS and (name != "div" or args[0] is x)
+    if image.role is Role.ACTIVATED:
+        return replace(image, role=Role.PRODUCT, s=x) if per_row and scaled else activated(image)
+    if name in SHIFTS or (not per_row and (scaled or is_bound(name, args))):
+        return image
+    return activated(image) if not per_row or name in COMPARISONS else None
 
 
 def activated(image: Image) -> Image:

@@ -8,22 +8,23 @@ factor, and a few sparse passes find the CETT: two or three where perplexity is 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from sparsity_utils.console import InputError, progress
+from sparsity_utils.console import InputError, share_bar
 from sparsity_utils.neurons.find import FFN, find_ffns, layer_count
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.rules import METRICS, CettPpl
 from sparsity_utils.neurons.thresholds import Thresholds
-from sparsity_utils.sparsity.error_curve import NARROWEST, WIDTH_SHARE, ErrorCurve, relative_errors
+from sparsity_utils.sparsity.error_curve import NARROWEST, QUANTILES, WIDTH_SHARE, ErrorCurve, relative_errors
 from sparsity_utils.sparsity.passes import Batch, Losses, checked, joined, mean_losses, ppl_ratio, run_backbone
 from sparsity_utils.sparsity.search import find_root_near
+from sparsity_utils.sparsity.work import Work
 from sparsity_utils.text.windows import evenly_spaced
 
 # Perplexity is a rough function of CETT: on 8,192 tokens it wavers by about 1% of a 1% increase. Solving closer than
@@ -38,17 +39,41 @@ SAMPLE_TOKENS = 2048  # kept with their activations, 8 bytes per token, neuron a
 CACHE_BYTES = 2**29  # a large model keeps fewer
 ROUTED = 8  # experts that a token is assumed to reach at most, for that estimate
 
+# What progress expects of a search: sparse passes over the sample, the same where the sample is all, and over all
+# tokens otherwise; errors of a layer that its first points and then each new CETT take.
+SAMPLE_TRIALS, WHOLE_TRIALS, TRIALS = 5, 8, 3
+FIRST_ERRORS, ERRORS = len(QUANTILES) + 2, 3
+
 
 class KeptTokens:
     """Calibration windows with their activations in memory: exact error curves, short passes."""
 
-    def __init__(self, model: nn.Module, batches: list[Batch], tolerance: float, with_loss: bool, every: int) -> None:
-        """Runs one dense pass, keeping `every`-th token; with the language-model head only if `with_loss`."""
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: list[Batch],
+        tolerance: float,
+        with_loss: bool,
+        every: int,
+        work: Work,
+        tokens: float,
+        trials: int,
+    ) -> None:
+        """Runs one dense pass, keeping `every`-th token; with the language-model head only if `with_loss`.
+
+        `work` is told; `tokens` of the batches and `trials` of a CETT are what it expects.
+        """
         self.model, self.batches, self.tolerance = model, batches, tolerance
+        self.work, self.tokens, self.trials = work, tokens, trials if with_loss else 0
+        self.error_work = tokens / every * work.of_an_error
         self.solved: dict[tuple[float, ...], Thresholds] = {}
         self.dense = Losses()  # of the windows
         self.sparse: dict[float, Losses] = {}  # at each CETT tried
         ffns = {(ffn.layer, ffn.expert): ffn for ffn in find_ffns(model)}
+        layers: list[list[tuple[FFN, Tensor]]] = [[] for _ in range(layer_count(list(ffns.values())))]
+        self.trial_work = tokens + ERRORS * len(layers) * self.error_work
+        first = tokens + FIRST_ERRORS * len(layers) * self.error_work
+        work.begin("sample", first + self.trials * self.trial_work)
         kept: dict[tuple[int, int], list[Tensor]] = {place: [] for place in ffns}  # (tokens of a batch, d_ff) each
         for batch in batches:
 
@@ -60,23 +85,29 @@ class KeptTokens:
                     self.dense.add(model, batch)
                 else:
                     run_backbone(model, batch)
-        layers: list[list[tuple[FFN, Tensor]]] = [[] for _ in range(layer_count(list(ffns.values())))]
         for place, h in kept.items():
             if h:  # an expert may have met no token
                 layers[place[0]].append((ffns[place], torch.cat(h)))
-        self.curves = [ErrorCurve(parts) for parts in layers]
+        self.curves: list[ErrorCurve] = []
+        for parts in layers:
+            self.curves.append(ErrorCurve(parts))
+            work.add(FIRST_ERRORS * self.error_work)
 
     def thresholds(self, cetts: Sequence[float]) -> Thresholds:
         """The threshold of each layer at its CETT; a second call gives the same ones."""
         key = tuple(cetts)
         if key not in self.solved:  # a curve that has gained points could find another crossing
-            tolerance = self.tolerance * THRESHOLD_SHARE
-            values = tuple(curve.threshold(cett, tolerance) for curve, cett in zip(self.curves, cetts, strict=True))
-            self.solved[key] = Thresholds("cett", values)
+            tolerance, values = self.tolerance * THRESHOLD_SHARE, []
+            for curve, cett in zip(self.curves, cetts, strict=True):
+                known = len(curve.points)
+                values.append(curve.threshold(cett, tolerance))
+                self.work.add((len(curve.points) - known) * self.error_work)
+            self.solved[key] = Thresholds("cett", tuple(values))
         return self.solved[key]
 
     def ppl_ratio(self, cett: float) -> float:
         """exp(loss_sparse - loss_dense) of the kept windows: one sparse pass."""
+        self.work.begin("sample", max(self.trials - len(self.sparse), 1) * self.trial_work)
         with sparse_neurons(self.model, self.thresholds([cett] * len(self.curves))):
             self.sparse[cett] = mean_losses(self.model, self.batches)
         return ppl_ratio(self.sparse[cett], self.dense)
@@ -101,14 +132,19 @@ class Calibration:
         batches: list[Batch],
         tolerance: float,
         with_loss: bool,
-        show_progress: bool = False,
+        work: Work | None = None,
     ) -> None:
-        """Runs a dense pass over the sample."""
+        """Runs a dense pass over the sample. `work` is told what is done; None: nobody is."""
         self.model, self.batches, self.tolerance, self.with_loss = model, batches, tolerance, with_loss
-        self.show_progress = show_progress
-        sample, every = _sample(model, batches, with_loss)
-        self.sample = KeptTokens(model, sample, tolerance, with_loss, every)
+        self.work = work or Work(model, share_bar("", shown=False))
+        self.tokens = sum(batch.windows * (batch.length or _patches(model, batch)) for batch in batches)
+        sample, every = _sample(model, batches, self.tokens, with_loss)
         self.whole = sample is batches and every == 1
+        self.trials = TRIALS if with_loss else 0  # expected
+        self.work.left["calibration"] = 0 if self.whole else (1 + self.trials) * self.tokens
+        tokens = self.tokens * sum(batch.windows for batch in sample) / sum(batch.windows for batch in batches)
+        trials = WHOLE_TRIALS if self.whole else SAMPLE_TRIALS
+        self.sample = KeptTokens(model, sample, tolerance, with_loss, every, self.work, tokens, trials)
         self.factors = [1.0] * len(self.sample.curves)
         self.dense = self.sample.dense if self.whole else Losses()  # of all windows, once `align` has run
         self.sparse: dict[float, Losses] = self.sample.sparse if self.whole else {}  # at each CETT tried
@@ -117,10 +153,12 @@ class Calibration:
         """Measure the factor of each layer at `cett` and the dense losses: one dense pass, none for a whole sample."""
         if self.whole:
             return
-        self.factors, self.dense, self.sparse = [1.0] * len(self.factors), Losses(), {}
+        self.work.begin("calibration", (1 + self.trials) * self.tokens)
+        self.factors, self.sparse = [1.0] * len(self.factors), {}
         thresholds = self.thresholds(cett)
+        losses = self.with_loss and not self.dense.sums  # which a second call knows
         errors, counts = [0.0] * len(self.factors), [0] * len(self.factors)
-        for batch in self._read("dense pass"):
+        for batch in self.batches:
 
             def add(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor, batch: Batch = batch) -> None:
                 real = batch.real(ffn, tokens)
@@ -130,7 +168,7 @@ class Calibration:
                 counts[ffn.layer] += len(h) - int(zero.sum())
 
             with observe_neurons(self.model, add):
-                if self.with_loss:
+                if losses:
                     self.dense.add(self.model, batch)
                 else:
                     run_backbone(self.model, batch)
@@ -145,8 +183,9 @@ class Calibration:
 
     def ppl_ratio(self, cett: float) -> float:
         """exp(loss_sparse - loss_dense) on all windows: one sparse pass. `align` comes first."""
+        self.work.begin("calibration", max(self.trials - len(self.sparse), 1) * self.tokens)
         with sparse_neurons(self.model, self.thresholds(cett)):
-            self.sparse[cett] = mean_losses(self.model, self._read(f"sparse pass {len(self.sparse) + 1}"))
+            self.sparse[cett] = mean_losses(self.model, self.batches)
         return ppl_ratio(self.sparse[cett], self.dense)
 
     def losses(self, cett: float) -> Losses:
@@ -161,16 +200,12 @@ class Calibration:
         shares = [curve.activation_ratio(eps) for curve, eps in zip(self.sample.curves, values, strict=True)]
         return math.fsum(shares) / len(shares)
 
-    def _read(self, about: str) -> Iterator[Batch]:
-        return progress(self.batches, about, len(self.batches), self.show_progress)
 
-
-def _sample(model: nn.Module, batches: list[Batch], with_loss: bool) -> tuple[list[Batch], int]:
-    """Evenly spaced windows with about SAMPLE_TOKENS tokens, and n where memory allows to keep every n-th token.
+def _sample(model: nn.Module, batches: list[Batch], tokens: int, with_loss: bool) -> tuple[list[Batch], int]:
+    """Of `tokens` in `batches` evenly spaced windows with about SAMPLE_TOKENS, and n: memory keeps every n-th token.
 
     Windows without anything to measure are left out. The sample is `batches` itself where that has no more tokens.
     """
-    tokens = sum(batch.windows * (batch.length or _patches(model, batch)) for batch in batches)
     routed = {ffn.layer: ffn.d_ff * min(ffn.experts, ROUTED) for ffn in find_ffns(model)}
     keepable = max(1, CACHE_BYTES // (8 * sum(routed.values())))
     if tokens <= SAMPLE_TOKENS:

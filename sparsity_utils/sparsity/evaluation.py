@@ -202,7 +202,7 @@ class _Windows:
             self.by_token[1, ffn.layer].index_add_(0, tokens, torch.ones_like(tokens))
 
     def table(self) -> pd.DataFrame:
-        """One row per real token: document, position, token_id and the activation ratio in each layer."""
+        """One row per real token: document, position in the text, token_id and the activation ratio in each layer."""
         ids, mask = self.batch.inputs["input_ids"], self.batch.mask
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         window, position = real.cpu().nonzero(as_tuple=True)

@@ -1,277 +1,200 @@
-"""Thresholds of rules on the inputs of linear maps, from calibration text; one sparsity for all maps, or greedy ones.
+"""What a model is called with, made from the batches that a user gives: checked, and padded on the right."""
 
-Every threshold is the empirical quantile of a map's scores on the tokens that are kept, at the sparsity of that map.
-"""
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-
-import numpy as np
-import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from sparsity_utils.console import check, progress
-from sparsity_utils.neurons.find import FFN, find_ffns, layer_count, widened
-from sparsity_utils.neurons.hooks import observe_neurons
-from sparsity_utils.neurons.input_rules import INPUT_RULES, Cats, InputRule
-from sparsity_utils.neurons.linears import LinearMap, by_vector, find_linears, observe_inputs, sparse_inputs
-from sparsity_utils.neurons.modes import evaluating
-from sparsity_utils.neurons.rules import Fat
-from sparsity_utils.neurons.thresholds import Thresholds
-from sparsity_utils.sparsity.passes import Batch, checked, run_backbone
+from sparsity_utils.console import InputError, explained
+from sparsity_utils.models.context import context_length, vocabulary_size
 
-KEPT_BYTES = 2**29  # of kept inputs: SmolLM2-135M in float32 keeps 1,370 tokens, each with 1.8 million scores
-STEP = 0.01  # of a block's weights: what one step of the greedy allocation skips
-Batches = Iterable[Mapping[str, Tensor]]
+IGNORED = -100  # the label that counts for nothing, as in transformers
+SECOND_TEXT = ("labels", "decoder_")  # how the names of what an encoder-decoder writes begin
+PADDING_MASKS = ("attention_mask", "pixel_mask", "padding_mask")
 
 
-class KeptInputs:
-    """The vectors that linear maps read on calibration tokens, in memory."""
+def text_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], where: str) -> dict:
+    """The inputs, targets and masks of `passes.Batch` for a model that reads text.
 
-    def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], maps: Sequence[LinearMap], show_progress: bool = False
-    ) -> None:
-        """Runs a dense pass over `batches`, keeping every n-th real token so that KEPT_BYTES suffice."""
-        self.maps = list(maps)
-        widths = [readers[0].inputs for readers in by_vector(self.maps)]
-        tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
-        itemsize = next(model.parameters()).element_size()
-        self.every = max(1, math.ceil(tokens * sum(widths) * itemsize / KEPT_BYTES))
-        parts: dict[tuple[int, str], list[Tensor]] = {}
-        rows: Tensor
-
-        def keep(readers: list[LinearMap], x: Tensor) -> None:
-            parts.setdefault((readers[0].layer, readers[0].vector), []).append(x[rows].clone())
-
-        for batch in progress(batches, "dense pass", len(batches), show_progress):
-            rows = real_rows(batch)[:: self.every]
-            with evaluating(model), observe_inputs(model, keep, self.maps):
-                run_backbone(model, batch)
-        self.x = {place: torch.cat(found) for place, found in parts.items()}
-
-    def scores(self, rule: InputRule, linear: LinearMap) -> Tensor:
-        """The scores of one map on all kept tokens, (tokens * in,)."""
-        x = self.x[linear.layer, linear.vector]
-        return rule.scores(linear, widened(linear.coordinates(x)).abs()).flatten()
-
-    def thresholds(self, rule: InputRule, sparsities: Sequence[float], show_progress: bool = False) -> Thresholds:
-        """Thresholds at which each map skips its own of `sparsities` on the kept tokens."""
-        pairs = progress(zip(self.maps, sparsities, strict=True), "thresholds", len(self.maps), show_progress)
-        return Thresholds(rule.name, tuple(rule.value(one, share, self.scores(rule, one)) for one, share in pairs))
-
-
-def real_rows(batch: Batch) -> Tensor:
-    """Which rows of a batch, flattened, are no padding, (rows,)."""
-    ids = batch.inputs["input_ids"]
-    mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
-    return mask.flatten().nonzero().flatten()
-
-
-def calibrated(
-    model: nn.Module,
-    calibration: Batches,
-    rule: str,
-    sparsity: float,
-    *,
-    maps: Sequence[LinearMap] | None = None,
-    show_progress: bool = False,
-) -> Thresholds:
-    """The thresholds of `rule` at which every linear map, or for "cats" the FFN of every layer, has this `sparsity`.
-
-    Args:
-        calibration: batches as `measure_sparsity` takes them.
-        rule: one of `INPUT_RULES`, or "cats".
-        sparsity: share of a map's inputs, for "cats" of the neurons, that is skipped.
-        maps: as `find_linears` or `rotated` give them; None: without rotation.
-
-    Raises `InputError` for an unknown rule, a sparsity outside 0 to 1, one that a top-k rule cannot meet by a whole
-    number of inputs, and unusable batches.
+    Texts padded on the left are moved to the left, because most models number positions from the first column and
+    only some can be told otherwise: then every model computes what it does for each text alone.
     """
-    check(rule in INPUT_RULES or rule == Cats.name, f"The rule is {rule!r}; choose one of {', '.join(_names())}.")
-    if rule == Cats.name:
-        Cats().check_value(sparsity)
-        return Gates(model, list(checked(model, calibration, "calibration"))).thresholds(sparsity)
-    maps = find_linears(model) if maps is None else list(maps)
-    INPUT_RULES[rule].check_sparsity(sparsity, {linear.inputs for linear in maps})
-    kept = KeptInputs(model, list(checked(model, calibration, "calibration")), maps, show_progress)
-    return kept.thresholds(INPUT_RULES[rule], [sparsity] * len(maps), show_progress)
+    batch = _left_aligned(batch, where, model.config.is_encoder_decoder)
+    ids = _tensor(batch, "input_ids", where)
+    mask = _tensor(batch, "attention_mask", where, ids)
+    real = None if mask is None else mask.bool()
+    ids = _usable_ids(model, ids, real, where)
+    inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+    inputs |= _other_inputs(model, batch, where)
+    if model.config.is_encoder_decoder:
+        return _decoder_parts(model, batch, inputs, where) | {"mask": real}
+    if predicts_next_token(model):
+        targets = _next_tokens(ids, real, _tensor(batch, "labels", where, ids)).long()
+        _check_labels(targets, vocabulary_size(model), where)
+    else:
+        targets = _classes(batch, len(ids), where)
+    return {"inputs": inputs, "targets": targets, "mask": real}
 
 
-def _names() -> list[str]:
-    return [*INPUT_RULES, Cats.name]
+def _left_aligned(batch: Mapping[str, Tensor], where: str, two_texts: bool) -> dict[str, Tensor]:
+    """`batch` with the padding before each text moved behind it, in all tensors of one entry per token.
+
+    Where there are `two_texts`, the second one has padding of its own: see `_decoder_parts`.
+    """
+    ids = _tensor(batch, "input_ids", where)
+    mask = _tensor(batch, "attention_mask", where, ids)
+    if mask is None or ids.dim() != 2 or ids.numel() == 0 or bool(mask[:, 0].all()):
+        return dict(batch)
+    index = _moved(mask.bool())
+    names = {name for name in batch if not (two_texts and name.startswith(SECOND_TEXT))}
+    return dict(batch) | _per_token(batch, names, index, ids.shape)
 
 
-class Gates:
-    """The sizes |s| of the neurons of every layer on calibration tokens, in memory."""
-
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        """Runs a dense pass over `batches`, keeping every n-th real token so that KEPT_BYTES suffice."""
-        ffns = find_ffns(model)
-        widths = sum({ffn.layer: ffn.d_ff for ffn in ffns}.values())
-        tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
-        every = max(1, math.ceil(4 * tokens * widths / KEPT_BYTES))
-        layers: list[list[Tensor]] = [[] for _ in range(layer_count(ffns))]
-        rows: Tensor
-
-        def keep(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor) -> None:
-            layers[ffn.layer].append(widened(s[rows]).abs().flatten())
-
-        for batch in batches:
-            rows = real_rows(batch)[::every]
-            with evaluating(model), observe_neurons(model, keep):
-                run_backbone(model, batch)
-        self.sizes = [torch.cat(found) for found in layers]
-
-    def thresholds(self, sparsity: float) -> Thresholds:
-        """For each layer the smallest size that is kept where `sparsity` of them all are below it."""
-        return Thresholds(Fat.name, tuple(_smallest_kept(sizes, sparsity) for sizes in self.sizes))
+def _per_token(batch: Mapping[str, Tensor], names: Iterable[str], index: tuple, shape: torch.Size) -> dict[str, Tensor]:
+    """Those of `names` in `batch` that have one entry per token, moved by `index`."""
+    tensors = {name: batch[name] for name in names if isinstance(batch[name], Tensor)}
+    return {name: value[index] for name, value in tensors.items() if value.shape[:2] == shape}
 
 
-def _smallest_kept(sizes: Tensor, sparsity: float) -> float:
-    skipped = round(sparsity * len(sizes))
-    return math.inf if skipped == len(sizes) else float(sizes.kthvalue(skipped + 1).values)
+def _moved(real: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of tensors (rows, length, ...) that moves what precedes the first True of each row behind its end."""
+    rows, length = real.shape
+    first = real.int().argmax(1, keepdim=True)  # (rows, 1); 0 where all is padding
+    return torch.arange(rows, device=real.device)[:, None], (torch.arange(length, device=real.device) + first) % length
 
 
-class _Trial:
-    """Thresholds that change from one pass of a block to the next."""
+def _decoder_parts(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], inputs: dict[str, Tensor], where: str
+) -> dict[str, Any]:
+    """All inputs of an encoder-decoder, its targets and decoder_mask, from `inputs` and the labels of `batch`.
 
-    def __init__(self, rule: InputRule, values: list[float]) -> None:
-        self.rule, self.values = rule, values
+    IGNORED before a second text is padding, and moved behind it.
+    """
+    labels, rows = batch.get("labels"), len(next(iter(inputs.values())))
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or len(labels) != rows or labels.numel() == 0:
+        raise InputError(f"{where} has no labels (rows, length): an encoder-decoder needs its second text.")
+    _check_labels(labels, vocabulary_size(model, decoder=True), where)
+    _check_length(model, labels, where, decoder=True)
+    index = _moved(labels != IGNORED)
+    others = [name for name in inputs if name.startswith(SECOND_TEXT)]
+    inputs = inputs | _per_token(inputs, others, index, labels.shape)
+    labels = labels.long()[index]
+    inputs["decoder_input_ids"] = _shifted(model, labels)
+    return {"inputs": inputs, "targets": labels, "decoder_mask": labels != IGNORED}
 
-    def active_inputs(self, linear: LinearMap, x: Tensor) -> Tensor:
-        return self.rule.active(linear, widened(x).abs(), self.values[linear.index])
+
+def _shifted(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """What the decoder reads to predict `labels`, (rows, length): as the model makes it, or one place to the right."""
+    remedy = "set decoder_start_token_id and pad_token_id in its config"
+    with explained(f"{type(model).__name__} cannot make the inputs of its decoder from labels", remedy):
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            return model.prepare_decoder_input_ids_from_labels(labels)
+        start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
+        shifted = labels.roll(1, dims=1)
+        shifted[:, 0] = start
+        return shifted.masked_fill(shifted == IGNORED, padding)
 
 
-class _Block:
-    """A block of the model with its calls on allocation text: its maps can be masked and its output compared."""
-
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], rule: InputRule, maps: Sequence[LinearMap]) -> None:
-        """Runs a dense pass."""
-        self.module, self.maps = model.get_submodule(maps[0].block), list(maps)
-        self.calls: list[tuple[tuple, dict]] = []
-        handle = self.module.register_forward_pre_hook(
-            lambda module, args, kwargs: self.calls.append((args, kwargs)), with_kwargs=True
+def _check_labels(labels: Tensor, vocabulary: int, where: str) -> None:
+    if bool(((labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))).any()):
+        raise InputError(
+            f"{where} has labels outside the model's vocabulary of {vocabulary}: "
+            f"give token ids, and {IGNORED} where nothing is predicted."
         )
-        try:
-            kept = KeptInputs(model, batches, maps)
-        finally:
-            handle.remove()
-        self.scores = {linear: kept.scores(rule, linear).sort().values for linear in self.maps}
-        self.rows = [real_rows(batch) for batch in batches]
-        self.dense = [self._output(place) for place in range(len(self.calls))]
-
-    def _output(self, place: int) -> Tensor:
-        """Output of the block on one batch, (real tokens, d)."""
-        args, kwargs = self.calls[place]
-        out = self.module(*args, **kwargs)
-        return widened(out if isinstance(out, Tensor) else out[0]).flatten(0, -2)[self.rows[place]]
-
-    def error(self) -> float:
-        """Mean over tokens of ||y - y_dense|| / ||y_dense||, y being the output of the block."""
-        total, tokens = 0.0, 0
-        for place, dense in enumerate(self.dense):
-            off = torch.linalg.vector_norm(self._output(place) - dense, dim=-1)
-            total += float((off / torch.linalg.vector_norm(dense, dim=-1)).sum(dtype=torch.float64))
-            tokens += len(dense)
-        return total / tokens
 
 
-def greedy_sparsities(
-    model: nn.Module,
-    batches: Batches,
-    rule: str,
-    sparsity: float,
-    *,
-    step: float = STEP,
-    maps: Sequence[LinearMap] | None = None,
-    show_progress: bool = False,
-) -> tuple[list[float], pd.DataFrame]:
-    """The sparsity of each map by TEAL's greedy allocation (arXiv 2408.14690, section 4), and the path to it.
-
-    In each block all maps start at zero. At each step one of them skips more: the one with which the block's output
-    errs least, the mean over all tokens of ||y - y_dense|| / ||y_dense||. A step is `step` of the block's weights,
-    whichever map takes it; a map of which less is left takes that, and the last step is what is left to `sparsity`. The
-    input of the block is that of the dense run.
-
-    Args:
-        batches: allocation text, as `measure_sparsity` takes it.
-        rule: one of `INPUT_RULES`. Top-k rules round each map to whole inputs.
-        maps: as `find_linears` or `rotated` give them; None: without rotation.
-
-    Returns: a sparsity for each map, whose mean by weights is `sparsity` in every block, and one row per step: layer,
-        sparsity of the block, role of the map that took it, error, and the sparsity of each map by role.
-
-    Raises `InputError` as `calibrated`, and for a step outside 0 to 1.
-    """
-    check(rule in INPUT_RULES, f"The rule is {rule!r}; choose one of {', '.join(INPUT_RULES)}.")
-    chosen = INPUT_RULES[rule]
-    chosen.check_value(sparsity)
-    check(0 < step <= 1, f"step is {step}; choose a share of a block's weights, above 0 and at most 1.")
-    maps = find_linears(model) if maps is None else list(maps)
-    path = greedy_path(model, list(checked(model, batches, "allocation")), chosen, sparsity, step, maps, show_progress)
-    return sparsities_along(path, maps, sparsity), path
-
-
-def greedy_path(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    rule: InputRule,
-    sparsity: float,
-    step: float,
-    maps: Sequence[LinearMap],
-    show_progress: bool = False,
-) -> pd.DataFrame:
-    """The path of `greedy_sparsities`, on batches already checked."""
-    blocks: dict[int, list[LinearMap]] = {}
-    for linear in maps:
-        blocks.setdefault(linear.layer, []).append(linear)
-    rows = []
-    with evaluating(model):
-        for own in progress(blocks.values(), "allocation", len(blocks), show_progress):
-            rows += _greedy(model, _Block(model, batches, rule, own), rule, maps, sparsity, step)
-    return pd.DataFrame(rows, columns=["layer", "sparsity", "role", "error", *dict.fromkeys(one.role for one in maps)])
-
-
-def sparsities_along(path: pd.DataFrame, maps: Sequence[LinearMap], sparsity: float) -> list[float]:
-    """The sparsity of each map where its block's greedy `path` reaches `sparsity`, straight lines between steps."""
-    found = []
-    for linear in maps:
-        rows = path[path["layer"] == linear.layer]
-        found.append(float(np.interp(sparsity, [0.0, *rows["sparsity"]], [0.0, *rows[linear.role]])))
+def _other_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """What else in a batch of text the model takes: token_type_ids, position_ids, pixel_values."""
+    taken = inspect.signature(model.base_model.forward).parameters.keys() - {"input_ids", "attention_mask"}
+    found = {name: batch[name] for name in batch if name in taken and batch[name] is not None}
+    if "inputs_embeds" in found:
+        raise InputError(f"{where} has inputs_embeds beside input_ids: leave them out.")
+    for name, value in found.items():
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != len(batch["input_ids"]):
+            raise InputError(f"{where} has {name} without one row for each of input_ids: make them agree.")
     return found
 
 
-def _greedy(
-    model: nn.Module, block: _Block, rule: InputRule, maps: Sequence[LinearMap], target: float, step: float
-) -> list[dict]:
-    """The steps of one block, each a row of the path."""
-    total = sum(linear.size for linear in block.maps)
-    trial = _Trial(rule, [0.0] * len(maps))
-    now = dict.fromkeys(block.maps, 0.0)
+def other_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], main: str, where: str) -> dict:
+    """The same for a model that reads images, sounds and the like: whatever it takes, every position real."""
+    values = _tensor(batch, main, where)
+    if values.numel() == 0:
+        raise InputError(f"{where} has an empty {main}; give at least one row.")
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "documents")}
+    for name in inputs:
+        if name in PADDING_MASKS and bool((inputs[name] == 0).any()):
+            raise InputError(
+                f"{where} is padded ({name}), and where padding goes inside {type(model).__name__} is not known: "
+                f"give rows of one size in each batch."
+            )
+    if model.config.is_encoder_decoder:
+        return _decoder_parts(model, batch, inputs, where) | {"mask": None}
+    return {"inputs": inputs, "targets": _classes(batch, len(values), where), "mask": None}
 
-    def set_to(linear: LinearMap, share: float) -> None:
-        trial.values[linear.index] = rule.value(linear, share, block.scores[linear])
 
-    rows: list[dict] = []
-    with ExitStack() as stack:
-        stack.enter_context(sparse_inputs(model, trial, maps))
-        for linear in block.maps:
-            set_to(linear, 0.0)
-        reached = 0.0
-        while reached < target - 1e-12:
-            skipped = min(step, target - reached) * total  # weights
-            errors = {}
-            for linear in block.maps:
-                if now[linear] < 1:
-                    set_to(linear, min(1.0, now[linear] + skipped / linear.size))
-                    errors[linear] = block.error()
-                    set_to(linear, now[linear])
-            best = min(errors, key=errors.__getitem__)
-            now[best] = min(1.0, now[best] + skipped / best.size)
-            set_to(best, now[best])
-            reached = sum(now[linear] * linear.size for linear in block.maps) / total
-            row = {"layer": best.layer, "sparsity": reached, "role": best.role, "error": errors[best]}
-            rows.append(row | {linear.role: share for linear, share in now.items()})
-    return rows
+def _classes(batch: Mapping[str, Tensor], windows: int, where: str) -> Tensor | None:
+    """Labels of whole rows, (windows,), or of their positions, (windows, length); int64, or None."""
+    labels = batch.get("labels")
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape[:1] != (windows,):
+        raise InputError(f"{where} has unusable labels: give a tensor of whole numbers with {windows} rows.")
+    return labels.long()
+
+
+def _usable_ids(model: PreTrainedModel, ids: Tensor, real: Tensor | None, where: str) -> Tensor:
+    """`ids`, checked; where padding is an id that the model does not have, another one stands for it."""
+    if ids.dim() != 2 or ids.numel() == 0 or ids.shape[1] < 2:
+        raise InputError(f"{where} has input_ids of shape {tuple(ids.shape)}; give at least one row of two tokens.")
+    _check_length(model, ids, where)
+    vocabulary = vocabulary_size(model)
+    if real is not None and not ids.is_floating_point():
+        ids = ids.masked_fill(~real & (ids >= vocabulary), 0)
+    if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise InputError(
+            f"{where} has token ids outside the model's vocabulary of {vocabulary}: "
+            f"use the tokenizer that belongs to the model."
+        )
+    return ids
+
+
+def _check_length(model: PreTrainedModel, ids: Tensor, where: str, decoder: bool = False) -> None:
+    context = context_length(model, decoder)
+    if context is not None and context < ids.shape[1]:
+        raise InputError(
+            f"{where} has windows of {ids.shape[1]} tokens and the model's context is {context}: cut them."
+        )
+
+
+def _next_tokens(ids: Tensor, real: Tensor | None, labels: Tensor | None) -> Tensor:
+    """Labels moved to the position that predicts them; the last position predicts nothing. (windows, length)."""
+    targets = torch.full_like(ids, IGNORED)
+    if labels is not None:
+        targets[:, :-1] = labels[:, 1:] if real is None else labels[:, 1:].masked_fill(~real[:, 1:], IGNORED)
+    elif real is not None:
+        targets[:, :-1] = ids[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)
+    else:
+        targets[:, :-1] = ids[:, 1:]
+    return targets
+
+
+def _tensor(batch: Mapping[str, Tensor], key: str, where: str, like: Tensor | None = None) -> Tensor | None:
+    value = batch.get(key)
+    if value is None and like is not None:
+        return None
+    if not isinstance(value, Tensor):
+        raise InputError(f"{where} has no tensor {key}: a batch is a dict with {key} as the model takes it.")
+    if like is not None and value.shape != like.shape:
+        raise InputError(
+            f"{where} has {key} of shape {tuple(value.shape)} and input_ids of shape {tuple(like.shape)}: "
+            f"make them agree."
+        )
+    return value
+
+
+def predicts_next_token(model: PreTrainedModel) -> bool:
+    """Whether position t of the logits predicts token t + 1, as in every decoder that generates text."""
+    return model.can_generate() and not model.config.is_encoder_decoder

@@ -8,25 +8,27 @@ expert counts as one FFN application, with the share of that expert's neurons, a
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from sparsity_utils.console import check, progress
+from sparsity_utils.console import check
 from sparsity_utils.neurons.find import find_ffns, layer_count
 from sparsity_utils.neurons.modes import evaluating
-from sparsity_utils.neurons.rules import CettPpl, metric_named
+from sparsity_utils.neurons.rules import CettPpl, Rule, metric_named
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.calibration import TOLERANCE, Calibration, SolvedCett, solve_cett
 from sparsity_utils.sparsity.evaluation import REPLICATES, DocumentBootstrap, Evaluation, interval, standard_error
-from sparsity_utils.sparsity.passes import Losses, checked, ppl_ratio
+from sparsity_utils.sparsity.passes import Batch, Losses, checked, ppl_ratio
+from sparsity_utils.sparsity.work import Work, work_of
 
 OTHER_DOCUMENTS = 1  # seed of the bootstrap of calibration documents that are not those of the evaluation
 TIMES = (0.1, 10.0)  # bounds of a replicate's loss increase over that of all: few documents may even gain from the mask
-CETT_STEPS = 9  # between these, at which the activation ratio is looked up
+UNKNOWN = 4  # token passes of an evaluation of unknown length, for each calibration token: two over twice the text
+CETT_STEPS = 9  # between these, at which the activation ratio may be looked up
 Batches = Iterable[Mapping[str, Tensor]]
 
 
@@ -56,7 +58,8 @@ class SparsityReport:
     skipped_tokens: int  # token-layer pairs with a zero FFN output, left out of CETT
     thresholds: Thresholds
     layers: pd.DataFrame  # one row per layer: see `_layer_table`
-    per_token: pd.DataFrame | None  # on request: document, position, token_id, and each layer's activation ratio
+    per_token: pd.DataFrame | None  # on request: document, position in the window without padding before it, token_id,
+    # and each layer's activation ratio
     dense: Losses  # of each evaluation window; the next measurement on the same batches can be given it
     calibrated_on: str  # "calibration", "evaluation" (the same tokens), or "none": nothing was solved
     note: str = ""  # empty, or a sentence on how the solution should be read
@@ -95,7 +98,7 @@ def measure_sparsity(
         dense: `SparsityReport.dense` of an earlier report on the same batches: saves computing the dense loss again.
         tolerance: accepted error of log(PPL ratio) as a share of log(1 + p/100). On up to 2,048 calibration tokens the
             CETT of each layer is solved ten times closer; on more, a sample of them gives it to about 1%.
-        show_progress: show a bar for each pass over the batches (never in CI).
+        show_progress: show a bar of the whole measurement, with an estimate of what is left (never in CI).
         knobs: the one that the metric has (`neurons.rules`): k, neurons kept per token, 1 to d_ff; eps, threshold on
             |s_i|, not negative; cett, 0 to 1.
 
@@ -108,27 +111,17 @@ def measure_sparsity(
     value = next(iter(setting.values()), 0.0)
     rule.check_value(value, min(ffn.d_ff for ffn in ffns))
     check(0 < tolerance < 1, f"tolerance is {tolerance}; choose a share between 0 and 1.")
-    if not rule.solved:
-        thresholds = Thresholds(metric, (value,) * layer_count(ffns))
-        return _report(model, batches, _Solution(thresholds, metric), per_token, dense, show_progress)
-    own = calibration is None
+    own = rule.solved and calibration is None
     if own:
         batches = calibration = list(batches)
-    role = "evaluation" if own else "calibration"
-    with evaluating(model):
-        kept = list(checked(model, calibration, role))
-        solver = Calibration(model, kept, tolerance, priced, show_progress=show_progress)
-        if priced:
-            solved = solve_cett([solver], value)
-            thresholds, shift = solver.thresholds(solved.cett), _shift(solver, solved, own)
-            solution = _Solution(thresholds, metric, solved.cett, role, solved.note, shift)
-            if own:
-                solution.known = (solver.dense, solver.losses(solved.cett))
+    with work_of(model, show_progress) as work:
+        if rule.solved:
+            work.left["evaluation"] = (1 if own and priced else 2) * (_tokens(batches) or 0)
+            role = "evaluation" if own else "calibration"
+            solution = _solve(model, calibration, role, rule, value, tolerance, work)
         else:
-            solver.align(value)
-            solution = _Solution(solver.thresholds(value), metric, value, role)
-        del solver  # its activations are not needed any more
-    return _report(model, batches, solution, per_token, dense, show_progress)
+            solution = _Solution(Thresholds(metric, (value,) * layer_count(ffns)), metric)
+        return _report(model, batches, solution, per_token, dense, work)
 
 
 def apply_thresholds(
@@ -144,7 +137,8 @@ def apply_thresholds(
 
     Arguments and errors as for `measure_sparsity`; the report's metric is the rule of the thresholds.
     """
-    return _report(model, batches, _Solution(thresholds, thresholds.rule), per_token, dense, show_progress)
+    with work_of(model, show_progress) as work:
+        return _report(model, batches, _Solution(thresholds, thresholds.rule), per_token, dense, work)
 
 
 @dataclass
@@ -160,11 +154,37 @@ class _Solution:
     known: tuple[Losses | None, Losses | None] = (None, None)  # dense and sparse losses of the evaluation batches
 
 
+def _solve(
+    model: nn.Module,
+    calibration: Batches,
+    role: str,
+    rule: Rule,
+    value: float,
+    tolerance: float,
+    work: Work,
+) -> _Solution:
+    """The thresholds of `rule` set to `value`, solved on `calibration`; `role`: "evaluation" where it is that, too."""
+    priced, own = isinstance(rule, CettPpl), role == "evaluation"
+    with evaluating(model):
+        kept = list(checked(model, calibration, role))
+        unknown = UNKNOWN * sum(batch.windows * (batch.length or 1) for batch in kept)
+        work.left["evaluation"] = work.left["evaluation"] or unknown
+        solver = Calibration(model, kept, tolerance, priced, work)
+        if not priced:
+            solver.align(value)
+            return _Solution(solver.thresholds(value), rule.name, value, role)
+        solved = solve_cett([solver], value)
+        thresholds, shift = solver.thresholds(solved.cett), _shift(solver, solved, own)
+        known = (solver.dense, solver.losses(solved.cett)) if own else (None, None)
+        return _Solution(thresholds, rule.name, solved.cett, role, solved.note, shift, known)
+
+
 def _shift(solver: Calibration, solved: SolvedCett, own: bool) -> np.ndarray:
     """By how much the activation ratio would differ had other calibration documents solved the CETT, (REPLICATES,).
 
     The increase of the loss is about CETT^b. Documents with x times the increase therefore allow x^(-1/b) * CETT, and
-    the shift is ratio(x^(-1/b) * CETT) - ratio(CETT), both on the kept sample.
+    the shift is ratio(x^(-1/b) * CETT) - ratio(CETT), both on the kept sample. The ratio is looked up at steps of
+    log x, at those that some replicate lies next to.
     """
     bootstrap = DocumentBootstrap(3, seed=0 if own else OTHER_DOCUMENTS)
     cett, dense, sparse = solved.cett, solver.dense, solver.losses(solved.cett)
@@ -176,11 +196,13 @@ def _shift(solver: Calibration, solved: SolvedCett, own: bool) -> np.ndarray:
         return np.zeros(REPLICATES)
     sums = bootstrap.replicates.T
     with np.errstate(invalid="ignore", divide="ignore"):
-        times = np.clip((sums[1] - sums[0]) / sums[2] / increase, *TIMES)
+        wanted = np.log(np.clip((sums[1] - sums[0]) / sums[2] / increase, *TIMES))
+    known = wanted[np.isfinite(wanted)]  # a replicate may be empty
     low, high = np.log(TIMES)
     steps = np.linspace(low, high, CETT_STEPS)
+    steps = steps[steps.searchsorted(known.min(), "right") - 1 : steps.searchsorted(known.max()) + 1]
     ratios = [solver.activation_ratio(min(1.0, cett * math.exp(-step / solved.exponent))) for step in steps]
-    return np.interp(np.log(times), steps, ratios) - solver.activation_ratio(cett)
+    return np.interp(wanted, steps, ratios) - solver.activation_ratio(cett)
 
 
 def _report(
@@ -189,12 +211,12 @@ def _report(
     solution: _Solution,
     per_token: bool,
     dense: Losses | None,
-    show_progress: bool,
+    work: Work,
 ) -> SparsityReport:
     with evaluating(model):
         found = Evaluation(model, solution.thresholds, per_token)
-        total = len(batches) if isinstance(batches, Sized) else None
-        read = progress(checked(model, batches, "evaluation"), "evaluation", total, show_progress)
+        passes, tokens = 1 if solution.known[1] else 2, _tokens(batches)
+        read = _counted(checked(model, batches, "evaluation"), passes, tokens, work)
         found.run(read, solution.known if dense is None else (dense, solution.known[1]))
     ratios, ppl_ratios = found.replicates()
     ratios, documents = np.clip(ratios + solution.shift, 0, 1), found.bootstrap.documents
@@ -221,6 +243,25 @@ def _report(
         calibrated_on=solution.calibrated_on,
         note=solution.note,
     )
+
+
+def _tokens(batches: Batches) -> int | None:
+    """Tokens of `batches`, padding included; None where these do not tell before they are read."""
+    given = list(batches) if isinstance(batches, Sequence) else [None]
+    texts = [batch.get("input_ids") if isinstance(batch, Mapping) else None for batch in given]
+    return sum(text.numel() for text in texts) if all(isinstance(text, Tensor) for text in texts) else None
+
+
+def _counted(batches: Iterable[Batch], passes: int, tokens: int | None, work: Work) -> Iterator[Batch]:
+    """Read `batches`, `passes` over each, and tell `work` what is left of their `tokens`.
+
+    None: nobody knows how many follow. As much is expected as `work` expects, then as much again as there was.
+    """
+    start, expected = work.done, work.left["evaluation"] if tokens is None else passes * tokens
+    for batch in batches:
+        spent, this = work.done - start, passes * batch.windows * (batch.length or 1)
+        work.begin("evaluation", max(expected - spent, spent if tokens is None else 0, this))
+        yield batch
 
 
 def _layer_table(thresholds: Thresholds, found: Evaluation) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import inspect
 import math
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsity_utils.console import InputError
+from sparsity_utils.console import InputError, explained
 from sparsity_utils.neurons.find import FFN, widened
-
-IGNORED = -100  # the label that counts for nothing, as in transformers
+from sparsity_utils.neurons.hooks import observe_neurons
+from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.sparsity.inputs import IGNORED, other_parts, text_parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,7 @@ class Batch:
     def real(self, ffn: FFN, tokens: Tensor) -> Tensor | slice:
         """Which of the rows that `ffn` was observed on are of real tokens; `tokens` (rows,) is the token of each."""
         mask = self._mask(ffn)
+        self._check_rows(ffn, tokens)
         return slice(None) if mask is None else mask.flatten()[tokens]
 
     def real_tokens(self, ffn: FFN, tokens: Tensor) -> int:
@@ -74,12 +77,29 @@ class Batch:
         return self.mask if self.decoder_mask is None or ffn.in_encoder else self.decoder_mask
 
     def _length(self, ffn: FFN, tokens: Tensor) -> int:
+        length = self._known_length(ffn)
+        return (int(tokens.max()) + 1) // self.windows if length is None else length
+
+    def _known_length(self, ffn: FFN) -> int | None:
+        """Tokens of a window; None for the patches of an image, which no input shows."""
         mask = self._mask(ffn)
         if mask is not None:
             return mask.shape[1]
-        if "input_ids" in self.inputs:
-            return self.inputs["input_ids"].shape[1]
-        return (int(tokens.max()) + 1) // self.windows  # the patches of an image, which no input shows
+        return self.inputs["input_ids"].shape[1] if "input_ids" in self.inputs else None
+
+    def _check_rows(self, ffn: FFN, tokens: Tensor) -> None:
+        length = self._known_length(ffn)
+        if length is None:
+            return
+        # A routed expert sees some of the tokens, any other FFN all of them.
+        seen = len(tokens) if ffn.experts == 1 else int(tokens.amax()) + 1 if len(tokens) else 0
+        whole = self.windows * length
+        if seen > whole or (ffn.experts == 1 and seen < whole):
+            raise InputError(
+                f"{ffn.name} was applied to {seen} vectors for {whole} tokens ({self.windows} windows of {length}), so "
+                f"the model pads, pools or adds tokens inside, and which vector is of which token is not known: give "
+                f"windows that it takes as they are (such as a multiple of an attention window), or another model."
+            )
 
 
 def joined(batches: list[Batch]) -> list[Batch]:
@@ -113,11 +133,12 @@ def checked(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], role: str
       any other model the label of each position or of the whole row, and optional: without, there is no loss;
     - documents (windows,): numbers that rows of one document share. Default: every row is a document of its own.
 
-    What a tokenizer adds and a text model does not take, such as token_type_ids for most decoders, is left out.
+    What a tokenizer adds and a text model does not take, such as token_type_ids for most decoders, is left out. Padding
+    counts for nothing, on whichever side it is: texts are moved to the left, and labels on padding ignored.
 
     Raises `InputError`, naming the `role` of the batches, for empty batches, texts shorter than two tokens or longer
-    than the model's context, shapes that differ, token ids outside the vocabulary, and batches without any token to
-    predict.
+    than the model's context, shapes that differ, token ids outside the vocabulary, batches without any token to
+    predict, padded images or sounds, and models that order their vectors by position.
     """
     main, fresh, predicted, seen = getattr(model, "main_input_name", "input_ids"), count(), 0, 0
     for index, batch in enumerate(batches):
@@ -126,8 +147,8 @@ def checked(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], role: str
             raise InputError(
                 f"{where} is of type {type(batch).__name__}: give a list, or a generator, of dicts of tensors."
             )
-        parts = _text_parts(model, batch, where) if main == "input_ids" else _other_parts(batch, main, where)
-        windows = len(_tensor(batch, main, where))
+        parts = text_parts(model, batch, where) if main == "input_ids" else other_parts(model, batch, main, where)
+        windows = len(parts["inputs"][main])
         documents = batch.get("documents")
         if documents is None:
             documents = torch.tensor([next(fresh) for _ in range(windows)])
@@ -138,120 +159,53 @@ def checked(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], role: str
         inputs = {name: value.to(device) for name, value in parts["inputs"].items()}
         seen += 1
         predicted += 0 if parts["targets"] is None else int((parts["targets"] != IGNORED).sum())
-        yield Batch(inputs=inputs, documents=documents.cpu(), **moved)
+        result = Batch(inputs=inputs, documents=documents.cpu(), **moved)
+        if main == "input_ids" and model not in _in_order:
+            _check_order(model, result)
+        yield result
     if predicted == 0 and (seen == 0 or parts["targets"] is not None):
         raise InputError(f"The {role} batches hold no token to predict: give at least one text of two tokens.")
+
+
+_in_order: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose vectors lie text by text
+
+
+def _check_order(model: PreTrainedModel, batch: Batch) -> None:
+    """Raises `InputError` when the FFNs of `model` see the first tokens of all texts before the second ones.
+
+    It runs on the first text, the same backwards, and the first again: the first third of the vectors are then those of
+    the last third, or, in the other order, each third vector is the one two further on. A text among images is not
+    turned round, nor tells one that is the same backwards anything: the next batch may.
+    """
+    three = batch.rows(torch.zeros(3, dtype=torch.int64))
+    ids = three.inputs["input_ids"]
+    if any(value.is_floating_point() for value in three.inputs.values()) or torch.equal(ids[0], ids[0].flip(0)):
+        return
+    for name in ("input_ids", "decoder_input_ids"):
+        if name in three.inputs:
+            three.inputs[name][1] = three.inputs[name][1].flip(0)
+
+    def compare(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor) -> None:
+        third = len(h) // 3
+        if ffn.experts == 1 and not _alike(h[:third], h[-third:]) and _alike(h[::3], h[2::3]):
+            raise InputError(
+                f"{type(model).__name__} orders its vectors by position and then by text, which is not supported: "
+                f"choose a model that orders them by text."
+            )
+
+    with evaluating(model), observe_neurons(model, compare):
+        run_backbone(model, three)
+    _in_order.add(model)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of h are equal but for rounding."""
+    return one.shape == other.shape and bool((one - other).norm() <= 0.01 * one.norm())
 
 
 def _unusable(documents: Any, windows: int) -> bool:
     is_whole = isinstance(documents, Tensor) and not documents.is_floating_point()
     return not is_whole or documents.shape != (windows,) or int(documents.min()) < 0
-
-
-def _text_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], where: str) -> dict:
-    ids = _tensor(batch, "input_ids", where)
-    _check_ids(model, ids, where)
-    mask = _tensor(batch, "attention_mask", where, ids)
-    inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
-    inputs |= _other_inputs(model, batch, where)
-    real = None if mask is None else mask.bool()
-    if model.config.is_encoder_decoder:
-        labels = batch.get("labels")
-        if not isinstance(labels, Tensor) or labels.dim() != 2 or len(labels) != len(ids):
-            raise InputError(f"{where} has no labels (rows, length): an encoder-decoder needs its second text.")
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-        parts = {"targets": labels, "mask": real, "decoder_mask": labels != IGNORED}
-    elif predicts_next_token(model):
-        parts = {"targets": _next_tokens(ids, real, _tensor(batch, "labels", where, ids)), "mask": real}
-    else:
-        parts = {"targets": _classes(batch, len(ids), where), "mask": real}
-    targets, vocabulary = parts["targets"], model.get_input_embeddings().num_embeddings
-    if targets is not None:
-        parts["targets"] = targets = targets.long()
-        if bool(((targets != IGNORED) & ((targets < 0) | (targets >= vocabulary))).any()):
-            raise InputError(
-                f"{where} has labels outside the model's vocabulary of {vocabulary}: "
-                f"give token ids, and {IGNORED} where nothing is predicted."
-            )
-    return {"inputs": inputs, **parts}
-
-
-def _other_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """What else in a batch of text the model takes: token_type_ids, position_ids, pixel_values."""
-    taken = inspect.signature(model.base_model.forward).parameters.keys() - {"input_ids", "attention_mask"}
-    found = {name: batch[name] for name in batch if name in taken and batch[name] is not None}
-    if "inputs_embeds" in found:
-        raise InputError(f"{where} has inputs_embeds beside input_ids: leave them out.")
-    for name, value in found.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != len(batch["input_ids"]):
-            raise InputError(f"{where} has {name} without one row for each of input_ids: make them agree.")
-    return found
-
-
-def _other_parts(batch: Mapping[str, Tensor], main: str, where: str) -> dict:
-    """Images and the like: whatever the model takes, every position real."""
-    values = _tensor(batch, main, where)
-    if values.numel() == 0:
-        raise InputError(f"{where} has an empty {main}; give at least one row.")
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "documents")}
-    return {"inputs": inputs, "targets": _classes(batch, len(values), where), "mask": None}
-
-
-def _classes(batch: Mapping[str, Tensor], windows: int, where: str) -> Tensor | None:
-    """Labels of whole rows, (windows,), or of their positions, (windows, length); int64, or None."""
-    labels = batch.get("labels")
-    if labels is None:
-        return None
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape[:1] != (windows,):
-        raise InputError(f"{where} has unusable labels: give a tensor of whole numbers with {windows} rows.")
-    return labels.long()
-
-
-def _check_ids(model: PreTrainedModel, ids: Tensor, where: str) -> None:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if ids.dim() != 2 or ids.numel() == 0 or ids.shape[1] < 2:
-        raise InputError(f"{where} has input_ids of shape {tuple(ids.shape)}; give at least one row of two tokens.")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and 0 < context < ids.shape[1]:
-        raise InputError(
-            f"{where} has windows of {ids.shape[1]} tokens and the model's context is {context}: cut them."
-        )
-    if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise InputError(
-            f"{where} has token ids outside the model's vocabulary of {vocabulary}: "
-            f"use the tokenizer that belongs to the model."
-        )
-
-
-def _next_tokens(ids: Tensor, real: Tensor | None, labels: Tensor | None) -> Tensor:
-    """Labels moved to the position that predicts them; the last position predicts nothing. (windows, length)."""
-    targets = torch.full_like(ids, IGNORED)
-    if labels is not None:
-        targets[:, :-1] = labels[:, 1:]
-    elif real is not None:
-        targets[:, :-1] = ids[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)
-    else:
-        targets[:, :-1] = ids[:, 1:]
-    return targets
-
-
-def _tensor(batch: Mapping[str, Tensor], key: str, where: str, like: Tensor | None = None) -> Tensor | None:
-    value = batch.get(key)
-    if value is None and like is not None:
-        return None
-    if not isinstance(value, Tensor):
-        raise InputError(f"{where} has no tensor {key}: a batch is a dict with {key} as the model takes it.")
-    if like is not None and value.shape != like.shape:
-        raise InputError(
-            f"{where} has {key} of shape {tuple(value.shape)} and input_ids of shape {tuple(like.shape)}: "
-            f"make them agree."
-        )
-    return value
-
-
-def predicts_next_token(model: PreTrainedModel) -> bool:
-    """Whether position t of the logits predicts token t + 1, as in every decoder that generates text."""
-    return model.can_generate() and not model.config.is_encoder_decoder
 
 
 class Losses:
@@ -329,7 +283,9 @@ def mean_losses(model: nn.Module, batches: Iterable[Batch]) -> Losses:
 def forward(model: nn.Module, batch: Batch) -> object:
     """The model's output on `batch`, without a cache of keys and values."""
     no_cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    return model(**batch.inputs, **no_cache)
+    shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.inputs.items())
+    with explained(f"{type(model).__name__} did not run on {shapes}", "correct the batches, or choose another model"):
+        return model(**batch.inputs, **no_cache)
 
 
 def run_backbone(model: PreTrainedModel, batch: Batch) -> None:

@@ -25,8 +25,9 @@ from sparsity_utils.neurons.rotations import rotated, rotation_weights
 from sparsity_utils.neurons.rules import RULES, CettPpl, Rule
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.evaluation import DocumentBootstrap
-from sparsity_utils.sparsity.inputs import STEP, Gates, KeptInputs, greedy_path, sparsities_along
-from sparsity_utils.sparsity.passes import IGNORED, Batch, checked, forward, predicts_next_token
+from sparsity_utils.sparsity.input_thresholds import STEP, Gates, KeptInputs, greedy_path, sparsities_along
+from sparsity_utils.sparsity.inputs import IGNORED, predicts_next_token
+from sparsity_utils.sparsity.passes import Batch, checked, forward
 from sparsity_utils.sparsity.search import find_root
 from sparsity_utils.text.overlap import check_disjoint
 
@@ -144,7 +145,7 @@ class _Counted:
         return counts[key] / self.places[key]
 
 
-@dataclass
+@dataclass(eq=False)
 class TrainingFree:
     """A model with its calibration, allocation and evaluation text, and reports of rules on it."""
 
@@ -152,7 +153,9 @@ class TrainingFree:
     calibration: Batches  # sets thresholds, and the sparsity at a perplexity; batches as `measure_sparsity` takes them
     evaluation: Batches
     allocation: Batches | None = None  # on which greedy allocation compares blocks; needed for that alone
-    dense_share: float = 0.0  # of the positions of each window, from the first on, that stay dense, rounded down
+    # Share of the positions of each window, from the first on, that stay dense, rounded down. TEAL's published
+    # evaluation leaves half of them dense, WINA's one in a hundred; generation masks all.
+    dense_share: float = 0.0
     show_progress: bool = False
     _texts: dict[str, list[Batch]] = field(init=False, default_factory=dict)
     _known: dict = field(init=False, default_factory=dict)  # kept inputs and greedy paths
@@ -275,7 +278,7 @@ class TrainingFree:
         if not rotate:
             return find_linears(self.model)
         if "rotated" not in self._known:
-            self._known["rotated"] = rotated(self.model)
+            self._known["rotated"] = rotated(self.model, show_progress=self.show_progress)
         return self._known["rotated"]
 
     def _thresholds(self, rule: Rule, sparsity: float, greedy: bool, rotate: bool) -> Thresholds:
@@ -285,7 +288,7 @@ class TrainingFree:
                 not greedy and not rotate, f"{rule.name!r} is on gates: it is neither allocated greedily nor rotated."
             )
             if "gates" not in self._known:
-                self._known["gates"] = Gates(self.model, batches)
+                self._known["gates"] = Gates(self.model, batches, self.show_progress)
             return self._known["gates"].thresholds(sparsity)
         maps = self._maps(rotate)
         if ("inputs", rotate) not in self._known:
@@ -324,7 +327,7 @@ class TrainingFree:
                 ids = batch.inputs["input_ids"]
                 counted.real = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
             with evaluating(self.model):
-                yield _predictions(self.model, batch)
+                yield _scored(self.model, batch)
 
 
 def _rule(name: str, greedy: bool, rotate: bool) -> Rule:
@@ -343,7 +346,7 @@ def _windows(batches: Sequence[Batch]) -> Iterator[tuple[int, np.ndarray]]:
             yield document, row[mask].numpy()
 
 
-def _predictions(model: PreTrainedModel, batch: Batch) -> Tensor:
+def _scored(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Sum of losses, correct and predicted tokens of each window, (windows, 3) float64, on the CPU."""
     logits = forward(model, batch).logits  # type: ignore[attr-defined]
     rows = []

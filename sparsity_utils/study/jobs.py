@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sparsity_utils import paths
-from sparsity_utils.console import InputError
+from sparsity_utils.console import InputError, share_bar
 from sparsity_utils.study.measurements import EFFORT, decided_by, measurement
 from sparsity_utils.study.profiles import MeasureConfig, Profile
 from sparsity_utils.study.runs import RunConfig, find_run, train_run
@@ -110,15 +110,7 @@ def do_jobs(
 
 def _watch(futures: list[Future], shares, costs: list[float], deadline: float, on_done: Callable[[], None]) -> None:
     """Show the progress of all jobs until they end, one fails or the time is over."""
-    names = f"{len(futures)} runs"
-    with tqdm(
-        total=100,
-        desc=names,
-        smoothing=0,  # an estimate from the mean speed: runs report in bursts
-        unit="%",
-        bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
-        disable=bool(os.environ.get("CI")),
-    ) as bar:
+    with share_bar(f"{len(futures)} runs", leave=True) as bar:
         pending = set(futures)
         while pending and not any(future.done() and future.exception() for future in futures):
             done, pending = wait(pending, timeout=1.0)

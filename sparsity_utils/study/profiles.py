@@ -6,6 +6,7 @@ a wrong type or an impossible value is an `InputError` that names the file and t
 
 import dataclasses
 import itertools
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,6 +169,28 @@ class Profile:
         return TrainConfig(tokens=tokens, seed=seed, **{**self.train, **changes})
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are what they look like; in YAML 1.1 `1e-2` is a text, `010` is eight and `1:30` ninety."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        """`5e6` and `1_000` are whole numbers, `1e-2` and `5.0` are not."""
+        try:
+            return int(node.value)
+        except ValueError:
+            number = float(node.value)
+            return int(number) if "e" in node.value.lower() and number.is_integer() else number
+
+
+NUMBER = re.compile(r"[-+]?(\d+(_\d+)*(\.(\d+(_\d+)*)?)?|\.\d+(_\d+)*)([eE][-+]?\d+)?$")
+_Loader.add_implicit_resolver("number", NUMBER, list("-+.0123456789"))
+_Loader.add_constructor("number", _Loader.number)
+
+
 def profile_names() -> list[str]:
     """The names of the shipped profiles."""
     return sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
@@ -184,7 +207,7 @@ def read_profile(name: str) -> Profile:
             f"There is no profile {name!r}; choose one of {', '.join(profile_names())}, or name a .yaml file."
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{path.name} is not valid YAML ({str(error).splitlines()[0]}); correct it.") from error
     try:

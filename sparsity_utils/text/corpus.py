@@ -8,7 +8,6 @@
     manifest.json               source, versions, bytes, documents and tokens by domain, SHA-256 of the files
 """
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -25,8 +24,10 @@ import pandas as pd
 from sparsity_utils import paths
 from sparsity_utils.console import InputError, progress
 from sparsity_utils.text.config import CorpusConfig
+from sparsity_utils.text.documents import Document
 from sparsity_utils.text.duplicates import PERMUTATIONS, SEED, SIMILARITY, WORDS, Duplicates
-from sparsity_utils.text.sources import Document, Source, open_source, sha256
+from sparsity_utils.text.files import sha256
+from sparsity_utils.text.sources import Source, open_source
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -128,7 +129,7 @@ def build_corpus(config: CorpusConfig) -> Corpus:
 
 def request(source: Source, config: CorpusConfig) -> dict[str, Any]:
     """All that decides the tokens of a corpus; its hash names the folder."""
-    return {"recipe": VERSION, "config": dataclasses.asdict(config), "source": source.identity}
+    return {"recipe": VERSION, "config": config.settings(), "source": source.identity}
 
 
 def corpus_of(asked: dict[str, Any], config: CorpusConfig, collected: Callable[[], "Collected"]) -> Corpus:
@@ -191,7 +192,7 @@ class Collected:
 
 def collect(source: Source, config: CorpusConfig) -> Collected:
     """Read documents until `max_megabytes` are kept; leave out empty ones and duplicates, and count them."""
-    seen, parts, total = Duplicates(), [], 0
+    seen, parts, total = Duplicates(config.duplicate_rule), [], 0
     removed: Counter = Counter()
     for part in progress(_parts(source), "Reading text, removing duplicates"):
         kind = seen.kind(part.document.text)
@@ -204,7 +205,8 @@ def collect(source: Source, config: CorpusConfig) -> Collected:
         parts.append(part)
     if len(parts) < 2:
         where = f"{config.source} {config.path}" if config.path else config.source
-        left_out = ", ".join(f"{count} {reason}" for reason, count in (source.skipped + removed).items()) or "none"
+        repeated = [f"{count} {kind}" for kind, count in removed.items()]
+        left_out = ", ".join(filter(None, [source.skipped.told(), *repeated])) or "none"
         raise InputError(
             f"The corpus {where} gave {len(parts)} usable document(s) within {config.max_megabytes} MB (left out: "
             f"{left_out}); training and validation need one each: add text or raise corpus.max_megabytes."
@@ -214,20 +216,12 @@ def collect(source: Source, config: CorpusConfig) -> Collected:
 
 
 def _parts(source: Source) -> Iterator[Part]:
-    """Documents with uniform line ends; long ones in parts, so that none fills a domain's validation text alone."""
+    """The documents, long ones in parts, so that none fills a domain's validation text alone."""
     for document in source.documents:
-        text = document.text.replace("\r\n", "\n").replace("\r", "\n")
-        if not text.strip():
-            source.skipped["empty"] += 1
-            continue
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:  # half a surrogate pair, written as an escape
-            source.skipped["not UTF-8"] += 1
-            continue
+        data = document.text.encode()
         digest = sha256(data)
         if len(data) <= LONGEST:
-            yield Part((digest, 0), len(data), dataclasses.replace(document, text=text))
+            yield Part((digest, 0), len(data), document)
             continue
         for number, piece in enumerate(_pieces(data)):
             labelled = Document(f"{document.name}#{number}", document.domain, piece)

@@ -14,7 +14,8 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError, progress
 from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.corpus import Collected, Corpus, Part, collect, corpus_of, request
-from sparsity_utils.text.sources import Document, open_source
+from sparsity_utils.text.documents import Document
+from sparsity_utils.text.sources import open_source
 
 PRESET = 6 | lzma.PRESET_EXTREME
 
@@ -42,7 +43,7 @@ def unpack_text(config: CorpusConfig, file: Path) -> Corpus:
         with lzma.open(file, "rt", encoding="utf-8") as stream:
             head = json.loads(next(stream))
             asked = head["request"]
-            if asked["config"] != asdict(config):
+            if asked["config"] != config.settings():
                 raise InputError(f"{file} was packed for another corpus section; pack it again with this profile.")
             return corpus_of(asked, config, lambda: Collected(_parts(stream), head["skipped"], head["duplicates"]))
     except InputError:

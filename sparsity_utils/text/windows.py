@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsity_utils.console import InputError
+from sparsity_utils.console import InputError, note
 from sparsity_utils.text.config import CorpusConfig
-from sparsity_utils.text.sources import SUFFIXES, open_source
+from sparsity_utils.text.corpus import collect
+from sparsity_utils.text.documents import Document, Skipped, normalised
+from sparsity_utils.text.files import SUFFIXES, path_documents, text_files
+from sparsity_utils.text.sources import PROSE, open_source
 
 LEAST = 2  # tokens: the first is never predicted
+LARGEST = 50e6  # bytes of a text file: tokenising takes 0.2 kB of memory and 1 microsecond a byte
 
 BATCH_WINDOWS = 16  # of one measurement batch. On a CPU 16 of 256 tokens took 0.8 of the time of 32: they stay in cache
 MOST_DOMAINS = 7  # the largest ones: transfer is measured between every two of them
@@ -152,25 +156,36 @@ def _inputs_and_targets(tokens: np.ndarray, windows: np.ndarray, context: int) -
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a file or folder of .txt, .md, .jsonl and .parquet, in a fixed order.
+    """The documents of a file or folder of .txt, .md, .jsonl and .parquet, in a fixed order, as a corpus reads them.
 
     A text file is one document, a row of a table too, in its field `text`. A file of any other kind is read as text
-    when it is named itself. Empty documents are left out, and what is not UTF-8.
+    when it is named itself. What cannot be read, is no text in UTF-8, is empty or too large is left out, and said.
 
     Raises `InputError` when there is no such path, no text in it, or a table that cannot be read.
     """
-    path = Path(path).expanduser()
-    if path.is_file() and path.suffix.lower() not in SUFFIXES:
-        try:
-            found = [path.read_bytes().decode("utf-8-sig")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} cannot be read as text in UTF-8 ({error}); give a text file.") from error
-    else:
-        found = [document.text for document in open_source(CorpusConfig("path", str(path))).documents]
-    documents = [text for text in found if text.strip()]
+    path, skipped = Path(path).expanduser(), Skipped()
+    other_kind = path.is_file() and path.suffix.lower() not in SUFFIXES
+    files = [path] if other_kind else text_files(path)
+    found = path_documents(path, files, "text", skipped, LARGEST)
+    documents = [document.text for document in normalised(found, skipped)]
     if not documents:
-        raise InputError(f"{path} holds no text; give a file or folder with text in UTF-8.")
+        raise InputError(
+            f"{path} holds no text; give a file or folder with text in UTF-8 (left out: {skipped.told() or 'nothing'})."
+        )
+    if skipped:
+        note(f"Of {path}, {len(documents):,} documents are read and {skipped.total():,} left out: {skipped.told()}.")
     return documents
+
+
+def pinned_documents(source: str, megabytes: float = 1.0) -> list[Document]:
+    """The first documents of "python-prose" or "python-source", up to so many 1e6 bytes, without duplicates.
+
+    They come from the packages that the lock file pins, in an order that mixes them all. Here "python-source" gives
+    code alone, of files other than the prose is from, so that thresholds can go from one to the other.
+    """
+    config = CorpusConfig(source, max_megabytes=megabytes)
+    documents = [part.document for part in collect(open_source(config), config).parts]
+    return [document for document in documents if document.domain != PROSE]
 
 
 def text_batches(

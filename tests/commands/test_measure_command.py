@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from checkpoint_files import tiny_gguf
 from transformers import BertConfig, BertForMaskedLM
 
 from sparsity_utils import paths
@@ -62,8 +63,10 @@ def test_a_model_and_a_text_give_a_number_a_table_and_files(capsys, text, tmp_pa
     assert (
         lines[2] == f"Metric cett-ppl, p = 1; {len(tokens):,} tokens of 6 documents; thresholds solved on other text."
     )
-    assert [line.split()[:2] for line in lines[5:9]] == [[str(n), f"model.layers.{n}.mlp"] for n in range(4)]
-    notes, files = lines[9 : -len(FILES)], lines[-len(FILES) :]
+    assert lines[3] == f"Model {found['settings']['opened']}."
+    assert found["settings"]["opened"].startswith("GraniteForCausalLM, ") and lines[3].endswith(" parameters, float32.")
+    assert [line.split()[:2] for line in lines[6:10]] == [[str(n), f"model.layers.{n}.mlp"] for n in range(4)]
+    notes, files = lines[10 : -len(FILES)], lines[-len(FILES) :]
     assert {Path(line) for line in files} == {out / name for name in FILES}
     assert all(line.startswith("Note: ") for line in notes if line)  # whether there are any is up to the text
 
@@ -75,6 +78,14 @@ def test_a_model_and_a_text_give_a_number_a_table_and_files(capsys, text, tmp_pa
     np.testing.assert_allclose(ratios.mean(), layers["activation_ratio"], rtol=1e-4)
     assert found["settings"]["length"] == 128 and found["settings"]["dtype"] == "float32"
     assert found["versions"]["torch"] == torch.__version__
+
+
+def test_a_gguf_file_is_measured_like_any_model(capsys, text, tmp_path):
+    tiny_gguf(tmp_path / "tiny.gguf")
+    arguments = ("--text", text, "--metric", "top-k", "--k", 16, "--max-tokens", 1000, "--out", tmp_path / "found")
+    printed = measured(capsys, tmp_path / "tiny.gguf", *arguments)
+    assert printed.startswith("25.0% of the neurons are active per token")
+    assert "\nModel LlamaForCausalLM, 36.2k parameters, float32, dequantised from Q8_0 (GGUF).\n" in printed
 
 
 def test_a_metric_that_solves_nothing_measures_all_documents(capsys, text, tmp_path):
@@ -144,7 +155,7 @@ def test_a_text_too_short_is_refused(capsys, tmp_path, content):
 def test_a_model_that_predicts_no_next_token_is_refused(capsys, text, tmp_path, monkeypatch):
     tiny = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
     bert = BertForMaskedLM(BertConfig(vocab_size=50, **tiny))
-    monkeypatch.setattr(measure, "open_checkpoint", lambda name, dtype: (bert, object()))
+    monkeypatch.setattr(measure, "open_checkpoint", lambda *_, **__: (bert, object()))
     sentence = "bert is a BertForMaskedLM, which does not predict the next token of a text"
     assert refused(capsys, tmp_path / "out", "bert", "--text", text).startswith(sentence)
 

@@ -93,6 +93,11 @@ def test_an_encoder_decoder_is_refused():
         speed.decode_speeds(build("t5", dtype=torch.float32), IDS, CETT, new_tokens=2, rounds=1)
 
 
+def test_more_tokens_than_the_context_are_refused():
+    with pytest.raises(InputError, match=r"Prompts of 3 tokens and 30 new ones .* context of 32"):
+        speed.decode_speeds(build("gpt2", dtype=torch.float32), IDS, CETT, new_tokens=30, rounds=1)
+
+
 def test_a_model_that_no_kernel_fits_is_refused_and_one_without_certificate_is_not(model, prompts):
     with pytest.raises(InputError, match="routed experts"):
         speed.decode_speeds(build_mixture("mixtral", dtype=torch.float32), IDS, CETT, new_tokens=2, rounds=1)

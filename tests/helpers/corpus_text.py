@@ -1,5 +1,7 @@
 """Documents of made-up words, and corpora of them."""
 
+import base64
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -39,3 +41,15 @@ def texts_of(corpus: Corpus, split: str) -> list[str]:
     tokens, tokenizer = corpus.tokens(split), corpus.tokenizer()
     rows = corpus.documents(split).itertuples()
     return [tokenizer.decode(tokens[row.start : row.stop - 1].tolist(), skip_special_tokens=False) for row in rows]
+
+
+def install(site: Path, name: str, files: dict[str, bytes]) -> None:
+    """A package as pip leaves it: its files, and their hashes in RECORD."""
+    files = {f"{name}-1.0.dist-info/METADATA": f"Name: {name}\nVersion: 1.0+cpu\n".encode()} | files
+    record = f"{name}/__pycache__/m.cpython-311.py,,\n../../bin/tool.py,sha256=aaaa,3\n"
+    for file, data in files.items():
+        (site / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).write_bytes(data)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        record += f"{file},sha256={digest},{len(data)}\n"
+    (site / f"{name}-1.0.dist-info" / "RECORD").write_text(record)

@@ -59,17 +59,24 @@ def truncation_error(n, dropped):
     return (sum(errors) / len(errors) if errors else math.nan), skipped
 
 
+def alone(batch):
+    """Each text of a batch without its padding: {"input_ids": (1, tokens)}, and labels likewise if there are any."""
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    names = [name for name in ("input_ids", "labels") if name in batch]
+    return [{name: batch[name][row, mask[row]][None] for name in names} for row in range(len(mask))]
+
+
 def ffn_inputs(model, batch):
     """Inputs of each FFN in a dense run, at the tokens where attention_mask is 1: one (tokens, d) per layer."""
-    seen, handles = {}, []
-    for layer, block in enumerate(model.model.layers):
-        handles.append(block.mlp.register_forward_pre_hook(lambda m, a, layer=layer: seen.__setitem__(layer, a[0])))
+    seen, handles = [[] for _ in model.model.layers], []
+    for inputs, block in zip(seen, model.model.layers, strict=True):
+        handles.append(block.mlp.register_forward_pre_hook(lambda m, a, inputs=inputs: inputs.append(a[0][0])))
     with torch.no_grad():
-        model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+        for text in alone(batch):
+            model(input_ids=text["input_ids"])
     for handle in handles:
         handle.remove()
-    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    return [seen[layer][real] for layer in range(len(seen))]
+    return [torch.cat(inputs) for inputs in seen]
 
 
 def all_neurons(model, act, batches):
@@ -106,21 +113,14 @@ def skipping(model, act, rule, values):
 def loss(model, batches):
     """Next-token cross-entropy, token by token, averaged over all predicted tokens of all batches."""
     total, count = 0.0, 0
-    for batch in batches:
-        ids = batch["input_ids"]
-        mask = batch.get("attention_mask", torch.ones_like(ids))
+    for text in (text for batch in batches for text in alone(batch)):
+        ids, labels = text["input_ids"][0], text.get("labels", text["input_ids"])[0]
         with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=batch.get("attention_mask")).logits
-        for row in range(ids.shape[0]):
-            for t in range(1, ids.shape[1]):
-                if "labels" in batch:
-                    label = int(batch["labels"][row, t])
-                else:
-                    label = int(ids[row, t]) if mask[row, t] and mask[row, t - 1] else -100
-                if label != -100:
-                    z = logits[row, t - 1]
-                    total += float(torch.log(torch.exp(z - z.max()).sum()) + z.max() - z[label])
-                    count += 1
+            logits = model(input_ids=ids[None]).logits[0]
+        for z, label in zip(logits[:-1], labels[1:].tolist(), strict=True):
+            if label != -100:
+                total += float(torch.log(torch.exp(z - z.max()).sum()) + z.max() - z[label])
+                count += 1
     return total / count
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ffn_cases import SHAPES, ffn_case, neurons
 
-from kernels import SparseFFN, cpu_ffn, eight_bits, naive
+from kernels import SparseFFN, eight_bits, naive
 from kernels.certified import certified_gate, inactive_region
 
 
@@ -25,7 +25,7 @@ def test_the_same_bits_as_without_the_copy(shape, tokens, dtype):
 
 
 def test_the_same_bits_with_several_threads(monkeypatch):
-    monkeypatch.setattr(cpu_ffn, "BYTES_PER_THREAD", 1)
+    monkeypatch.setattr("kernels.cpu_threads.BYTES_PER_THREAD", 1)
     case = ffn_case("tall", 0.8, tokens=3)
     exact, certified = plain_and_certified(case)
     assert torch.equal(certified(case["x"]), exact(case["x"]))

@@ -149,7 +149,7 @@ def test_numbers_of_threads_change_the_order_of_sums_alone(monkeypatch):
     x = given.pop("x")
     kept = SparseFFN(**given)
     results, before = [], torch.get_num_threads()
-    monkeypatch.setattr(cpu_ffn, "BYTES_PER_THREAD", 1)
+    monkeypatch.setattr("kernels.cpu_threads.BYTES_PER_THREAD", 1)
     try:
         for count in {1, numba.config.NUMBA_NUM_THREADS}:
             torch.set_num_threads(count)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from sparsity_utils.neurons.find import activation_name
+from sparsity_utils.neurons.activations import activation_name
 
 NAMES = {
     "relu": ("relu",),

@@ -23,7 +23,8 @@ from families import (
 from torch import nn
 from torch.nn import functional
 
-from sparsity_utils.neurons.find import activation_name, find_ffns
+from sparsity_utils.neurons.activations import activation_name
+from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 
 EVERY = sorted(FAMILIES)
@@ -234,6 +235,25 @@ def test_nothing_is_left_when_the_forward_raises(family):
         assert len(left_behind(model)) == 1
     handle.remove()
     assert left_behind(model) == [] and torch.equal(output(model, batch), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_autocast_is_followed_also_after_it_cast_the_weights(family):
+    model, batch, seen = build(family, dtype=torch.float32), inputs(family), []
+    ffns = find_ffns(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = output(model, batch)
+        with observe_neurons(model, lambda ffn, s, h, tokens: seen.append((ffn, s.dtype, h.dtype))):
+            assert torch.equal(output(model, batch), before)
+        with sparse_neurons(model, Keep(ffns, keep_none)):
+            assert not torch.equal(output(model, batch), before)
+    assert seen == [(ffn, torch.bfloat16, torch.bfloat16) for ffn in ffns]
+
+
+def test_compiled_attention_is_no_obstacle():
+    model = build("llama", dtype=torch.float32)
+    model.set_attn_implementation("flex_attention")
+    assert len(find_ffns(model)) == 2 and model.config._attn_implementation == "flex_attention"
 
 
 @pytest.mark.parametrize("family", ["llama", "lfm2"])

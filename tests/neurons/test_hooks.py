@@ -7,6 +7,7 @@ from tiny_granite import granite, hooks_of
 from torch import nn
 from torch.nn import functional
 from transformers import MambaConfig, MambaForCausalLM
+from written_out import run
 
 from sparsity_utils.console import InputError
 from sparsity_utils.neurons.find import find_ffns
@@ -195,20 +196,6 @@ def test_a_model_that_does_not_run_on_the_inputs_is_refused():
         find_ffns(nn.Sequential(PlainFFN(6, 15)))
     with pytest.raises(InputError, match=r"did not run on the given inputs.*RuntimeError"):
         find_ffns(nn.Sequential(PlainFFN(6, 15)), torch.zeros(1, 2, 7))
-
-
-def run(body, x, **parameters):
-    """A model whose forward is `body(model, x)`, and x itself."""
-
-    class Model(nn.Module):
-        def forward(self, x):
-            return body(self, x)
-
-    model, generator = Model(), torch.Generator().manual_seed(0)
-    for name, shape in parameters.items():
-        value = torch.randn(shape, generator=generator, dtype=torch.float64)
-        model.register_parameter(name, nn.Parameter(value))
-    return model.eval(), torch.randn(x, generator=generator, dtype=torch.float64)
 
 
 def relu_in_place(m, x):

@@ -212,10 +212,43 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_an_attention_without_maps_of_its_own_is_refused():
+@pytest.mark.parametrize("name", ["q_proj", "v_proj", "o_proj"])
+def test_a_module_that_computes_something_else_is_no_linear_map(name):
     model = granite(layers=1)
-    model.model.layers[0].self_attn.o_proj = Doubled(12, 12, bias=False, dtype=torch.float64)
-    with pytest.raises(InputError, match="has 1 FFNs and 0 attention layers made of unquantised linear maps"):
+    setattr(model.model.layers[0].self_attn, name, Doubled(12, 12, bias=False, dtype=torch.float64))
+    with pytest.raises(InputError, match="is given is not causal attention over q, k and v"):
+        find_linears(model)
+
+
+class ReadsItsWeight(nn.Module):
+    """A down projection that the FFN computes itself, with the weight of a module that never runs."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x):
+        return functional.linear(functional.silu(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+
+
+def test_a_module_that_never_runs_is_not_masked_in_silence():
+    model = granite(layers=1)
+    model.model.layers[0].mlp = ReadsItsWeight(model.model.layers[0].mlp)
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj is not run once as an unquantised linear"):
+        find_linears(model)
+
+
+class NoAttention(nn.Module):
+    """What mixes no tokens."""
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states, None
+
+
+def test_a_block_without_attention_is_refused():
+    model = granite()
+    model.model.layers[1].self_attn = NoAttention()
+    with pytest.raises(InputError, match="has 3 FFNs and 2 attention layers made of unquantised linear maps"):
         find_linears(model)
 
 

@@ -63,6 +63,16 @@ def test_a_gain_of_zero_stays_zero():
         torch.testing.assert_close(output(model, IDS), before, rtol=0, atol=1e-8)
 
 
+def test_keys_shared_by_queries_need_no_more_coordinates_than_they_have_outputs():
+    """W_k has 8 rows of 24: 16 of its rotated columns are zero, and skipping two thirds of its inputs costs nothing."""
+    model = grouped_query()
+    before, maps = output(model, IDS), rotated(model)
+    with sparse_inputs(model, Keep(maps, lambda one, j: (j < 8) | (one.role != "k")), maps):
+        torch.testing.assert_close(output(model, IDS), before, rtol=0, atol=1e-8)
+    with sparse_inputs(model, Keep(maps, lambda one, j: (j < 7) | (one.role != "k")), maps):
+        assert not torch.allclose(output(model, IDS), before, rtol=0, atol=1e-8)
+
+
 def test_two_products_of_d_by_d_are_counted_per_block():
     assert rotation_weights(rotated(grouped_query(layers=3))) == 3 * 2 * 24**2
     assert rotation_weights(find_linears(grouped_query())) == 0

@@ -93,9 +93,10 @@ def test_every_token_is_reported_on_request():
     assert len(table) == report.tokens and measure_sparsity(model, batches, "relu").per_token is None
     for index, batch in enumerate(batches):
         counts = [(s != 0).double().mean(1) for s, _, _ in literal.all_neurons(model, "relu", [batch])]
-        for number, (row, position) in enumerate(batch["attention_mask"].nonzero().tolist()):
-            document = row + 3 * index
-            wanted = [document, position, int(batch["input_ids"][row, position]), *(float(c[number]) for c in counts)]
+        texts = [text["input_ids"][0].tolist() for text in literal.alone(batch)]
+        tokens = [(row, *token) for row, text in enumerate(texts) for token in enumerate(text)]
+        for number, (row, position, token_id) in enumerate(tokens):
+            wanted = [row + 3 * index, position, token_id, *(float(c[number]) for c in counts)]
             assert table.iloc[place].tolist() == pytest.approx(wanted)
             place += 1
     assert table[["layer_0", "layer_1"]].mean().tolist() == pytest.approx(report.layers.activation_ratio.tolist())

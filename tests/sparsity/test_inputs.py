@@ -1,194 +1,251 @@
-"""Thresholds of rules on inputs from calibration text, and the greedy allocation."""
+"""Which rows of a batch are which tokens, and what a model is given, against each text alone without padding."""
 
-import numpy as np
+import families
 import pytest
 import torch
-from families import left_behind
-from linear_maps import grouped_query
-from tiny_granite import granite
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BlenderbotConfig,
+    BlenderbotForConditionalGeneration,
+    FunnelConfig,
+    FunnelForMaskedLM,
+    LongformerConfig,
+    LongformerForMaskedLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
-from sparsity_utils.neurons.input_rules import INPUT_RULES
-from sparsity_utils.neurons.linears import find_linears, observe_inputs, sparse_inputs
-from sparsity_utils.neurons.rotations import rotated
-from sparsity_utils.sparsity import inputs as module
-from sparsity_utils.sparsity.inputs import calibrated, greedy_sparsities
+from sparsity_utils.neurons.find import find_ffns
+from sparsity_utils.neurons.hooks import observe_neurons
+from sparsity_utils.sparsity.metrics import measure_sparsity
 
-IDS = torch.randperm(41, generator=torch.Generator().manual_seed(1))[:36].view(4, 9)  # equal tokens would make ties
-MASK = (torch.arange(9) < torch.tensor([9, 9, 6, 3])[:, None]).long()
-BATCHES = [
-    {"input_ids": IDS[:2], "attention_mask": MASK[:2]},
-    {"input_ids": IDS[2:], "attention_mask": MASK[2:]},
-]
-REAL = MASK.flatten().bool()
-
-
-def vectors(model, maps=None):
-    """What each map reads on the real tokens."""
-    seen = {}
-
-    def keep(readers, x):
-        for one in readers:
-            seen.setdefault(one.index, []).append(x)
-
-    with observe_inputs(model, keep, maps):
-        run(model)
-    return {index: torch.cat(parts)[REAL] for index, parts in seen.items()}
+IGNORED, LENGTHS = -100, (8, 5, 2)
+ENCODER = {
+    "vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 40, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+BOTH = {
+    "vocab_size": 41, "d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 2,
+    "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 40,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
 
 
-def run(model):
+def padded(side, padding=1):
+    """Three texts of LENGTHS tokens, padded on one side, with the tokens themselves as labels."""
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(3, 40, (length,), generator=generator) for length in LENGTHS]
+    batch = {name: torch.full((3, 8), fill) for name, fill in
+             (("input_ids", padding), ("attention_mask", 0), ("labels", IGNORED))}  # fmt: skip
+    for row, text in enumerate(texts):
+        place = slice(0, len(text)) if side == "right" else slice(8 - len(text), 8)
+        for name, value in (("input_ids", text), ("attention_mask", 1), ("labels", text)):
+            batch[name][row, place] = value
+    return batch
+
+
+def alone(batch):
+    """Each text of a batch without its padding, (1, tokens)."""
+    rows = batch["attention_mask"].bool()
+    return [{name: value[row, rows[row]][None] for name, value in batch.items()} for row in range(len(rows))]
+
+
+def expected(model, batch):
+    """Loss as the model itself computes it and share of non-zero neurons by layer, of each text alone."""
+    total, count, shifted = 0.0, 0, model.can_generate() and not model.config.is_encoder_decoder
+    shares = [[] for _ in find_ffns(model)]
+    for text in alone(batch):
+        length = text["input_ids"].shape[1]  # a model may pad inside, behind the text
+
+        def keep(ffn, s, h, tokens, length=length):
+            shares[ffn.layer].append(s[:length].abs() > 0.3)
+
+        with torch.no_grad(), observe_neurons(model, keep):
+            total += float(model(**text).loss) * (length - shifted)
+            count += length - shifted
+    return total / count, [float(torch.cat(share).double().mean()) for share in shares]
+
+
+def assert_measured_right(model, batch):
+    loss, shares = expected(model, batch)
+    report = measure_sparsity(model, [batch], "fat", eps=0.3)
+    assert report.loss_dense == pytest.approx(loss, abs=1e-5)
+    assert report.layers.activation_ratio.tolist() == pytest.approx(shares, abs=1e-9)
+
+
+def model_of(kind, config):
+    return families.randomised(kind(config))
+
+
+ENCODER_DECODERS = {
+    "bart": lambda: model_of(BartForConditionalGeneration, BartConfig(**BOTH)),
+    "m2m100": lambda: model_of(M2M100ForConditionalGeneration, M2M100Config(**BOTH)),
+    "mbart": lambda: model_of(MBartForConditionalGeneration, MBartConfig(**BOTH)),
+    "blenderbot": lambda: model_of(BlenderbotForConditionalGeneration, BlenderbotConfig(**BOTH)),
+}
+DECODERS = sorted(set(families.FAMILIES) - {"t5", "t5-gated", "vit", "bert"})
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_padded_text_is_measured_as_it_is_alone(family, side):
+    assert_measured_right(families.build(family), padded(side, padding=0))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_so_is_one_of_a_masked_language_model(side):
+    for kind, config in ((BertForMaskedLM, BertConfig(**ENCODER)), (RobertaForMaskedLM, RobertaConfig(**ENCODER))):
+        assert_measured_right(model_of(kind, config), padded(side))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_so_are_both_texts_of_an_encoder_decoder(name, side):
+    assert_measured_right(ENCODER_DECODERS[name](), padded(side))
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["no mask", "decoder mask"])
+def test_the_two_texts_may_be_padded_on_different_sides(mask):
+    model, left, right = ENCODER_DECODERS["bart"](), padded("left"), padded("right")
+    loss, shares = expected(model, right)
+    for first, second in ((left, right), (right, left)):
+        batch = {**first, "labels": second["labels"]}
+        if mask:
+            batch["decoder_attention_mask"] = second["attention_mask"]
+        report = measure_sparsity(model, [batch], "fat", eps=0.3)
+        assert report.loss_dense == pytest.approx(loss, abs=1e-5)
+        assert report.layers.activation_ratio.tolist() == pytest.approx(shares, abs=1e-9)
+
+
+def test_other_inputs_move_with_the_tokens_that_they_are_of():
+    model = model_of(BertForMaskedLM, BertConfig(**ENCODER))
+    batch = padded("left")
+    batch["token_type_ids"] = (torch.arange(8) > 5).long().expand(3, 8)
+    assert_measured_right(model, batch)
+
+
+def test_labels_on_padding_do_not_count():
+    model = families.build("gpt2")
+    for side in ("right", "left"):
+        batch = padded(side, padding=0)
+        measured = measure_sparsity(model, [{**batch, "labels": batch["input_ids"]}], "relu").loss_dense
+        assert measured == pytest.approx(expected(model, batch)[0], abs=1e-5)
+
+
+def test_padding_may_be_an_id_that_the_model_does_not_have():
+    model = families.build("gpt2")
+    outside = padded("right", padding=families.VOCABULARY)
+    assert_measured_right(model, outside)
+    outside["attention_mask"][:] = 1
+    with pytest.raises(InputError, match="token ids outside the model's vocabulary of 41"):
+        measure_sparsity(model, [outside], "relu")
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_an_ffn_computed_in_chunks_is_measured_as_one_computed_at_once(chunk):
+    models = [model_of(BertForMaskedLM, BertConfig(**ENCODER, chunk_size_feed_forward=size)) for size in (0, chunk)]
+    batch = padded("right")
+    whole, chunked = (measure_sparsity(model, [batch], "cett", cett=0.2) for model in models)
+    assert chunked.layers.equals(whole.layers) and chunked.loss_dense == whole.loss_dense
+    assert [layer.chunk_size_feed_forward for layer in models[1].bert.encoder.layer] == [chunk, chunk]
+    assert_measured_right(models[1], batch)
+
+
+def test_a_model_that_pads_inside_is_measured_where_it_need_not():
+    config = LongformerConfig(**{**ENCODER, "max_position_embeddings": 42}, attention_window=[4, 4])
+    model = model_of(LongformerForMaskedLM, config)
+    assert_measured_right(model, padded("right"))
+    cut = {name: value[:, :7] for name, value in padded("right").items()}
+    with pytest.raises(InputError, match=r"applied to 24 vectors for 21 tokens \(3 windows of 7\).*attention window"):
+        measure_sparsity(model, [cut], "relu")
+
+
+def test_a_model_that_pools_is_refused():
+    config = FunnelConfig(vocab_size=41, d_model=16, n_head=2, d_head=8, d_inner=24, block_sizes=[1, 1],
+                          num_decoder_layers=1)  # fmt: skip
+    with pytest.raises(InputError, match=r"applied to \d+ vectors for 24 tokens .* pools"):
+        measure_sparsity(model_of(FunnelForMaskedLM, config), [padded("right")], "relu")
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(1)], ids=["three texts", "one text"])
+def test_a_model_that_orders_vectors_by_position_is_refused(rows):
+    model = model_of(XLNetLMHeadModel, XLNetConfig(vocab_size=41, d_model=16, n_layer=2, n_head=2, d_inner=24))
+    batch = {name: value[rows] for name, value in padded("right").items()}
+    with pytest.raises(InputError, match="XLNetLMHeadModel orders its vectors by position and then by text"):
+        measure_sparsity(model, [batch], "relu")
+
+
+def test_speech_is_measured_with_the_text_that_is_written_down():
+    config = WhisperConfig(**BOTH, num_mel_bins=8, max_source_positions=10, max_target_positions=20)
+    model = families.randomised(WhisperForConditionalGeneration(config), torch.float32)
+    sounds = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    find_ffns(model, {"input_features": sounds, "decoder_input_ids": padded("right")["input_ids"]})
+    batch = {"input_features": sounds, "labels": padded("right")["labels"]}
+    report = measure_sparsity(model, [batch], "relu")
     with torch.no_grad():
-        return torch.cat([model(**batch).logits for batch in BATCHES])
+        assert report.loss_dense == pytest.approx(float(model(**batch).loss), abs=1e-5)
+    assert report.tokens == sum(LENGTHS)  # of the last layer, which is the decoder's
+    with pytest.raises(InputError, match="an encoder-decoder needs its second text"):
+        measure_sparsity(model, [{"input_features": sounds}], "relu")
+    with pytest.raises(InputError, match="windows of 21 tokens and the model's context is 20"):
+        measure_sparsity(model, [{**batch, "labels": torch.full((3, 21), 5)}], "relu")
 
 
-@pytest.mark.parametrize("rotate", [False, True])
-@pytest.mark.parametrize("name", INPUT_RULES)
-def test_thresholds_skip_exactly_their_share_of_the_calibration_tokens(name, rotate):
-    model = grouped_query()
-    maps = rotated(model) if rotate else find_linears(model)
-    thresholds = calibrated(model, BATCHES, name, 0.25, maps=maps)
-    assert thresholds.rule == name and len(thresholds.values) == len(maps) and left_behind(model) == []
-    seen = vectors(model, maps)
-    for linear in maps:
-        z = linear.coordinates(seen[linear.index])
-        kept = thresholds.active_inputs(linear, z)
-        assert int((~kept).sum()) == round(0.25 * z.numel())
-        if name == "teal":
-            ordered = np.sort(z.abs().numpy(), axis=None)
-            assert thresholds.values[linear.index] == ordered[round(0.25 * ordered.size) - 1]
+def test_padded_sounds_are_refused():
+    config = Wav2Vec2Config(vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                            num_attention_heads=2, conv_dim=(8,), conv_stride=(4,), conv_kernel=(4,),
+                            num_feat_extract_layers=1, num_conv_pos_embeddings=4,
+                            num_conv_pos_embedding_groups=2)  # fmt: skip
+    model = families.randomised(Wav2Vec2ForCTC(config), torch.float32)
+    sounds = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    find_ffns(model, {"input_values": sounds})
+    mask = torch.ones(2, 40, dtype=torch.long)
+    assert measure_sparsity(model, [{"input_values": sounds, "attention_mask": mask}], "relu").tokens == 20
+    mask[1, 20:] = 0
+    with pytest.raises(InputError, match=r"batch 0 is padded \(attention_mask\).*Wav2Vec2ForCTC is not known"):
+        measure_sparsity(model, [{"input_values": sounds, "attention_mask": mask}], "relu")
 
 
-def test_kept_tokens_are_bounded_and_spread_over_the_text(monkeypatch):
-    model = grouped_query()
-    one_token = (24 + 24 + 24 + 40) * 2 * 8
-    monkeypatch.setattr(module, "KEPT_BYTES", 12 * one_token)
-    kept = module.KeptInputs(model, list(module.checked(model, BATCHES, "calibration")), find_linears(model))
-    assert kept.every == 3
-    rows = [x[::3] for x in vectors(model)[0].split([18, 9])]
-    assert torch.equal(kept.x[0, "attention"], torch.cat(rows))
+@pytest.mark.parametrize("labels", [torch.full((3, 8), 41), torch.full((3, 41), 5)], ids=["id", "length"])
+def test_labels_that_a_decoder_cannot_read_are_refused(labels):
+    with pytest.raises(InputError, match=r"labels outside the model's vocabulary of 41|the model's context is 40"):
+        measure_sparsity(ENCODER_DECODERS["bart"](), [{**padded("right"), "labels": labels}], "relu")
 
 
-def test_cats_skips_its_share_of_the_neurons_in_every_layer():
-    model, shares = granite("silu", vocabulary=41), []
-
-    def count(ffn, s, h, tokens):
-        x = s[MASK[:2].flatten().bool()]
-        shares.append(int((~thresholds.active(ffn, x, x)).sum()) - round(0.3 * x.numel()))
-
-    thresholds = calibrated(model, BATCHES[:1], "cats", 0.3)
-    with observe_neurons(model, count), torch.no_grad():
-        model(**BATCHES[0])
-    assert shares == [0, 0, 0] and thresholds.rule == "fat"
-    with torch.no_grad(), sparse_neurons(model, thresholds):
-        assert run(model).isfinite().all()
+def test_what_a_model_raises_is_told_in_a_sentence():
+    batch = padded("right")
+    batch["token_type_ids"] = torch.full((3, 8), 9)  # of two types
+    with pytest.raises(InputError, match=r"BertModel did not run on input_ids \(3, 8\).*token_type_ids.*index out"):
+        measure_sparsity(model_of(BertForMaskedLM, BertConfig(**ENCODER)), [batch], "relu")
 
 
-@pytest.mark.parametrize("call", [calibrated, greedy_sparsities])
-def test_bad_input_is_refused(call):
-    model = grouped_query()
-    with pytest.raises(InputError, match="The rule is 'magic'; choose one of teal"):
-        call(model, BATCHES, "magic", 0.5)
-    for sparsity in (-0.1, 1.5):
-        with pytest.raises(InputError, match="choose a share of the inputs, 0 to 1"):
-            call(model, BATCHES, "teal", sparsity)
-    with pytest.raises(InputError, match="hold no token"):
-        call(model, [], "teal", 0.5)
+def test_an_autocast_outside_changes_no_number():
+    model, batch = families.build("llama", dtype=torch.float32), padded("right")
+    report = measure_sparsity(model, [batch], "cett", cett=0.2)
+    fresh = families.build("llama", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = measure_sparsity(fresh, [batch], "cett", cett=0.2)
+        assert torch.is_autocast_enabled("cpu")
+    assert inside.layers.equals(report.layers) and inside.loss_dense == report.loss_dense
 
 
-def test_a_share_that_no_whole_number_of_inputs_meets_is_refused():
-    with pytest.raises(InputError, match=r"of 24 and of 40 inputs is a share of 0\.3, .* is 0\.25"):
-        calibrated(grouped_query(), BATCHES, "wina", 0.3)
-
-
-def test_a_step_outside_its_range_is_refused():
-    with pytest.raises(InputError, match="step is 0"):
-        greedy_sparsities(grouped_query(), BATCHES, "teal", 0.5, step=0)
-
-
-class OneLayer:
-    """Thresholds of one block alone; the other blocks keep everything."""
-
-    def __init__(self, maps, layer, sparsities, seen, rule):
-        self.values, self.layer, self.rule = (0.0,) * len(maps), layer, INPUT_RULES[rule]
-        self.sparsities, self.seen = sparsities, seen
-
-    def active_inputs(self, linear, x):
-        if linear.layer != self.layer:
-            return torch.ones_like(x, dtype=torch.bool)
-        z = linear.coordinates(self.seen[linear.index])
-        scores = self.rule.scores(linear, z.abs()).flatten()
-        value = self.rule.value(linear, min(1.0, self.sparsities[linear.role]), scores)
-        return self.rule.active(linear, x.abs(), value)
-
-
-def block_outputs(model, layer):
-    outputs = []
-    handle = model.model.layers[layer].register_forward_hook(
-        lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
-    )
-    run(model)
-    handle.remove()
-    return torch.cat(outputs).flatten(0, 1)[REAL]
-
-
-def literal_greedy(model, maps, layer, rule, target, step):
-    """The algorithm by passes of the whole model, in which one block alone is masked."""
-    own, seen = [one for one in maps if one.layer == layer], vectors(model, maps)
-    total, now, path = sum(one.weight.numel() for one in own), {one.role: 0.0 for one in own}, []
-    dense = block_outputs(model, layer)
-    while (reached := sum(now[one.role] * one.weight.numel() for one in own) / total) < target - 1e-12:
-        errors, weights = {}, min(step, target - reached) * total
-        for one in own:
-            tried = now | {one.role: now[one.role] + weights / one.weight.numel()}
-            if now[one.role] < 1:
-                with sparse_inputs(model, OneLayer(maps, layer, tried, seen, rule), maps):
-                    off = block_outputs(model, layer) - dense
-                errors[one.role] = float((off.norm(dim=-1) / dense.norm(dim=-1)).mean())
-        best = min(errors, key=errors.get)
-        size = next(one.weight.numel() for one in own if one.role == best)
-        now[best] = min(1.0, now[best] + weights / size)
-        path.append((best, errors[best], dict(now)))
-    return path
-
-
-@pytest.mark.parametrize("rotate", [False, True])
-@pytest.mark.parametrize("rule", ["teal", "wina"])
-def test_the_greedy_allocation_is_that_of_whole_passes(rule, rotate):
-    model = grouped_query()
-    maps = rotated(model) if rotate else find_linears(model)
-    sparsities, path = greedy_sparsities(model, BATCHES, rule, 0.3, step=0.05, maps=maps)
-    assert left_behind(model) == []
-    for layer in range(2):
-        expected = literal_greedy(model, maps, layer, rule, 0.3, 0.05)
-        rows = path[path["layer"] == layer]
-        assert rows["role"].tolist() == [role for role, _, _ in expected]
-        np.testing.assert_allclose(rows["error"], [error for _, error, _ in expected], rtol=1e-9)
-        for one in maps:
-            if one.layer == layer:
-                np.testing.assert_allclose(rows[one.role], [now[one.role] for _, _, now in expected], rtol=1e-12)
-                assert sparsities[one.index] == pytest.approx(rows[one.role].iloc[-1], rel=1e-12)
-
-
-def test_every_block_meets_its_target_by_steps_of_no_more_than_asked():
-    model = grouped_query()
-    maps = find_linears(model)
-    sparsities, path = greedy_sparsities(model, BATCHES, "teal", 0.33, step=0.1)
-    for layer in range(2):
-        own = [one for one in maps if one.layer == layer]
-        mean = sum(sparsities[one.index] * one.size for one in own) / sum(one.size for one in own)
-        assert mean == pytest.approx(0.33, abs=1e-12)
-        reached = path[path["layer"] == layer]["sparsity"].tolist()
-        assert reached[-1] == pytest.approx(0.33) and np.diff([0.0, *reached]).max() <= 0.1 + 1e-12
-
-
-def test_no_sparsity_needs_no_step_and_full_sparsity_skips_everything():
-    model = grouped_query(layers=1)
-    sparsities, path = greedy_sparsities(model, BATCHES, "teal", 0.0)
-    assert sparsities == [0.0] * 7 and path.empty
-    sparsities, _ = greedy_sparsities(model, BATCHES, "teal", 1.0, step=0.25)
-    assert sparsities == pytest.approx([1.0] * 7)
-    with sparse_inputs(model, calibrated(model, BATCHES, "teal", 1.0)), torch.no_grad():
-        hidden = model.model(input_ids=IDS).last_hidden_state
-    embedded = model.model.norm(model.model.embed_tokens(IDS))
-    torch.testing.assert_close(hidden, embedded.detach())
+def test_flex_attention_stands_in_no_way_of_finding_ffns():
+    model = families.build("llama")
+    names = [ffn.name for ffn in find_ffns(families.build("llama"))]
+    model.set_attn_implementation("flex_attention")
+    assert [ffn.name for ffn in find_ffns(model)] == names
+    assert model.config._attn_implementation == "flex_attention"

@@ -72,13 +72,13 @@ def test_every_threshold_is_a_crossing_of_the_error_curve(seed):
         for value, (_, _, n) in zip(report.thresholds.values, layers, strict=True):
             size = n.norm(dim=-1)
             following = float(size[size >= value * (1 - 1e-9)].min())  # the neuron that a larger threshold would drop
-            assert literal.truncation_error(n, size < value)[0] <= cett
+            assert literal.truncation_error(n, size < value * (1 - 1e-9))[0] <= cett
             assert literal.truncation_error(n, size <= following)[0] > cett
 
 
 # Random functions of a hundred tokens cross their target more than once on most seeds, and then any crossing is a
 # solution. These seeds have one, which the tests establish before they compare.
-ONE_SOLUTION = {"relu": 0, "silu": 2, "gelu": 2, "relu2": 0}
+ONE_SOLUTION = {"relu": 5, "silu": 2, "gelu": 2, "relu2": 0}
 
 
 @pytest.mark.parametrize("act", ACTS)

@@ -209,6 +209,23 @@ def test_levels_bring_the_sample_to_all_tokens(monkeypatch):
     assert quick.activation_ratio == pytest.approx(solved.activation_ratio, abs=0.01)
 
 
+def test_a_second_alignment_needs_no_dense_losses(monkeypatch):
+    model, batches = model_for("silu"), with_own_labels(model_for("silu"), masked(long_batches()))
+    monkeypatch.setattr("sparsity_utils.sparsity.calibration.SAMPLE_TOKENS", 96)
+    with evaluating(model):
+        kept = list(checked(model, batches, "test"))
+        twice, once = (Calibration(model, kept, 1e-3, with_loss=True) for _ in range(2))
+        twice.align(0.2)
+        heads = []
+        hook = model.lm_head.register_forward_hook(lambda *given: heads.append(given))
+        twice.align(0.3)
+        assert heads == []
+        hook.remove()
+        once.align(0.3)
+        assert twice.dense.value == once.dense.value
+        assert twice.factors == pytest.approx(once.factors, rel=1e-2)  # other points of the curves are known
+
+
 def masked(batches):
     return [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in batches]
 

@@ -9,12 +9,12 @@ from families import build, left_behind
 from linear_maps import grouped_query
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.input_rules import INPUT_RULES
+from sparsity_utils.neurons.input_rules import INPUT_RULES, InputRule
 from sparsity_utils.neurons.linears import find_linears, sparse_inputs
 from sparsity_utils.neurons.rotations import rotated
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity import training_free as module
-from sparsity_utils.sparsity.inputs import calibrated, greedy_sparsities
+from sparsity_utils.sparsity.input_thresholds import calibrated, greedy_sparsities
 from sparsity_utils.sparsity.metrics import measure_sparsity
 from sparsity_utils.sparsity.training_free import TrainingFree
 
@@ -152,10 +152,13 @@ def test_more_than_a_rule_can_save_is_refused():
         found.at_weights_read("teal", 1.2)
 
 
-@pytest.mark.parametrize(("greedy", "p"), [(False, 5.0), (True, 1.0)])
+@pytest.mark.parametrize(("greedy", "p"), [(False, 5.0), (True, 0.3)])
 def test_perplexity_rises_by_what_was_asked_on_the_calibration_text(greedy, p, monkeypatch):
     monkeypatch.setattr(module, "STEP", 0.1)
     model = grouped_query()
+    for block in model.model.layers:  # else they matter little
+        block.self_attn.o_proj.weight.data *= 3
+        block.mlp.down_proj.weight.data *= 3
     calibration = written(model, 1)
     found = TrainingFree(model, calibration, written(model, 2), written(model, 3))
     report = found.at_perplexity("teal", p, greedy=greedy)
@@ -189,6 +192,27 @@ def test_reports_are_compared_on_the_same_resampled_documents():
     elsewhere = TrainingFree(found.model, CALIBRATION, text(5)).at("wina", 0.5)
     with pytest.raises(InputError, match="of different text or models"):
         one.compared(elsewhere)
+
+
+class Loudest(InputRule):
+    """Kept: |x_j| max_i |W_ij| > t, a rule that the package does not have."""
+
+    name, label = "loudest", "Loudest"
+
+    def scores(self, linear, sizes):
+        return sizes * linear.weight.abs().amax(0)
+
+
+def test_an_added_rule_is_calibrated_allocated_and_judged(monkeypatch):
+    monkeypatch.setitem(INPUT_RULES, "loudest", Loudest())
+    monkeypatch.setattr(module, "STEP", 0.1)
+    found = harness(grouped_query())
+    for report in (
+        found.at("loudest", 0.5),
+        found.at("loudest", 0.5, greedy=True),
+        found.at("loudest", 0.5, rotate=True),
+    ):
+        assert report.rule == "loudest" and report.sparsity == pytest.approx(0.5, abs=0.1) and report.excess != 0
 
 
 def test_bad_input_is_refused():

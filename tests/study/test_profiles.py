@@ -1,16 +1,21 @@
 """Profiles: the shipped ones hold, and every mistake in one is named."""
 
 import copy
+import dataclasses
+import json
 
 import pytest
+import yaml
 from small import one_size, profile_content, write_profile
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig
 from sparsity_utils.models.shapes import d_ff, head_count, non_embedding_parameters
+from sparsity_utils.study import profiles
 from sparsity_utils.study.plan import COVERING, QUESTIONS, planned, ratio_shapes
 from sparsity_utils.study.profiles import profile_names, read_profile
+from sparsity_utils.study.runs import digest
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -116,7 +121,7 @@ CHANGES = [  # place, value, message
     (("train", "batch_tokens"), 10**9, r"train\.tokens is 5000, less than six batches"),
     (("corpus", "vocabulary"), 12, r"corpus\.vocabulary is 12; choose 257 to 65536"),
     (("corpus", "vocabulary"), True, r"corpus\.vocabulary is True; it should be of type int"),
-    (("corpus", "source"), "web", r"corpus\.source is 'web'; choose one of python-source, path, hub"),
+    (("corpus", "source"), "web", r"corpus\.source is 'web'; choose one of python-source, python-prose, path, hub"),
     (("corpus", "path"), None, r"corpus\.path is empty; source 'path' needs one"),
     (("measure", "p"), 0.0, r"measure\.p is 0\.0"),
     (("measure", "domain_calibration_tokens"), 0, r"measure\.domain_calibration_tokens is 0; it must be positive"),
@@ -182,6 +187,60 @@ def test_broken_yaml_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("about: [", encoding="utf-8")
     with pytest.raises(InputError, match=r"bad\.yaml is not valid YAML"):
         read_profile(str(tmp_path / "bad.yaml"))
+
+
+NUMBERS = {
+    "1e-2": 0.01, "1E-2": 0.01, "1.5e-3": 0.0015, "+2.5": 2.5, ".5": 0.5, "5.": 5.0, "-1": -1, "3": 3, "0.010": 0.01,
+    "5e6": 5_000_000, "1E5": 100_000, "1.5e3": 1500, "2e+3": 2000, "1_000": 1000, "1_0.5": 10.5,
+    "010": 10, "08": 8, "5.0": 5.0, "1e0": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "wanted"), NUMBERS.items())
+def test_numbers_in_yaml_are_what_they_look_like(tmp_path, written, wanted):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"about: x\nworkers: {written}\n", encoding="utf-8")
+    (found,) = [value for key, value in yaml.load(file.read_text(), profiles._Loader).items() if key == "workers"]
+    assert found == wanted and type(found) is type(wanted)
+
+
+def test_numbers_with_exponents_reach_every_section(tmp_path):
+    content = profile_content(tmp_path)
+    plain = read_profile(write_profile(tmp_path, content))
+    written = (tmp_path / "tiny.yaml").read_text()
+    for before, after in {
+        "ratio_tokens: 5000": "ratio_tokens: 5e3",
+        "batch_tokens: 256": "batch_tokens: 2.56e2\n  learning_rate: 1e-2",
+        "calibration_tokens: 256": "calibration_tokens: 2_56",
+        "validation_share: 0.2": "validation_share: 2E-1",
+    }.items():
+        assert before in written
+        written = written.replace(before, after)
+    (tmp_path / "tiny.yaml").write_text(written)
+    found = read_profile(str(tmp_path / "tiny.yaml"))
+    assert found == dataclasses.replace(plain, train=plain.train | {"learning_rate": 0.01})
+    assert {name: type(value) for name, value in found.train.items()} == {
+        name: float if name == "learning_rate" else int for name in found.train
+    }
+    assert digest(dataclasses.asdict(found.train_config(5000, 0))) == digest(
+        dataclasses.asdict(plain.train_config(5000, 0))
+    )
+
+
+@pytest.mark.parametrize("written", ["1e-2", "1.5", "1:30", "0x10", "0b11", "12e", "1_", "_1", "--1", "'4'", "5.0"])
+def test_what_is_no_whole_number_is_refused_in_a_sentence(tmp_path, written):
+    file = write_profile(tmp_path, profile_content(tmp_path))
+    (tmp_path / "tiny.yaml").write_text(
+        (tmp_path / "tiny.yaml").read_text().replace("threads: 1", f"threads: {written}")
+    )
+    with pytest.raises(InputError, match=r"^Profile tiny\.yaml: threads is .*; it should be of type int\.$"):
+        read_profile(file)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_shipped_profiles_read_as_yaml_1_1_reads_them(name):
+    text = (paths.PROFILES / f"{name}.yaml").read_text()
+    assert json.dumps(yaml.load(text, profiles._Loader)) == json.dumps(yaml.safe_load(text))
 
 
 def test_a_relative_text_path_starts_at_the_profile(tmp_path):

@@ -1,6 +1,5 @@
 """The street's first stretch: text -> documents without duplicates -> tokens."""
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -12,63 +11,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from corpus_text import config, own_build_folder, text, texts_of, words, write_rows  # noqa: F401  (a fixture)
+from corpus_text import config, own_build_folder, text, texts_of, write_rows  # noqa: F401  (a fixture)
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.text import corpus as corpora
 from sparsity_utils.text import sources
 from sparsity_utils.text.corpus import Part, build_corpus, open_corpus, split_parts
-from sparsity_utils.text.duplicates import Duplicates, shingles
-from sparsity_utils.text.sources import Document
+from sparsity_utils.text.documents import Document
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     odd = ["one\r\ntwo\rthree\n", "in the text: <|endoftext|> goes on", "é → 🙂 \t \x00 \u2028 end", "  indented\n\n\n"]
     return write_rows(tmp_path / "rows.jsonl", [text(seed) for seed in range(20)] + odd)
-
-
-# Duplicates
-
-
-def literal_shingles(line: str) -> set[tuple[str, ...]]:
-    split = line.split()
-    return {tuple(split[start : start + 5]) for start in range(max(1, len(split) - 4))}
-
-
-@pytest.mark.parametrize("count", [1, 4, 5, 6, 63, 400])
-def test_hashed_shingles_give_the_literal_jaccard_similarity(count: int) -> None:
-    one = words(0, count)
-    other = [*one[: count // 2], "zzz", *one[count // 2 + 1 :]]
-    sets = [literal_shingles(" ".join(line)) for line in (one, other)]
-    hashed = [set(shingles(" ".join(line)).tolist()) for line in (one, other)]
-    assert [len(found) for found in hashed] == [len(wanted) for wanted in sets]
-    assert len(hashed[0] & hashed[1]) == len(sets[0] & sets[1])
-
-
-def test_shingles_depend_on_the_order_of_words() -> None:
-    assert not set(shingles("a b c d e")) & set(shingles("e d c b a"))
-
-
-def test_exact_and_near_duplicates_are_told_from_other_texts() -> None:
-    original, seen = words(1), Duplicates()
-    one_word_changed = [*original[:150], "zzz", *original[151:]]  # Jaccard 291/301
-    half_changed = [*original[:150], *words(2, 150)]  # Jaccard about 1/3
-    assert seen.kind(" ".join(original)) is None
-    assert seen.kind("\n ".join(original) + "\n") == "exact"  # white space is no difference
-    assert seen.kind(" ".join(one_word_changed)) == "near"
-    assert seen.kind(" ".join(half_changed)) is None
-
-
-def test_near_duplicates_are_found_every_time_not_only_when_almost_equal() -> None:
-    """Three words of 300 changed: a similarity of 0.9, which a coarser index finds nine times in ten."""
-    for seed in range(60):
-        line, seen = words(seed), Duplicates()
-        assert seen.kind(" ".join(line)) is None
-        for place in (50, 150, 250):
-            line[place] = f"other{place}"
-        assert seen.kind(" ".join(line)) == "near", seed
 
 
 def parts_of(lines: list[str], domain: str = "rows") -> list[Part]:
@@ -275,8 +231,8 @@ def test_a_file_that_cannot_be_read(name: str, tmp_path: Path) -> None:
         ),
         ("a.jsonl", b"[1, 2]\n", r"row 1, has no field 'text'; .*\(no field at all\)"),
         ("a.parquet", b"not parquet", r"a\.parquet is not readable as Parquet \(.*\); correct it"),
-        ("a.txt", b"caf\xe9", r"gave 0 usable document\(s\) within 48.0 MB \(left out: 1 not UTF-8\)"),
-        ("a.txt", b" \n", r"gave 0 usable document\(s\) within 48.0 MB \(left out: 1 empty\)"),
+        ("a.txt", b"caf\xe9", r"gave 0 usable document\(s\) within 48.0 MB \(left out: 1 not UTF-8 \(a\.txt\)\)"),
+        ("a.txt", b" \n", r"gave 0 usable document\(s\) within 48.0 MB \(left out: 1 empty \(a\.txt\)\)"),
         ("a.txt", b"one", r"gave 1 usable document\(s\) .*\(left out: none\); training and validation need one each"),
     ],
 )
@@ -335,4 +291,4 @@ def test_full_disk_leaves_nothing_behind(name: str, rows: Path, monkeypatch: pyt
 
 def test_the_request_for_a_corpus_is_in_its_manifest(rows: Path) -> None:
     wanted = config(rows)
-    assert build_corpus(wanted).manifest["config"] == dataclasses.asdict(wanted)
+    assert build_corpus(wanted).manifest["config"] == wanted.settings()

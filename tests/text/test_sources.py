@@ -1,15 +1,12 @@
 """Text sources: what each reads, how it labels it, and what it refuses."""
 
-import base64
-import hashlib
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from corpus_text import config, own_build_folder, text, texts_of, write_rows  # noqa: F401  (a fixture)
+from corpus_text import config, install, own_build_folder, text, texts_of, write_rows  # noqa: F401  (a fixture)
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
@@ -36,15 +33,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "planted/__init__.py": b"# repaired\n",
         "planted/generated/ops.py": b"# built\n",
         "planted/data.json": b"{}",
-        "planted-1.0.dist-info/METADATA": b"Name: planted\nVersion: 1.0+cpu\n",
     }
-    record = "planted/__pycache__/m.cpython-311.py,,\n../../bin/tool.py,sha256=aaaa,3\n"
-    for name, data in files.items():
-        (site / name).parent.mkdir(parents=True, exist_ok=True)
-        (site / name).write_bytes(data)
-        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-        record += f"{name},sha256={digest},{len(data)}\n"
-    (site / "planted-1.0.dist-info" / "RECORD").write_text(record)
+    install(site, "planted", files)
     (site / "planted" / "changed.py").write_bytes(b"wheel = False\n")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setattr(sources, "FAMILIES", {"planted family": ("planted",)})
@@ -54,12 +44,15 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_python_source_is_the_wheels_text_either_code_or_docstrings(package: Path) -> None:
     source = sources.open_source(CorpusConfig())
     documents = {document.name: document for document in source.documents}
-    assert source.skipped == {"table of numbers": 1, "not UTF-8": 1, "changed since it was installed": 1}
+    left_out = {"table of numbers": "table", "not UTF-8": "latin", "changed since it was installed": "changed"}
+    assert source.skipped == dict.fromkeys([*left_out, "empty"], 1)
+    assert source.skipped.names == {reason: [f"planted/{name}.py"] for reason, name in left_out.items()} | {
+        "empty": ["planted/sub/__init__.py"]
+    }
     assert source.identity["packages"] == {"planted": "1.0"}
     assert set(documents) == {
         *(f"planted/sub/m{seed}.py" for seed in range(60)),
         *(f"planted/documented{seed}.py" for seed in range(9)),
-        "planted/sub/__init__.py",
     }
     prose = [document for document in documents.values() if document.domain == "prose"]
     assert 1 <= len(prose) <= 4 and all(document.name.startswith("planted/documented") for document in prose)
@@ -76,32 +69,8 @@ def test_python_source_builds_a_corpus(package: Path) -> None:
     assert {"planted family"} <= set(corpus.documents("validation")["domain"]) <= {"planted family", "prose"}
 
 
-def test_docstrings_stand_in_file_order_dedented() -> None:
-    source = """
-        "Module."
-        class A:
-            def f(self):
-                '''F.
-
-                Args:
-                    x: one
-                '''
-            async def g(self):
-                "G \\\\d."
-            def silent(self):
-                return "not prose"
-        def last():
-            '''
-            Last.
-            '''
-    """
-    wanted = "Module.\n\nF.\n\nArgs:\n    x: one\n\nG \\d.\n\nLast."
-    assert sources.docstrings(textwrap.dedent(source)) == wanted
-    assert sources.docstrings("def broken(:") == ""
-
-
 def test_the_real_packages_hold_hundreds_of_megabytes() -> None:
-    files = sources._package_files()
+    files = sources._package_files(sources._is_source)
     names = [name for name, _, _ in files]
     assert sum(file.size for _, _, file in files) > 200e6 and len(set(names)) == len(names)
     assert "torch/nn/modules/linear.py" in names and "torch/version.py" not in names
@@ -167,7 +136,8 @@ def test_a_parquet_table_is_read_whole_whatever_its_name_and_its_other_columns(t
     others = {"number": range(len(texts)), "map": [{"a": 1}] * len(texts)}
     pd.DataFrame({"text": texts} | others).to_parquet(file, row_group_size=700)
     for path in (file, file.parent):
-        assert [document.text for document in sources.open_source(config(path)).documents] == texts
+        found = [document.text for document in sources.open_source(config(path)).documents]
+        assert found == ["2020-01-01", " a\nb\u2028c\x00 ", *texts[3:]]
     pd.DataFrame({"text": pd.Categorical(["a", "b", "a"])}).to_parquet(file)
     assert [document.text for document in sources.open_source(config(file)).documents] == ["a", "b", "a"]
     pd.DataFrame({"text": []}).to_parquet(file)

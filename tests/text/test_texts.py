@@ -1,7 +1,10 @@
 """Documents from files, windows of tokens, the split of documents; all compared with what they must hold."""
 
+import errno
 import json
 import math
+import os
+import re
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sparsity_utils.console import InputError
+from sparsity_utils.text import windows
+from sparsity_utils.text.config import CorpusConfig
+from sparsity_utils.text.sources import open_source
 from sparsity_utils.text.windows import evenly_spaced, read_documents, split_documents, text_batches
 
 # Documents
@@ -32,6 +38,77 @@ def test_documents_of_a_folder(tmp_path: Path) -> None:
     assert documents == read_documents(tmp_path)
 
 
+def test_text_is_measured_in_the_form_in_which_a_corpus_holds_it(tmp_path: Path) -> None:
+    """Windows line ends, old Mac ones and a byte order mark, in files of every kind; nothing else is changed."""
+    plain = "one\ntwo\n\nthree e\u0301 \u2028 \x0c four\t\n"
+    forms = [plain, plain.replace("\n", "\r\n"), plain.replace("\n", "\r"), "\ufeff" + plain.replace("\n", "\r\n")]
+    for number, form in enumerate(forms):
+        for name in ("a.txt", "b.MD", "c.py"):
+            file = tmp_path / str(number) / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(form.encode())
+            assert read_documents(file) == [plain], name
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"text": form}) + "\n")
+        pd.DataFrame({"text": [form]}).to_parquet(tmp_path / "rows.parquet")
+        assert read_documents(tmp_path / "rows.jsonl") == read_documents(tmp_path / "rows.parquet") == [plain]
+        corpus = open_source(CorpusConfig("path", str(tmp_path / "rows.jsonl"))).documents
+        assert [document.text for document in corpus] == [plain]
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(windows, "LARGEST", 1000)
+    files = {
+        "good.txt": b"a text", "empty.txt": b"", "blank.md": b" \n", "utf16.txt": "text".encode("utf-16"),
+        "utf16-without-mark.txt": "text".encode("utf-16-le"), "large.txt": b"x " * 501, "sub/image.md": b"\x89PNG\x00",
+        **{f"latin{number}.txt": b"caf\xe9" for number in range(5)},
+        "rows.jsonl": b'{"text": "row"}\n{"text": 1}\n{"text": "half \\ud83d"}\n',
+    }  # fmt: skip
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    for name in ("gone.txt", "gone.jsonl"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    assert sorted(read_documents(tmp_path)) == ["a text", "row"]
+    out, line = capsys.readouterr()
+    assert out == "" and line.count("\n") == 1
+    assert line.startswith(f"Of {tmp_path}, 2 documents are read and 15 left out: ")
+    told = dict(re.findall(r"\d+ ([^()]*(?:\(No such[^)]*\))?) \(([^)]*)\)", line.partition("left out: ")[2]))
+    assert {reason: set(names.split(", ")) for reason, names in told.items()} == {
+        "unreadable (No such file or directory)": {"gone.txt", "gone.jsonl"},
+        "not UTF-8": set(told["not UTF-8"].split(", ")),
+        "binary": {"utf16.txt", "utf16-without-mark.txt", "sub/image.md"},
+        "empty": {"empty.txt", "blank.md"},
+        "larger than 0.001 MB": {"large.txt"},
+        "not a text": {"rows.jsonl:2"},
+    }
+    assert "6 not UTF-8" in line and told["not UTF-8"].count(",") == 3 and told["not UTF-8"].endswith(", ...")
+    (tmp_path / "good.txt").write_text("a text")
+    read_documents(tmp_path / "good.txt")
+    assert capsys.readouterr() == ("", "")  # nothing to say
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.txt").write_text("a text")
+    scan = os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match=r"locked cannot be read \(Permission denied\); correct it or take it away"):
+        read_documents(tmp_path)
+
+
+def test_wikitext_as_json_lines_gives_one_document_an_article(tmp_path: Path) -> None:
+    """Raw words, one article a line, as the validation and test files of WikiText-2 are kept."""
+    articles = [f'= Robert <unk> {n} = \n \n He had a guest @-@ role , " Craig " , in 2000 . \n' for n in range(3)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": article}) + "\n" for article in articles))
+    assert read_documents(tmp_path) == read_documents(tmp_path / "test.jsonl") == articles
+
+
 @pytest.mark.parametrize("name", ["code.py", "README", "data.csv"])
 def test_a_named_file_of_any_kind_is_text(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"\xef\xbb\xbfdef f():\n    '''caf\xc3\xa9'''\n")
@@ -49,10 +126,16 @@ def test_a_named_file_of_a_known_kind(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "sentence"),
     [
-        ("a.txt", b"", r"a\.txt holds no text; give a file or folder with text"),
-        ("a.py", b" \n", r"a\.py holds no text; give a file or folder with text"),
-        ("a.txt", b"caf\xe9", r"a\.txt holds no text; .* in UTF-8"),
-        ("a.py", b"caf\xe9", r"a\.py cannot be read as text in UTF-8 \(.*\); give a text file"),
+        (
+            "a.txt",
+            b"",
+            r"a\.txt holds no text; give a file or folder with text in UTF-8 \(left out: 1 empty \(a\.txt\)\)",
+        ),
+        ("a.py", b" \n", r"a\.py holds no text; give a file or folder with text .*: 1 empty \(a\.py\)\)"),
+        ("a.txt", b"caf\xe9", r"a\.txt holds no text; .* in UTF-8 \(left out: 1 not UTF-8 \(a\.txt\)\)"),
+        ("a.py", b"caf\xe9", r"a\.py holds no text; .* in UTF-8 \(left out: 1 not UTF-8 \(a\.py\)\)"),
+        ("a.safetensors", b"{}\0", r"a\.safetensors holds no text; .*\(left out: 1 binary \(a\.safetensors\)\)"),
+        ("a.jsonl", b"\n", r"a\.jsonl holds no text; .* \(left out: nothing\)"),
         ("a.jsonl", b'{"body": 1}\n', r"row 1, has no field 'text'; rename the one that holds the text"),
         ("a.jsonl", b"{\n", r"a\.jsonl, line 1, is not JSON; correct it"),
         ("a.parquet", b"no", r"a\.parquet is not readable as Parquet \(.*\); correct it"),
