@@ -90,7 +90,7 @@ def sparse_kernels(
                 ffn_kernel(ffn, block, thresholds, eight_bits) for ffn, block in zip(ffns, blocks, strict=True)
             ]
             stack.enter_context(_bypass(model, ffns, kernels))
-            kernels = kernels + replace_attention(stack, maps, thresholds, eight_bits)
+            kernels = [*kernels, *replace_attention(stack, maps, thresholds, eight_bits)]
         else:
             if thresholds is not None:
                 check_layers(thresholds, ffns)
