@@ -17,8 +17,9 @@ from sparsity_utils.neurons.find import FFN, find_ffns, layer_count, widened
 from sparsity_utils.neurons.hooks import check_layers, observe_neurons
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
+from sparsity_utils.sparsity.inputs import predicts_next_token
 from sparsity_utils.sparsity.metrics import Batches
-from sparsity_utils.sparsity.passes import checked, forward, predicts_next_token, run_backbone
+from sparsity_utils.sparsity.passes import checked, forward, run_backbone
 
 SIZES = (-8.0, 4.0, 12_000)  # of the histogram of log10 |s|: its ends and bins, each 0.23% wide
 
