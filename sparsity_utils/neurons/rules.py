@@ -113,7 +113,18 @@ class TopK(Rule):
 
     def check_value(self, value: float, d_ff: float = math.inf) -> None:
         possible = 1 <= value <= d_ff and int(value) == value
-        check(possible, f"k is {value}; choose a whole number from 1 to d_ff = {d_ff}.")
+        check(possible, f"{self.knob.name} is {value}; choose a whole number from 1 to d_ff = {d_ff}.")
+
+
+class TopKNorm(TopK):
+    """Active: the k largest ||n_i||_2 = |h_i| * ||W_out[:, i]||_2: Top-k with the score of CETT."""
+
+    name, label = "top-k-norm", "Top-k of ‖n‖"
+    knob = Knob("kept", int, "neurons kept per token and layer, by the norm of what they write")
+    decided_on = "neuron"
+
+    def active(self, ffn: FFN, sizes: Tensor, value: float) -> Tensor:
+        return super().active(ffn, sizes * ffn.column_norms(), value)
 
 
 class Fat(Rule):
@@ -161,7 +172,7 @@ class CettPpl(Cett):
         check(0 < value <= 100, f"p is {value}; choose a rise of perplexity above 0 and at most 100 percent.")
 
 
-RULES = {rule.name: rule for rule in (NonZero(), TopK(), Fat(), Cett())}  # of thresholds
+RULES = {rule.name: rule for rule in (NonZero(), TopK(), TopKNorm(), Fat(), Cett())}  # of thresholds
 METRICS = RULES | {CettPpl.name: CettPpl()}  # of measurements
 
 

@@ -1,4 +1,4 @@
-"""Activation sparsity of a model by one of five metrics: straightforward ReLU, Top-k, FAT-eps, CETT, CETT-PPL-p%.
+"""Activation sparsity of a model by one of the metrics of `neurons.rules`.
 
 Definitions: arXiv 2411.02335, section 3. Activation ratio and achieved CETT describe the activations of the dense run,
 to which the definitions apply; only the sparse loss comes from a run in which the inactive neurons are skipped.

@@ -11,13 +11,15 @@ SCHEMA = 1  # of the tables; raise it when a column changes its meaning
 IDENTITY = ("run", "activation", "d_model", "n_layers", "seed")
 # Speeds are of this machine, not of a run; the question whose runs or shapes they are measured with.
 SPEEDS = {"sparse_ffn": "relu_vs_silu", "sparse_decoding": "relu_vs_silu", "depth_cost": "width_depth_ratio"}
+# Tables of one measurement, of a model that is not trained here; each names its file.
+PRETRAINED = ("pretrained", "pretrained_prices", "pretrained_positions")
 
 
 class Question(NamedTuple):
     """A question is answered by a table. It holds what was measured on each of the runs that the question needs."""
 
     file: str
-    measurement: str | None  # a key of jobs.MEASUREMENTS; None: validation losses alone, or one of SPEEDS
+    measurement: str | None  # a key of jobs.MEASUREMENTS; None: validation losses alone, or no measurement of a run
     about: tuple[str, ...] | None = None  # columns of `Run.checkpoints` beside each measured row; None: all of them
 
 
@@ -39,6 +41,7 @@ QUESTIONS = {
     "sparse_ffn": Question("sparse_ffn.csv", None),
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
+    **{name: Question(f"{name}.csv", None) for name in PRETRAINED},
 }
 COVERING = (  # questions that together need every run of a profile
     *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
@@ -54,7 +57,7 @@ Settings = tuple[ModelConfig, TrainConfig]
 def planned(profile: Profile, question: str) -> list[Settings]:
     """The settings of the runs that a question needs; none where the profile leaves the question out."""
     study = profile.study
-    if question in SPEEDS:
+    if question in SPEEDS or question in PRETRAINED:
         return []
     if question == "width_depth_ratio":
         return _unique(

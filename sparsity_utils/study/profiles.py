@@ -65,6 +65,33 @@ class SpeedConfig:
         check(self.new_tokens >= 2, f"speed.new_tokens is {self.new_tokens}; at least 2 are needed.")
 
 
+PRICE = 1.0  # p of the CETT-PPL-p% that notebook 09 looks at layers, positions, transfer and bfloat16 with
+
+
+@dataclass(frozen=True)
+class PretrainedConfig:
+    """How a pretrained model is measured, on English and on Python source: notebook 09."""
+
+    model: str = "smollm2"  # what `python -m sparsity_utils fetch smollm2` brings; or a folder, a GGUF file, owner/name
+    english: str | None = None  # a file or folder of documents; None: prose of the pinned packages
+    window: int = 256  # tokens; one of each document
+    calibration_tokens: int = 2048  # of each text, on which thresholds are solved
+    evaluation_tokens: int = 4096  # of each text, disjoint from them
+    prices: tuple[float, ...] = (1.0, 10.0)  # p of CETT-PPL-p%
+
+    def __post_init__(self) -> None:
+        parts = (self.calibration_tokens, self.evaluation_tokens)
+        check(
+            self.window >= 2 and all(tokens > 0 and tokens % self.window == 0 for tokens in parts),
+            f"pretrained.window is {self.window}; give at least 2, and pretrained.calibration_tokens and "
+            f"evaluation_tokens that are multiples of it.",
+        )
+        check(
+            PRICE in self.prices and all(0 < price <= 100 for price in self.prices),
+            f"pretrained.prices is {list(self.prices)}; choose percentages up to 100, 1 among them.",
+        )
+
+
 @dataclass(frozen=True)
 class Size:
     """One shape of a line, written as d_model x n_layers: how long it is trained, and with which seeds."""
@@ -148,6 +175,7 @@ class Profile:
     train: dict[str, Any] = field(default_factory=dict)  # TrainConfig fields shared by all runs
     measure: MeasureConfig = MeasureConfig()
     speed: SpeedConfig = SpeedConfig()
+    pretrained: PretrainedConfig = PretrainedConfig()
     workers: int = 2  # runs side by side
     threads: int = 1  # torch threads of each
 

@@ -7,7 +7,9 @@ import os
 import platform
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,12 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from kernels import MAX_TOKENS
 from sparsity_utils import paths
-from sparsity_utils.console import InputError
+from sparsity_utils.console import InputError, check
 from sparsity_utils.models.decoder import default_device
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.shapes import head_count
 from sparsity_utils.study.jobs import Job, do_jobs, longest_first, measurement
-from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
+from sparsity_utils.study.plan import PRETRAINED, PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
+from sparsity_utils.study.pretrained import found_model, measured
 from sparsity_utils.study.profiles import Profile, read_profile
 from sparsity_utils.study.runs import RunConfig, find_run, run_with_model
 from sparsity_utils.study.speeds import decoding_table, ffn_table, step_times
@@ -38,6 +41,7 @@ class Study(Tables):
         super().__init__(name, folder)
         self.profile, self.text = profile, text
         self._corpus: Corpus | None = None
+        self._pretrained: dict[str, pd.DataFrame] = {}
 
     @classmethod
     def from_profile(cls, name: str, text: Path | None = None) -> "Study":
@@ -54,13 +58,20 @@ class Study(Tables):
         return cls(profile.name, paths.profile_output(profile.name) / "results", profile, text)
 
     @classmethod
-    def open(cls, source: str, profile: str) -> "Study":
-        """What a notebook opens: `source` "recorded" reads the stored tables, "run" follows `profile`."""
+    def open(cls, source: str, profile: str, **pretrained: Any) -> "Study":
+        """What a notebook opens: `source` "recorded" reads the stored tables, "run" follows `profile`.
+
+        pretrained: in place of settings of the profile's section of that name; an empty text leaves one as it is.
+        """
         if source not in ("recorded", "run"):
             raise InputError(
                 f"source is {source!r}; choose recorded (the stored tables) or run (train what is missing)."
             )
-        return cls.recorded() if source == "recorded" else cls.from_profile(profile)
+        if source == "recorded":
+            return cls.recorded()
+        study, given = cls.from_profile(profile), {name: value for name, value in pretrained.items() if value != ""}
+        study.profile = replace(study.profile, pretrained=replace(study.profile.pretrained, **given))
+        return study
 
     @property
     def corpus(self) -> Corpus:
@@ -74,6 +85,8 @@ class Study(Tables):
         """Whether this study has, or would make, the table of a question: profiles may leave some out."""
         if self.profile is None or question in PUBLISHED_TABLES:
             return super().answers(question)
+        if question in PRETRAINED:
+            return found_model(self.profile.pretrained.model) is not None
         return bool(planned(self.profile, SPEEDS.get(known(question), question)))
 
     def table(self, question: str) -> pd.DataFrame:
@@ -85,7 +98,8 @@ class Study(Tables):
         file = self.file(question)
         made = self.profile is not None and question not in PUBLISHED_TABLES
         if made and not (question in SPEEDS and file.exists()):
-            table = self.speeds(question) if question in SPEEDS else self._measured(question)
+            own = {**dict.fromkeys(SPEEDS, self.speeds), **dict.fromkeys(PRETRAINED, self.pretrained)}
+            table = own.get(question, self._measured)(question)
             with paths.written_aside(file) as aside:
                 table.to_csv(aside, index=False, float_format="%.8g")
         return super().table(question)
@@ -150,6 +164,25 @@ class Study(Tables):
         windows = measurement_batches(tokens, context, "evaluation", MAX_TOKENS * context)[0]["input_ids"]
         table = {"sparse_ffn": ffn_table, "sparse_decoding": decoding_table}[question]
         return table(models, calibration, windows.to(default_device()), settings.p, self.profile.speed)
+
+    def pretrained(self, question: str) -> pd.DataFrame:
+        """The table of a question of PRETRAINED: all of them are measured at the first call.
+
+        Pieces are kept beside the tables. Raises InputError without the model.
+        """
+        settings = self.profile.pretrained
+        if not self._pretrained:
+            name = found_model(settings.model)
+            check(name is not None, self.lacking(question))
+            model, tokenizer = open_checkpoint(name, dtype=torch.float32)
+            self._pretrained = measured(model, tokenizer, settings, self.folder.parent / "pretrained")
+        return self._pretrained[question]
+
+    def lacking(self, question: str) -> str:
+        if question not in PRETRAINED or self.profile is None:
+            return super().lacking(question)
+        name = self.profile.pretrained.model
+        return f"{name} is not here, so nothing is measured: python -m sparsity_utils fetch {name} gets it (98 MB)."
 
     def _depth_cost(self) -> pd.DataFrame:
         """Times of the shapes of the width-depth line, on as many threads as their runs have."""

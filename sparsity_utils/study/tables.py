@@ -60,8 +60,12 @@ class Tables:
         """`table`, or None and a printed line where this study leaves the question out."""
         if self.answers(question):
             return self.table(question)
-        print(f"The {self.name} study has no table for {question}.")
+        print(self.lacking(question))
         return None
+
+    def lacking(self, question: str) -> str:
+        """The line on a question that this study leaves out."""
+        return f"The {self.name} study has no table for {question}."
 
 
 def known(question: str) -> str:

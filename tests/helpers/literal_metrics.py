@@ -40,6 +40,9 @@ def inactive(rule, value, s, h, n):
                 out[t, i] = s_i == 0
             elif rule == "top-k":
                 out[t, i] = abs(s_i) < sizes[value - 1] or s_i == 0
+            elif rule == "top-k-norm":
+                norms = sorted((float(v) for v in n[t].norm(dim=-1)), reverse=True)
+                out[t, i] = float(n[t, i].norm()) < norms[value - 1] or h_i == 0
             elif rule == "fat":
                 out[t, i] = abs(s_i) < value or s_i == 0
             else:

@@ -10,7 +10,7 @@ from sparsity_utils.laws.cost import weights_read_at, with_weights_read
 from sparsity_utils.neurons.rules import METRICS
 
 
-@pytest.mark.parametrize("metric", ["relu", "top-k", "fat", "cett", "cett-ppl"])
+@pytest.mark.parametrize("metric", ["relu", "top-k", "top-k-norm", "fat", "cett", "cett-ppl"])
 def test_the_share_is_that_of_counted_entries(metric):
     d, d_ff = 7, 20
     generator = torch.Generator().manual_seed(0)
@@ -20,7 +20,7 @@ def test_the_share_is_that_of_counted_entries(metric):
         torch.zeros(rows, columns, dtype=torch.bool) for rows, columns in ((d_ff, d), (d_ff, d), (d, d_ff))
     )
     gate[:] = True
-    up[nonzero if metric.startswith("cett") else active] = True
+    up[nonzero if metric in ("top-k-norm", "cett", "cett-ppl") else active] = True
     down[:, active] = True
     counted = sum(int(matrix.sum()) for matrix in (gate, up, down)) / (3 * d * d_ff)
     found = METRICS[metric].weights_read(float(active.double().mean()), float(nonzero.double().mean()))

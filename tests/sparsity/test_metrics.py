@@ -38,7 +38,9 @@ def assert_agrees(report, model, act, rule, values, batches):
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize(
-    "rule, argument", [("relu", {}), ("top-k", {"k": 7}), ("fat", {"eps": 0.15})], ids=["relu", "top-k", "fat"]
+    "rule, argument",
+    [("relu", {}), ("top-k", {"k": 7}), ("top-k-norm", {"kept": 7}), ("fat", {"eps": 0.15})],
+    ids=["relu", "top-k", "top-k-norm", "fat"],
 )
 def test_metrics_without_a_search_agree_with_their_definitions(act, rule, argument):
     model, batches = model_for(act), padded_batches(1)
