@@ -89,6 +89,8 @@ def _study_options(command: argparse.ArgumentParser) -> None:
         "finished run"
     )
     command.add_argument("--tables", help=about, type=Path, nargs="+", default=[], metavar="FOLDER")
+    about = "where runs are done: worker processes here, or a Slurm cluster (default: as the profile says)"
+    command.add_argument("--engine", help=about, choices=("local", "slurm"))
     about = "do every n-th run, beginning with the i-th: one of n machines; no table is written until all runs are here"
     command.add_argument("--share", help=about, metavar="i/n", default="1/1")
     about = "stop after M minutes, exit status 75 if runs are left; the same command continues"
@@ -175,6 +177,7 @@ def _study(options: argparse.Namespace) -> int:
 
     share = read_share(options.share)
     study = Study.from_profile(options.profile, options.text)
+    study.profile = study.profile.on(options.engine)
     unknown = sorted(set(options.questions or ()) - set(QUESTIONS))
     if unknown:
         raise InputError(f"There is no question {unknown[0]!r}; choose from {', '.join(QUESTIONS)}.")

@@ -9,7 +9,9 @@ import pandas as pd
 
 from sparsity_utils.console import InputError
 from sparsity_utils.study.archive import archived
-from sparsity_utils.study.jobs import Job, OutOfTime, do_jobs
+from sparsity_utils.study.cost import tell_device_costs
+from sparsity_utils.study.engines import do_jobs
+from sparsity_utils.study.jobs import Job, OutOfTime
 from sparsity_utils.study.plan import COVERING, PRIMARY, QUESTIONS
 from sparsity_utils.study.study import Study
 
@@ -62,12 +64,19 @@ def read_share(text: str) -> tuple[int, int]:
 
 
 def tell_costs(study: Study, tables: Sequence[Path] = ()) -> str:
-    """`costs` as text, once the runs of the folders `tables` have been brought."""
+    """`costs` as text, once the runs of the folders `tables` have been brought.
+
+    For a profile with a section `device` it is the table of `cost`, which needs neither text nor runs.
+    """
+    if study.profile.device:
+        return tell_device_costs(study.profile)
     with _tables(study, tables, QUESTIONS):
         return _told(study)
 
 
 def _told(study: Study) -> str:
+    if study.profile.device:
+        return tell_device_costs(study.profile)
     return f"{costs(study).to_string(index=False)}\n{ABOUT_HOURS}"
 
 
@@ -96,7 +105,7 @@ def costs(study: Study) -> pd.DataFrame:
     """What each line of runs adds to those before it: one row per line, by the question it answers, and one for all.
 
     Columns: question, runs, finished (trained and measured), million_tokens, core_hours (of training and measuring, by
-    the cost model), hours_left (of `profile.workers` side by side). The 22 runs of the laptop profile took the 28
+    the cost model), hours_left (of `profile.side_by_side`). The 22 runs of the laptop profile took the 28
     minutes that the model gave them on the two cores that it was made on.
     """
     rows, seen, jobs = [], set(), {job.config.key: job for job in study.jobs(*QUESTIONS)}
@@ -118,7 +127,7 @@ def costs(study: Study) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(rows)
-    table["hours_left"] /= study.profile.workers
+    table["hours_left"] /= study.profile.side_by_side
     total = table.drop(columns="question").sum().to_frame().T.assign(question="all")
     table = pd.concat([table, total], ignore_index=True).astype({"runs": int, "finished": int})
     return table.round({"million_tokens": 0, "core_hours": 1, "hours_left": 1})

@@ -155,15 +155,9 @@ def test_runs_of_another_study_are_refused_and_nothing_is_lost(elsewhere, key):
 def test_a_stray_run_of_another_text_is_named(elsewhere):
     study, folder = elsewhere
     config = replace(study.configs("relu_vs_silu")[0], corpus="other")
-    write(folder / f"{config.key}.zip", {"manifest.json": json.dumps({"config": archive_config(config)})})
+    write(folder / f"{config.key}.zip", {"manifest.json": json.dumps({"config": config.identity()})})
     with pytest.raises(InputError, match=rf"The run in .*{config.key}\.zip differs from this study in the text"):
         bring(study, folder)
-
-
-def archive_config(config):
-    from dataclasses import asdict
-
-    return asdict(config)
 
 
 def write(file, members):

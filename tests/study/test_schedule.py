@@ -87,7 +87,9 @@ def test_shares_divide_the_jobs_and_their_folders_merge(tmp_path, text, monkeypa
         assert not list(paths.profile_output("tiny").glob("results/*"))
         assert len(list(paths.runs().glob("[!.]*"))) == 3
     monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "merged"))
-    monkeypatch.setattr("sparsity_utils.study.jobs.ProcessPoolExecutor", lambda *args: pytest.fail("started workers"))
+    monkeypatch.setattr(
+        "sparsity_utils.study.engines.ProcessPoolExecutor", lambda *args: pytest.fail("started workers")
+    )
     merge = [*command, "--questions", "relu_vs_silu", "--tables", str(tmp_path / "all"), *folders]
     capsys.readouterr()
     assert main(merge) == 0
