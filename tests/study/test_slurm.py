@@ -29,7 +29,7 @@ SHORT = """
 import sys
 from sparsity_utils.study import slurm
 from sparsity_utils.__main__ import main
-slurm.POLL, slurm.LAG = 0.5, 3.0
+slurm.POLL, slurm.LAG = 0.5, 2.0
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -99,12 +99,12 @@ def test_a_study_on_slurm_survives_all_that_happens_there(cluster, study, tmp_pa
     out, errors = second.communicate(timeout=150)
     assert second.returncode == 2, out + errors
     assert "1 of 3 runs were lost" in errors and f"12x3 relu seed 0: task {killed} said last:" in errors
+    local = study(profile, tmp_path / "local", {}, "--engine", "local")
     third = study(profile, build, cluster)
-    out, errors = third.communicate(timeout=60)
+    out, errors = third.communicate(timeout=120)
     assert third.returncode == 0 and "relu_vs_silu:" in out, errors
     assert len(json.loads(tasks.read_text())) == 1  # the one that was lost
     logs = {task: (tasks.parent / f"{task}_0_log.err").read_text() for task in (preempted, over)}
     assert "DUE TO PREEMPTION" in logs[preempted] and "timed-out" in logs[over]
-    local = study(profile, tmp_path / "local", {}, "--engine", "local")
     assert local.wait(timeout=120) == 0
     assert hashes(build) == hashes(tmp_path / "local") and len(hashes(build)) == 3
