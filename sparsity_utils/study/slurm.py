@@ -55,7 +55,7 @@ def do_on_cluster(jobs: list[Job], profile: Profile, deadline: float, on_done: C
             "(or add --engine local) to use this machine, or use --share on a cluster without Slurm."
         )
     folder = paths.cluster_tasks(profile.name)
-    with paths.locked(paths.runs() / "store"), paths.locked(folder, wait=False):  # a store without locks says so here
+    with paths.locked(folder, wait=False):  # a store without locks says so here
         queue = _queue()
         if queue is None:
             raise InputError("squeue does not answer; call this again when the cluster does.")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sparsity_utils import paths
 from sparsity_utils.__main__ import main
 from sparsity_utils.console import InputError
 from sparsity_utils.laws.published import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
@@ -72,6 +73,8 @@ def test_a_price_is_told_before_anything_starts(name, tmp_path, monkeypatch, cap
     for words in ("device hours", "memory_gb", "GB of disk", "assumed utilisation", "H100 SXM", "were not measured"):
         assert words in told
     assert not (tmp_path / "build").exists() and "do not fit" not in told
+    hours = device_costs(read_profile(name))["device_hours"].sum()
+    assert f"{hours:,.0f} H100 hours" in (paths.ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_text_that_no_machine_can_hold_is_refused_before_it_is_read(monkeypatch):

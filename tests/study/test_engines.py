@@ -95,6 +95,16 @@ def test_lost_jobs_are_named_with_their_log_and_submitted_again(study, commands)
         study.complete("metrics")
 
 
+def test_arrays_are_no_longer_than_the_cluster_allows(study, commands, tmp_path):
+    commands(
+        scontrol="echo 'MaxArraySize            = 2'",
+        sbatch=f"echo x >> {tmp_path}/calls; echo Submitted batch job $(wc -l < {tmp_path}/calls)",
+    )
+    jobs = in_order(study, ["metrics"])
+    given = slurm._submit([(job,) for job in (*jobs, *jobs, jobs[0])], study.profile, paths.cluster_tasks("tiny"))
+    assert list(given) == ["1_0", "1_1", "2_0", "2_1", "3"]  # arrays of two, and what is left alone
+
+
 def test_what_the_queue_has_is_waited_for_and_not_submitted_again(study, commands):
     jobs, folder = in_order(study, ["metrics"]), paths.cluster_tasks("tiny")
     commands(squeue="echo '7_0|RUNNING|None'; echo '7_1|PENDING|Resources'", sbatch="exit 9")
@@ -119,7 +129,7 @@ def test_a_store_without_locks_is_refused(study, commands, monkeypatch):
     jobs = in_order(study, ["metrics"])
     monkeypatch.setattr(fcntl, "flock", missing)
     with pytest.raises(
-        InputError, match=r"The file system of .*runs has no locks .*mounted with them \(Lustre: flock\)"
+        InputError, match=r"The file system of .*slurm has no locks .*mounted with them \(Lustre: flock\)"
     ):
         do_jobs(jobs, study.profile)
 

@@ -12,6 +12,8 @@ import slurm_cluster
 from small import one_size, profile_content, write_profile, write_text
 
 from sparsity_utils import paths
+from sparsity_utils.console import InputError
+from sparsity_utils.study.study import Study
 
 pytestmark = [
     pytest.mark.slow,
@@ -80,31 +82,41 @@ def test_a_study_on_slurm_survives_all_that_happens_there(cluster, study, tmp_pa
     (tmp_path / "sitecustomize.py").write_text(SLEEPS)
     first = study(profile, build, cluster)
     tasks = build / "slurm" / "tiny" / "tasks.json"
-    slurm_cluster.until(lambda: tasks.exists() and len(json.loads(tasks.read_text())) == 3, "nothing was submitted", 60)
+    slurm_cluster.until(
+        lambda: tasks.exists() and len(json.loads(tasks.read_text())) == 3, "nothing was submitted", 120
+    )
     given = json.loads(tasks.read_text())
     over, preempted, killed = given  # in order of cost
 
     def saved(task: str) -> bool:
         return any((build / "runs").glob(f".{given[task][0].split()[0]}.working/checkpoints/*"))
 
-    slurm_cluster.until(lambda: saved(over) and saved(preempted), "the first tasks did not start", 60)
+    slurm_cluster.until(lambda: saved(over) and saved(preempted), "the first tasks did not start", 120)
     first.send_signal(signal.SIGINT)
-    out, errors = first.communicate(timeout=30)
+    out, errors = first.communicate(timeout=60)
     assert first.returncode == 130 and "the same command waits for it again, `scancel 1` stops it" in out, errors
     second = study(profile, build, cluster)
     node = slurm_cluster.run(cluster, "squeue", "--noheader", f"--jobs={preempted}", "--format=%N").strip()
     slurm_cluster.run(cluster, "srun", "--partition=high", f"--nodelist={node}", "true")
-    slurm_cluster.until(lambda: saved(killed), "the third task did not start", 60)
+    slurm_cluster.until(lambda: saved(killed), "the third task did not start", 120)
     slurm_cluster.run(cluster, "scancel", "--signal=KILL", killed)
-    out, errors = second.communicate(timeout=150)
+    out, errors = second.communicate(timeout=300)
     assert second.returncode == 2, out + errors
     assert "1 of 3 runs were lost" in errors and f"12x3 relu seed 0: task {killed} said last:" in errors
     local = study(profile, tmp_path / "local", {}, "--engine", "local")
     third = study(profile, build, cluster)
-    out, errors = third.communicate(timeout=120)
+    out, errors = third.communicate(timeout=200)
     assert third.returncode == 0 and "relu_vs_silu:" in out, errors
     assert len(json.loads(tasks.read_text())) == 1  # the one that was lost
     logs = {task: (tasks.parent / f"{task}_0_log.err").read_text() for task in (preempted, over)}
     assert "DUE TO PREEMPTION" in logs[preempted] and "timed-out" in logs[over]
-    assert local.wait(timeout=120) == 0
+    assert local.wait(timeout=200) == 0
     assert hashes(build) == hashes(tmp_path / "local") and len(hashes(build)) == 3
+
+
+def test_a_partition_that_is_not_there_is_told(cluster, tmp_path, monkeypatch):
+    for name, value in cluster.items() | {("SPARSITY_BUILD", str(tmp_path / "build"))}:
+        monkeypatch.setenv(name, value)
+    content = profile_content(write_text(tmp_path / "text")) | {"cluster": {"partition": "nowhere"}}
+    with pytest.raises(InputError, match=r"sbatch refused the tasks \(.*[Ii]nvalid partition.*; correct the section"):
+        Study.from_profile(write_profile(tmp_path, content)).complete("relu_vs_silu")

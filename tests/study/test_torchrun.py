@@ -49,7 +49,7 @@ def difference(run: Run, other: Run) -> float:
 
 @pytest.fixture(scope="module")
 def whole(corpus) -> Run:
-    return train_run(config(corpus), corpus)
+    return train_run(config(corpus, recompute=True), corpus)
 
 
 def test_two_devices_train_what_one_does_and_a_whole_checkpoint_comes_of_it(corpus, whole):
@@ -62,12 +62,7 @@ def test_two_devices_train_what_one_does_and_a_whole_checkpoint_comes_of_it(corp
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert whole.load(whole.last_step).config.hidden_size == 16
     assert {file.name for file in whole.folder.iterdir()} == {"manifest.json", "checkpoints"}
-    assert find_run(config(corpus)) == whole
-
-
-def test_micro_batches_and_recomputing_change_no_more_than_the_order_of_sums(corpus, whole):
-    saving = train_run(config(corpus, micro_tokens=64, recompute=True), corpus)
-    assert saving.folder != whole.folder and difference(saving, whole) < TOLERANCE
+    assert find_run(config(corpus, recompute=True)) == whole
 
 
 class Stopped(BaseException):
@@ -79,10 +74,9 @@ def stop(share: float) -> None:
         raise Stopped
 
 
-def test_a_killed_run_ends_in_the_same_bits_and_goes_on_with_another_number(corpus, whole, monkeypatch):
-    same = dataclasses.replace(config(corpus), threads=2)  # another key
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    other = dataclasses.replace(same, threads=3)
+def test_a_killed_run_ends_in_the_same_bits_and_goes_on_with_another_number(corpus, whole):
+    # Other keys, the same weights: nothing of this size is worth a second thread.
+    same, other = (dataclasses.replace(config(corpus, recompute=True), threads=threads) for threads in (2, 3))
     for each in (same, other):
         with pytest.raises(Stopped):
             train_run(each, corpus, stop)
@@ -97,7 +91,6 @@ def test_a_killed_run_ends_in_the_same_bits_and_goes_on_with_another_number(corp
 
 
 def test_what_a_process_says_of_its_input_is_told(corpus):
-    with pytest.raises(InputError, match="A batch has 8 windows, which 3 devices cannot share equally"):
-        train_run(
-            dataclasses.replace(config(corpus), train=dataclasses.replace(config(corpus).train, devices=3)), corpus
-        )
+    odd = dataclasses.replace(config(corpus).train, batch_tokens=96)
+    with pytest.raises(InputError, match="A batch has 3 windows, which 2 devices cannot share equally"):
+        train_run(dataclasses.replace(config(corpus), train=odd), corpus)
