@@ -114,7 +114,12 @@ def whole_tensors(model: nn.Module, kept: bool) -> dict[str, Tensor]:
 
 def states(folder: Path) -> list[Path]:
     """The states of a run on several devices, the newest last."""
-    return sorted(folder.glob("state-*"))
+    return sorted(folder.glob("state-*"), key=state_step)
+
+
+def state_step(state: Path) -> int:
+    """The steps that were done when a state was written."""
+    return int(state.name.removeprefix("state-"))
 
 
 def trained_by(folder: Path) -> list[int]:

@@ -25,7 +25,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from sparsity_utils import paths
 from sparsity_utils.models.config import LAST_CHECKPOINTS, ModelConfig, TrainConfig
 from sparsity_utils.models.decoder import build_model, default_device, parameter_groups
-from sparsity_utils.models.devices import Group, load_sharded, save_sharded, shard, states, whole_tensors
+from sparsity_utils.models.devices import Group, load_sharded, save_sharded, shard, state_step, states, whole_tensors
 from sparsity_utils.models.loss import linear_cross_entropy
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.models.quick import quicken
@@ -279,7 +279,7 @@ class Training:
 def saved_step(folder: Path) -> int:
     """The steps that an unfinished run in `folder` would not have to do again; 0 without a state that can be read."""
     if sharded := states(folder):
-        return int(sharded[-1].name.removeprefix("state-"))
+        return state_step(sharded[-1])
     try:
         with safe_open(folder / STATE, framework="pt") as file:
             return json.loads(file.metadata()["log"])["step"]

@@ -190,6 +190,8 @@ class Profile:
     def __post_init__(self) -> None:
         for name in ("workers", "threads"):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1 is needed.")
+        devices, gpus = self.train.get("devices", 1), self.cluster.gpus if self.cluster else 0
+        check(not gpus or gpus >= devices, f"cluster.gpus is {gpus}, fewer than the {devices} of train.devices.")
 
     def model_config(self, d_model: int, n_layers: int, activation: str, d_ff: int | None = None) -> ModelConfig:
         """A shape of the study with the profile's shared settings; `d_ff` in place of the shared `ffn_ratio`."""

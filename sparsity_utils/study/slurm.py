@@ -200,7 +200,7 @@ def _watch(
             silent = 0 if queue is not None else silent + 1
             check(silent < SILENT, "squeue does not answer; the cluster goes on, the same command waits for it again.")
             shares = {name: job.share() for name, job in left.items()}
-            finished = [name for name, share in shares.items() if share == 1.0]
+            finished = [name for name, share in shares.items() if share == 1.0 and left[name].done()]
             for name in finished:
                 del left[name]
             if finished:

@@ -158,6 +158,7 @@ CHANGES = [  # place, value, message
     ),
     (("cluster",), {"minutes": 0}, r"cluster\.minutes is 0; at least 1 is needed"),
     (("cluster",), {"gpu": 1}, r"unknown key cluster\.gpu; known are partition"),
+    (("cluster",), {"gpus": 1}, r"cluster\.gpus is 1, fewer than the 2 of train\.devices"),
     (("cluster",), [], r"cluster should hold 'key: value' lines"),
     (("cluster",), {"memory_gb": 0}, r"cluster\.memory_gb is 0\.0; at least 0\.1"),
     (("device",), {"teraflops": 1, "memory_gb": 1}, r"the key device\.name is missing"),
@@ -176,6 +177,7 @@ CHANGES = [  # place, value, message
 def test_a_mistake_is_named(tmp_path, place, value, message):
     content = copy.deepcopy(profile_content(tmp_path))
     content["study"]["data_limited"] = [one_size("12x1")] if place == ("study", "equal_heads") else []
+    content["train"] |= {"devices": 2} if value == {"gpus": 1} else {}
     section = content
     for key in place[:-1]:
         section = section[key]
