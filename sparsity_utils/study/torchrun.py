@@ -85,6 +85,8 @@ def _result(working: Path, status: int) -> list[dict]:
 def main(working: Path) -> int:
     """A process of a run: train what `working` asks for; the leading one writes the result."""
     _follow(os.environ.get(PARENT))
+    if not (working / REQUEST).exists():
+        sys.exit(f"{working} holds no unfinished run of several devices; name one of build/runs/.*.working.")
     request = json.loads((working / REQUEST).read_text(encoding="utf-8"))
     config, corpus = RunConfig.from_identity(request["config"]), open_corpus(Path(request["corpus"]))
     torch.set_num_threads(config.threads)

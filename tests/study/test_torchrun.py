@@ -86,7 +86,7 @@ def test_a_killed_run_ends_in_the_same_bits_and_goes_on_with_another_number(corp
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(again).items())
     by_hand = ["--standalone", "--nproc-per-node=1", "-m", "sparsity_utils.study.torchrun", str(working_folder(other))]
     environment = os.environ | {"PYTHONPATH": str(paths.ROOT)}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", *by_hand], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", *by_hand], env=environment, check=True, timeout=400)
     finished = train_run(other, corpus)
     assert finished.manifest["devices"] == [1, 2] and 0 < difference(finished, whole) < TOLERANCE
 
