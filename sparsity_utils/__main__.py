@@ -91,8 +91,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _study_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--text", help="text packed by `corpus --pack`", type=Path, metavar="FILE")
-    about = "a folder with one small file per finished run: read at first, written after every finished run"
-    command.add_argument("--tables", help=about, type=Path, metavar="FOLDER")
+    about = (
+        "folders with one small file per finished run: all are read at first, the first is written after every "
+        "finished run"
+    )
+    command.add_argument("--tables", help=about, type=Path, nargs="+", default=[], metavar="FOLDER")
+    about = "where runs are done: worker processes here, or a Slurm cluster (default: as the profile says)"
+    command.add_argument("--engine", help=about, choices=("local", "slurm"))
+    about = "do every n-th run, beginning with the i-th: one of n machines; no table is written until all runs are here"
+    command.add_argument("--share", help=about, metavar="i/n", default="1/1")
     about = "stop after M minutes, exit status 75 if runs are left; the same command continues"
     command.add_argument("--minutes", help=about, type=float, metavar="M", default=float("inf"))
     about = "only the runs of these questions, such as tuning or width_depth_ratio (default: all)"
@@ -183,20 +190,25 @@ def _corpus(options: argparse.Namespace) -> None:
 
 def _study(options: argparse.Namespace) -> int:
     from sparsity_utils.study.plan import QUESTIONS
-    from sparsity_utils.study.schedule import run_session, tell_costs
+    from sparsity_utils.study.schedule import WHOLE, read_share, run_session, tell_costs
     from sparsity_utils.study.study import Study
 
+    share = read_share(options.share)
     study = Study.from_profile(options.profile, options.text)
+    study.profile = study.profile.on(options.engine)
     unknown = sorted(set(options.questions or ()) - set(QUESTIONS))
     if unknown:
         raise InputError(f"There is no question {unknown[0]!r}; choose from {', '.join(QUESTIONS)}.")
     if options.cost:
         print(tell_costs(study, options.tables))
         return 0
-    left = run_session(study, options.minutes, options.tables, options.questions or QUESTIONS)
+    left = run_session(study, options.minutes, options.tables, options.questions or QUESTIONS, share)
     if left:
         print(f"The time is over. {left}; the same command continues.")
         return TIME_OVER
+    if share != WHOLE:
+        print(f"Share {options.share} is done; once all are, the command without --share writes the tables.")
+        return 0
     for question in filter(study.answers, options.questions or QUESTIONS):
         print(f"{question}: {len(study.table(question))} rows in {study.folder}")
     return 0

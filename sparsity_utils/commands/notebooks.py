@@ -20,7 +20,8 @@ from nbclient.exceptions import CellControlSignal, DeadKernelError
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError, progress
-from sparsity_utils.study.jobs import Job, do_jobs, longest_first, outlook
+from sparsity_utils.study.engines import do_jobs
+from sparsity_utils.study.jobs import Job, longest_first, outlook
 from sparsity_utils.study.plan import QUESTIONS
 from sparsity_utils.study.study import Study
 
@@ -155,7 +156,7 @@ def _train(study: Study, notebooks: list[Path]) -> None:
     """Do the runs of all `notebooks`, after a line that says how many and how long; print the first error, if any."""
     try:
         jobs = jobs_of(notebooks, study)
-        print(f"Profile {study.name}. {outlook(jobs, study.profile.workers)}", flush=True)
+        print(f"Profile {study.name}. {outlook(jobs, study.profile.side_by_side)}", flush=True)
         do_jobs(longest_first(jobs), study.profile)
     except Exception as error:  # whatever it is, the notebooks that need the run come upon it
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
