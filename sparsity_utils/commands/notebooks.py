@@ -19,6 +19,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, DeadKernelError
 
 from sparsity_utils import paths
+from sparsity_utils.commands import verdicts
 from sparsity_utils.console import InputError, progress
 from sparsity_utils.study.engines import do_jobs
 from sparsity_utils.study.jobs import Job, longest_first, outlook
@@ -276,7 +277,7 @@ def _report(folder: Path, table: pd.DataFrame) -> None:
     """Print the table of verdicts and the paths of the figures; store the table."""
     with paths.written_aside(folder / "verdicts.csv") as aside:
         table.to_csv(aside, index=False)
-    left = {name: f"{{:<{table[name].str.len().max()}}}".format for name in table}
-    print(f"\n{table.to_string(index=False, justify='left', formatters=left)}\n")
+    print()
+    verdicts.show(table)
     for figure in sorted((folder / "figures").glob("*.png")):
         print(figure)
