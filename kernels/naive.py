@@ -56,3 +56,20 @@ def active_neurons(g: Tensor, s: Tensor, h: Tensor, threshold: Tensor | float, r
         return (s.to(wide).abs() > threshold) | broken
     broken |= (s != 0) & ~h.isfinite()
     return ((h.to(wide).abs() >= threshold) & (h != 0)) | broken
+
+
+def active_inputs(x: Tensor, limits: Tensor | None, keep: tuple[int, ...] | None, norms: Tensor | None) -> Tensor:
+    """Which inputs of linear maps are active, bool, (maps, tokens, d), by the rules of `kernels.linear.SparseLinear`.
+
+    x (tokens, d); limits or norms (maps, d), or keep, a number for each map.
+    """
+    size = x.to(torch.promote_types(x.dtype, torch.float32)).abs()  # (tokens, d)
+    broken = ~x.isfinite()
+    if limits is not None:
+        return (size > limits[:, None]) | broken
+    kept = []
+    for map_, k in enumerate(keep or ()):
+        score = size if norms is None else size * norms[map_]
+        score = score.masked_fill(broken, torch.inf)
+        kept.append((score >= score.topk(k, dim=-1).values[:, -1:]) & (size != 0))
+    return torch.stack(kept)

@@ -9,6 +9,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import DTYPES
 from sparsity_utils.models.fetched import SOURCES, fetch, fetched
+from sparsity_utils.neurons.input_rules import SPARSITY, TRAINING_FREE
 from sparsity_utils.neurons.rules import METRICS
 from sparsity_utils.study.profiles import read_profile
 from sparsity_utils.text.config import MEASURED_TOKENS
@@ -143,7 +144,14 @@ def _measure_options(command: argparse.ArgumentParser) -> None:
     add("model", about, metavar="MODEL")
     add("--revision", "branch, tag or commit of a model on the hub (default: its newest)")
     add("--text", "a file or folder of .txt, .md, .jsonl, .parquet", type=Path, required=True, metavar="FILE")
-    add("--metric", "which neurons count as active (default: %(default)s)", choices=METRICS, default="cett-ppl")
+    add(
+        "--metric",
+        "which neurons count as active (default: %(default)s)",
+        choices=[*METRICS, *TRAINING_FREE],
+        default="cett-ppl",
+    )
+    about = f"{', '.join(TRAINING_FREE)}: {SPARSITY.about} (default: what raises perplexity by --p percent)"
+    add("--sparsity", about, type=float)
     for name, knob in ((name, rule.knob) for name, rule in METRICS.items() if rule.knob):
         about = f"{name}: {knob.about}" + (f" (default: {knob.default:g})" if knob.default else "")
         add(f"--{knob.name}", about, type=knob.kind)
@@ -227,14 +235,18 @@ def _record(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from sparsity_utils.commands.measure import check_folder, measure_checkpoint, summary, write_results
+    from sparsity_utils.commands import measure, measure_inputs
 
     folder = options.out or paths.measurement(options.model)
-    check_folder(folder)
-    others = ("run", "interrupted", "out")
-    measured = measure_checkpoint(**{name: value for name, value in vars(options).items() if name not in others})
-    files = write_results(measured, folder)
-    print(summary(measured), *files, sep="\n")
+    measure.check_folder(folder)
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "interrupted", "out")}
+    if options.metric in TRAINING_FREE:
+        found = measure_inputs.measure_rule(**given)
+        print(measure_inputs.summary(found), *measure_inputs.write_results(found, folder), sep="\n")
+        return
+    measured = measure.measure_checkpoint(**given)
+    files = measure.write_results(measured, folder)
+    print(measure.summary(measured), *files, sep="\n")
 
 
 def _fetch(options: argparse.Namespace) -> None:

@@ -54,14 +54,15 @@ def attentions(model: nn.Module, calls: list[LinearCall], others: set[nn.Module]
     names = {module: name for name, module in model.named_modules()}
     found: list[dict[str, Found]] = []
     since: list[LinearCall] = []  # the last o
-    for call in calls:
-        if call.module in others:
-            continue
-        parts = _mixed(call, since)
-        since.append(call)
-        if parts is not None:
-            found.append(_roles(call, parts, names))
-            since = []
+    with torch.enable_grad():  # a caller may have turned gradients off
+        for call in calls:
+            if call.module in others:
+                continue
+            parts = _mixed(call, since)
+            since.append(call)
+            if parts is not None:
+                found.append(_roles(call, parts, names))
+                since = []
     return found
 
 

@@ -154,3 +154,4 @@ class Cats(Fat):
 INPUT_RULES = {
     rule.name: rule for rule in (Teal(), TealTopK(), WinaThreshold(), Wina(), WinaReleased(), Was())
 }  # of thresholds, one for each linear map
+TRAINING_FREE = {**INPUT_RULES, Cats.name: Cats()}  # of measurements

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from sparsity_utils.console import InputError, check, progress
 from sparsity_utils.neurons.find import FFN
 from sparsity_utils.neurons.hooks import sparse_neurons
-from sparsity_utils.neurons.input_rules import INPUT_RULES, Cats, InputRule
+from sparsity_utils.neurons.input_rules import INPUT_RULES, TRAINING_FREE, InputRule
 from sparsity_utils.neurons.linears import LinearMap, find_linears, sparse_inputs
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.rotations import rotated, rotation_weights
@@ -331,11 +331,10 @@ class TrainingFree:
 
 
 def _rule(name: str, greedy: bool, rotate: bool) -> Rule:
-    known: dict[str, Rule] = {**INPUT_RULES, Cats.name: Cats()}
-    check(name in known, f"The rule is {name!r}; choose one of {', '.join(known)}.")
+    check(name in TRAINING_FREE, f"The rule is {name!r}; choose one of {', '.join(TRAINING_FREE)}.")
     on_inputs = name in INPUT_RULES
     check(on_inputs or not (greedy or rotate), f"{name!r} is on gates: it is neither allocated greedily nor rotated.")
-    return known[name]
+    return TRAINING_FREE[name]
 
 
 def _windows(batches: Sequence[Batch]) -> Iterator[tuple[int, np.ndarray]]:
