@@ -9,7 +9,7 @@ from families import build, left_behind
 from linear_maps import grouped_query
 
 from sparsity_utils.console import InputError
-from sparsity_utils.neurons.input_rules import INPUT_RULES, InputRule
+from sparsity_utils.neurons.input_rules import INPUT_RULES, TRAINING_FREE, InputRule
 from sparsity_utils.neurons.linears import find_linears, sparse_inputs
 from sparsity_utils.neurons.rotations import rotated
 from sparsity_utils.neurons.thresholds import Thresholds
@@ -204,7 +204,8 @@ class Loudest(InputRule):
 
 
 def test_an_added_rule_is_calibrated_allocated_and_judged(monkeypatch):
-    monkeypatch.setitem(INPUT_RULES, "loudest", Loudest())
+    for rules in (INPUT_RULES, TRAINING_FREE):  # of thresholds, of measurements
+        monkeypatch.setitem(rules, "loudest", Loudest())
     monkeypatch.setattr(module, "STEP", 0.1)
     found = harness(grouped_query())
     for report in (
