@@ -8,7 +8,7 @@ query, key and value, are one call: at the size of a small model starting a call
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import import_module
 from typing import Any
@@ -44,14 +44,14 @@ class SparseLinear:
     norms: Tensor | None = None  # (maps, d), float32: n of the rule with `keep`; None: 1
     bias: Tensor | None = None  # (sum of d_out,)
     scale: Tensor | None = None  # (maps, d), float32: what the integers of a row are multiplied by
-    dtype: torch.dtype = field(init=False)  # of x and y
+    dtype: torch.dtype | None = None  # of x, y and bias; None: that of the weights, with `scale` float32
 
     def __post_init__(self) -> None:
         for name in ("weight_t", "limits", "norms", "bias", "scale"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, getattr(self, name).detach().contiguous())
-        stored = self.weight_t.dtype if self.scale is None else torch.float32
-        object.__setattr__(self, "dtype", stored if self.bias is None else self.bias.dtype)
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", self.weight_t.dtype if self.scale is None else torch.float32)
         self._check()
 
     @property
@@ -100,7 +100,7 @@ class SparseLinear:
         scale = torch.stack([part.abs().amax(dim=1) / LEVELS for part in parts])  # (maps, d)
         steps = [part / size[:, None].clamp(min=1e-38) for part, size in zip(parts, scale, strict=True)]
         bits = torch.cat(steps, dim=1).round().clamp(-LEVELS, LEVELS).to(torch.int8)
-        return replace(self, weight_t=bits, scale=scale)
+        return replace(self, weight_t=bits, scale=scale, dtype=self.dtype)
 
     def _check(self) -> None:
         w, maps = self.weight_t, len(self.widths)
@@ -118,8 +118,10 @@ class SparseLinear:
                 raise ValueError(f"{name} is {described(tensor)}; it must be ({maps}, {self.d}) float32.")
         if self.keep is not None and (len(self.keep) != maps or not all(1 <= k <= self.d for k in self.keep)):
             raise ValueError(f"keep is {self.keep}; give {maps} numbers from 1 to {self.d}.")
-        if self.bias is not None and self.bias.shape != (w.shape[1],):
-            raise ValueError(f"bias is {described(self.bias)}; it must be ({w.shape[1]},).")
+        if self.dtype not in DTYPES or (self.scale is None and self.dtype != w.dtype):
+            raise ValueError(f"dtype is {self.dtype}, and the weights are {described(w)}: leave it out.")
+        if self.bias is not None and (self.bias.shape != (w.shape[1],) or self.bias.dtype != self.dtype):
+            raise ValueError(f"bias is {described(self.bias)}; it must be ({w.shape[1]},), of the dtype of x.")
         for tensor in (self.limits, self.norms, self.scale, self.bias):
             if tensor is not None and tensor.device != w.device:
                 raise ValueError(f"The weights are on {w.device} and a part on {tensor.device}: use one device.")

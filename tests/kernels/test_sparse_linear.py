@@ -94,6 +94,16 @@ def test_eight_bits_are_what_they_stand_for(run, rule, tokens):
     assert_close(run(linear, x), reference(linear, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_eight_bits_keep_the_dtype_of_the_maps(run, dtype, bias):
+    linear = maps(dtype=dtype, bias=bias).quantised()
+    for tokens in (1, 3):
+        x = inputs(linear, tokens)
+        assert x.dtype == dtype and linear(x).dtype == dtype
+        assert_close(run(linear, x), reference(linear, x))
+
+
 def test_eight_bits_are_off_by_half_a_step_at_most():
     linear = maps()
     off = (linear.quantised().wide_weights() - linear.weight_t).abs().split(linear.widths, dim=1)
