@@ -60,7 +60,7 @@ def run(linear: SparseLinear, x: Tensor) -> Tensor:
 
 def many(linear: SparseLinear, x: Tensor) -> bool:
     """Whether torch computes so many tokens faster; weights in 8 bits it would have to widen first."""
-    return linear.scale is None and len(x) > FEW[linear.dtype]
+    return linear.scale is None and len(x) > FEW[x.dtype]
 
 
 def run_ffn(ffn: SparseInputFFN, x: Tensor) -> Tensor:
