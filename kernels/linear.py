@@ -6,19 +6,16 @@ contiguous row, which is read where the input is active for at least one token o
 query, key and value, are one call: at the size of a small model starting a call costs as much as reading its weights.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from importlib import import_module
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kernels import naive
 from kernels.eight_bits import LEVELS
-from kernels.ffn import DTYPES, MAX_TOKENS, described
+from kernels.ffn import DTYPES, MAX_TOKENS, described, kernels_of
 
 BACKENDS = {"cpu": "kernels.cpu_linear", "cuda": "kernels.triton_linear"}  # device -> module with `run(linear, x)`
 
@@ -156,8 +153,9 @@ class SparseInputFFN:
     def __call__(self, x: Tensor) -> Tensor:
         """The FFN's output, (..., d_out), of `x`, (..., d)."""
         rows = x.detach().reshape(-1, self.gate_up.d).contiguous()
-        kernel = x.device.type == "cpu" and 0 < len(rows) <= MAX_TOKENS and x.dtype == self.gate_up.dtype
-        y = (import_module(BACKENDS["cpu"]).run_ffn if kernel else dense_ffn)(self, rows)
+        fits = x.device.type == "cpu" and 0 < len(rows) <= MAX_TOKENS and x.dtype == self.gate_up.dtype
+        module = kernels_of("linear maps", "cpu", BACKENDS["cpu"]) if fits else None
+        y = dense_ffn(self, rows) if module is None else module.run_ffn(self, rows)
         return y.view(*x.shape[:-1], self.down.widths[0])
 
 
@@ -176,15 +174,7 @@ def dense_ffn(ffn: SparseInputFFN, x: Tensor) -> Tensor:
     return ffn.down(naive.ACTIVATIONS[ffn.act](gate) * up)
 
 
-@cache  # so that it warns once
-def backend(device: str) -> Callable[[SparseLinear, Tensor], Any]:
+def backend(device: str) -> Callable[[SparseLinear, Tensor], Tensor]:
     """The function that computes on this kind of device: its kernel or, after a warning, `dense` if none works."""
-    if device not in BACKENDS:
-        reason = f"there is no kernel for {device!r}"
-    else:
-        try:
-            return import_module(BACKENDS[device]).run
-        except Exception as error:  # not installed, too old, or nowhere to keep what it compiles
-            reason = f"{BACKENDS[device]} cannot be used ({error})"
-    warnings.warn(f"Sparse linear maps on {device} run densely, with a mask: {reason}.", stacklevel=3)
-    return dense
+    module = kernels_of("linear maps", device, BACKENDS.get(device))
+    return dense if module is None else module.run

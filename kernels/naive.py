@@ -63,13 +63,19 @@ def active_inputs(x: Tensor, limits: Tensor | None, keep: tuple[int, ...] | None
 
     x (tokens, d); limits or norms (maps, d), or keep, a number for each map.
     """
-    size = x.to(torch.promote_types(x.dtype, torch.float32)).abs()  # (tokens, d)
-    broken = ~x.isfinite()
     if limits is not None:
-        return (size > limits[:, None]) | broken
-    kept = []
-    for map_, k in enumerate(keep or ()):
-        score = size if norms is None else size * norms[map_]
-        score = score.masked_fill(broken, torch.inf)
-        kept.append((score >= score.topk(k, dim=-1).values[:, -1:]) & (size != 0))
-    return torch.stack(kept)
+        size = x.to(torch.promote_types(x.dtype, torch.float32)).abs()  # (tokens, d)
+        return (size > limits[:, None]) | ~x.isfinite()
+    scores = input_scores(x, len(keep or ()), norms)
+    return (scores >= least_kept(scores, keep or ())) & (x != 0)
+
+
+def input_scores(x: Tensor, maps: int, norms: Tensor | None) -> Tensor:
+    """|x_j| n_j in float32 or wider, (maps, tokens, d), infinite where x is infinite or NaN."""
+    size = x.to(torch.promote_types(x.dtype, torch.float32)).abs().expand(maps, *x.shape)
+    return (size if norms is None else size * norms[:, None]).masked_fill(~x.isfinite(), torch.inf)
+
+
+def least_kept(scores: Tensor, keep: tuple[int, ...]) -> Tensor:
+    """The smallest of the `keep` largest scores of each map and token, (maps, tokens, 1)."""
+    return torch.stack([score.topk(k, dim=-1).values[:, -1:] for score, k in zip(scores, keep, strict=True)])

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import naive
 from kernels.linear import SparseLinear
-from kernels.triton_ffn import INTERPRETED, PROGRAMS, nearest_tf32
+from kernels.triton_ffn import INTERPRETED, PROGRAMS, nearest_tf32, sum_of_parts
 
 ROWS = 32  # inputs whose rows are read together
 
@@ -35,9 +36,12 @@ def run(linear: SparseLinear, x: Tensor) -> Tensor:
     y = torch.empty(tokens, sum(linear.widths), dtype=x.dtype, device=x.device)
     parts = torch.empty(split, *y.shape, dtype=torch.float32, device=x.device)
     arrived = torch.zeros(len(blocks), dtype=torch.int32, device=x.device)
+    least = None  # score that each map keeps of each token, (maps, tokens, 1)
+    if linear.keep is not None:
+        least = naive.least_kept(naive.input_scores(x, len(linear.keep), linear.norms), linear.keep)
     with torch.cuda.device_of(x):
         linear_kernel[(len(blocks), split)](
-            *(x, linear.weight_t, linear.bias, linear.limits, linear.norms, least_kept(linear, x), linear.scale),
+            *(x, linear.weight_t, linear.bias, linear.limits, linear.norms, least, linear.scale),
             *(blocks, arrived, parts, y, tokens, d, y.shape[1]),
             T=1 if tokens == 1 else 16,
             SPLIT=split,
@@ -54,16 +58,6 @@ def blocks_of(linear: SparseLinear, block_d: int) -> Tensor:
         rows += [(number, first, start + width) for first in range(start, start + width, block_d)]
         start += width
     return torch.tensor(rows, dtype=torch.int32, device=linear.weight_t.device)
-
-
-def least_kept(linear: SparseLinear, x: Tensor) -> Tensor | None:
-    """The smallest score that is among the largest `keep` of each map and token, (maps, tokens); None without keep."""
-    if linear.keep is None:
-        return None
-    size = x.float().abs()
-    size = size.masked_fill(~x.isfinite(), torch.inf)
-    scores = [size if linear.norms is None else size * linear.norms[number] for number in range(len(linear.keep))]
-    return torch.stack([score.topk(k, dim=-1).values[:, -1] for score, k in zip(scores, linear.keep, strict=True)])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -117,9 +111,7 @@ def linear_kernel(
     tl.store(parts_ptr + split * tokens * outputs + place, y, mask=inside)
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr + column, 1, sem="acq_rel") == SPLIT - 1:
-        y = tl.zeros((T, BLOCK_D), tl.float32)
-        for part in tl.range(0, SPLIT, loop_unroll_factor=4):
-            y += tl.load(parts_ptr + part * tokens * outputs + place, mask=inside, other=0.0, cache_modifier=".cg")
+        y = sum_of_parts(parts_ptr + place, inside, tokens * outputs, T, SPLIT, BLOCK_D)
         if b_ptr is not None:
             y += tl.load(b_ptr + out, mask=out < end, other=0.0).to(tl.float32)
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)

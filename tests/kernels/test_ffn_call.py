@@ -103,9 +103,9 @@ def test_weights_are_shared_not_copied():
 
 @pytest.fixture
 def fresh_backends():
-    ffn.backend.cache_clear()
+    ffn.kernels_of.cache_clear()
     yield
-    ffn.backend.cache_clear()
+    ffn.kernels_of.cache_clear()
 
 
 def test_a_missing_backend_falls_back_and_says_so_once(fresh_backends, monkeypatch):

@@ -7,7 +7,8 @@ import torch
 from ffn_cases import assert_close, poisoned  # noqa: F401
 
 from kernels import linear as module
-from kernels.linear import SparseInputFFN, SparseLinear, dense, side_by_side
+from kernels.ffn import kernels_of
+from kernels.linear import SparseInputFFN, SparseLinear, dense, dense_ffn, side_by_side
 from kernels.naive import ACTIVATIONS
 
 GPU = torch.cuda.is_available()
@@ -144,6 +145,21 @@ def test_ties_are_all_kept(run):
     linear = maps(rule="keep", bias=False)
     x = torch.ones_like(inputs(linear, 1))
     assert_close(run(linear, x), x.double() @ linear.weight_t.double())
+
+
+def test_without_a_kernel_maps_run_densely_after_one_warning(monkeypatch):
+    def missing(name):
+        raise ImportError("No module named 'numba'")
+
+    monkeypatch.setattr("kernels.ffn.import_module", missing)
+    linear = on_device(maps())
+    ffn = SparseInputFFN(SparseLinear(linear.weight_t[:, :232], (116, 116), limits=linear.limits[:2]), down(116))
+    x = inputs(linear, 2)
+    kernels_of.cache_clear()
+    with pytest.warns(UserWarning, match=r"linear maps on \w+ run densely, with a mask: .*No module named 'numba'"):
+        assert torch.equal(linear(x), dense(linear, x))
+    assert torch.equal(ffn(x), dense_ffn(ffn, x))
+    kernels_of.cache_clear()
 
 
 def test_many_tokens_run_densely():
