@@ -24,10 +24,11 @@ from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.rotations import rotated, rotation_weights
 from sparsity_utils.neurons.rules import RULES, CettPpl, Rule
 from sparsity_utils.neurons.thresholds import Thresholds
-from sparsity_utils.sparsity.evaluation import DocumentBootstrap
+from sparsity_utils.sparsity.evaluation import DocumentBootstrap, interval
 from sparsity_utils.sparsity.input_thresholds import STEP, Gates, KeptInputs, greedy_path, sparsities_along
-from sparsity_utils.sparsity.inputs import IGNORED, predicts_next_token
-from sparsity_utils.sparsity.passes import Batch, checked, forward
+from sparsity_utils.sparsity.inputs import predicts_next_token
+from sparsity_utils.sparsity.passes import Batch, checked
+from sparsity_utils.sparsity.predictions import token_predictions
 from sparsity_utils.sparsity.search import find_root
 from sparsity_utils.text.overlap import check_disjoint
 
@@ -83,7 +84,7 @@ class RuleReport:
     @property
     def excess_interval(self) -> tuple[float, float]:
         """95% interval of the excess, from a bootstrap over documents; NaN where there is only one."""
-        return _interval(self.excess_replicates, self.documents)
+        return interval(self.excess_replicates, self.documents, COVERAGE)
 
     @property
     def ppl_ratio(self) -> float:
@@ -99,15 +100,10 @@ class RuleReport:
         check(same, "The two reports are of different text or models; compare reports of one `TrainingFree`.")
         with np.errstate(invalid="ignore", divide="ignore"):
             replicates = self.excess_replicates / other.excess_replicates - 1
-        return (self.excess / other.excess - 1 if other.excess else math.nan, *_interval(replicates, self.documents))
-
-
-def _interval(replicates: np.ndarray, documents: int) -> tuple[float, float]:
-    known = replicates[np.isfinite(replicates)]
-    if documents < 2 or len(known) < 2:
-        return math.nan, math.nan
-    low, high = np.percentile(known, COVERAGE)
-    return float(low), float(high)
+        return (
+            self.excess / other.excess - 1 if other.excess else math.nan,
+            *interval(replicates, self.documents, COVERAGE),
+        )
 
 
 class _Counted:
@@ -347,17 +343,9 @@ def _windows(batches: Sequence[Batch]) -> Iterator[tuple[int, np.ndarray]]:
 
 def _scored(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Sum of losses, correct and predicted tokens of each window, (windows, 3) float64, on the CPU."""
-    logits = forward(model, batch).logits  # type: ignore[attr-defined]
-    rows = []
-    for scores, target in zip(logits, batch.targets, strict=True):  # a window at a time: float32 logits are large
-        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        losses = torch.nn.functional.cross_entropy(wide, target, ignore_index=IGNORED, reduction="none")
-        counts = target != IGNORED
-        correct = (scores.argmax(-1) == target) & counts
-        rows.append(torch.stack([part.sum(dtype=torch.float64) for part in (losses, correct, counts)]))
-    found = torch.stack(rows).cpu()
-    check(bool(found.isfinite().all()), "The model's logits give a loss that is NaN or infinite: check its weights.")
-    return found
+    windows = token_predictions(model, batch)
+    sums = [(one.loss.double().sum(), (one.likeliest == one.target).sum(), len(one.target)) for one in windows]
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 def _table(maps: Sequence[LinearMap], thresholds: Thresholds, counted: _Counted) -> pd.DataFrame:
