@@ -22,7 +22,6 @@ from sparsity_utils.neurons.trace import Inputs, tiny_inputs
 
 DIAGONAL = {"attention": "k", "ffn": "gate"}  # vector -> the map whose W'^T W' is made diagonal
 ROUNDING = 0.02  # relative difference at which a module still counts as an RMSNorm: bfloat16 rounds by 0.004
-
 LEVEL = 256.0  # far above the epsilon of any norm
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsity_utils.console import check, progress
 from sparsity_utils.neurons.find import FFN, find_ffns, layer_count, widened
 from sparsity_utils.neurons.hooks import observe_neurons
-from sparsity_utils.neurons.input_rules import INPUT_RULES, Cats, InputRule
+from sparsity_utils.neurons.input_rules import INPUT_RULES, TRAINING_FREE, Cats, InputRule
 from sparsity_utils.neurons.linears import LinearMap, by_vector, find_linears, observe_inputs, sparse_inputs
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.rules import Fat
@@ -91,7 +91,7 @@ def calibrated(
     Raises `InputError` for an unknown rule, a sparsity outside 0 to 1, one that a top-k rule cannot meet by a whole
     number of inputs, and unusable batches.
     """
-    check(rule in INPUT_RULES or rule == Cats.name, f"The rule is {rule!r}; choose one of {', '.join(_names())}.")
+    check(rule in TRAINING_FREE, f"The rule is {rule!r}; choose one of {', '.join(TRAINING_FREE)}.")
     if rule == Cats.name:
         Cats().check_value(sparsity)
         return Gates(model, list(checked(model, calibration, "calibration")), show_progress).thresholds(sparsity)
@@ -99,10 +99,6 @@ def calibrated(
     INPUT_RULES[rule].check_sparsity(sparsity, {linear.inputs for linear in maps})
     kept = KeptInputs(model, list(checked(model, calibration, "calibration")), maps, show_progress)
     return kept.thresholds(INPUT_RULES[rule], [sparsity] * len(maps), show_progress)
-
-
-def _names() -> list[str]:
-    return [*INPUT_RULES, Cats.name]
 
 
 class Gates:

@@ -164,7 +164,7 @@ def checked(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], role: str
         predicted += 0 if parts["targets"] is None else int((parts["targets"] != IGNORED).sum())
         result = Batch(inputs=inputs, documents=documents.cpu(), **moved)
         if main == "input_ids" and model not in _in_order:
-            _check_order(model, result)
+            _check_vectors(model, result)
         yield result
     if predicted == 0 and (seen == 0 or parts["targets"] is not None):
         raise InputError(f"The {role} batches hold no token to predict: give at least one text of two tokens.")
@@ -173,23 +173,25 @@ def checked(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], role: str
 _in_order: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose vectors lie text by text
 
 
-def _check_order(model: PreTrainedModel, batch: Batch) -> None:
+def _check_vectors(model: PreTrainedModel, batch: Batch) -> None:
     """Raises `InputError` when the FFNs of `model` see the first tokens of all texts before the second ones.
 
-    And when a model that predicts the next token sees it beforehand, as an encoder with such a head does.
+    It raises it too when a model that predicts the next token sees it beforehand, as an encoder with such a head does.
 
-    It runs on the first text, the same backwards, the first with another last token, and the first again. A quarter of
-    the vectors is then that of the last quarter or, in the other order, each fourth vector is the one three further on.
-    And what precedes the last token is the same in the first text and the third. A text among images is not turned
-    round, nor tells one that is the same backwards anything: the next batch may.
+    It runs on a text, the same backwards, the text with another last token, and the text again. A quarter of the
+    vectors is then that of the last quarter or, in the other order, each fourth vector is the one three further on. And
+    what precedes the last token is the same in the first text and the third. A text among images is not turned round,
+    nor tells one of a single token or the same backwards anything: the next batch may.
     """
-    four = batch.rows(torch.zeros(4, dtype=torch.int64))
+    lengths = torch.full((batch.windows,), ORDER_TOKENS) if batch.mask is None else batch.mask.sum(1).cpu()
+    four = batch.rows(lengths.clamp(max=2).argmax().expand(4))  # the first text of two tokens, if there is one
     inputs = {name: value[:, :ORDER_TOKENS] if value.dim() > 1 else value for name, value in four.inputs.items()}
     four = replace(four, inputs=inputs)
     ids = inputs["input_ids"]
-    if any(value.is_floating_point() for value in inputs.values()) or torch.equal(ids[0], ids[0].flip(0)):
+    last = (ids.shape[1] if four.mask is None else int(four.mask[0, :ORDER_TOKENS].sum())) - 1  # real token
+    mixed = any(value.is_floating_point() for value in inputs.values())
+    if mixed or last < 1 or torch.equal(ids[0], ids[0].flip(0)):
         return
-    last = ids.shape[1] - 1 if four.mask is None else int(four.mask[0, :ORDER_TOKENS].sum()) - 1  # real one
     ids[2, last] = ids[0][ids[0] != ids[0, last]][0]
     for name in ("input_ids", "decoder_input_ids"):
         if name in inputs:

@@ -270,3 +270,16 @@ def test_a_model_that_sees_what_it_should_predict_is_refused(dtype, length):
         with pytest.raises(InputError, match=f"{kind.__name__} sees the tokens that it should predict"):
             measure_sparsity(kind(encoder).to(dtype).eval(), batch, "relu")
         assert measure_sparsity(kind(decoder).to(dtype).eval(), batch, "relu").tokens == int(mask.sum())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_first_text_of_nothing_or_of_one_token_is_no_reason_to_refuse(first):
+    """Which texts come first does not decide whether a model looks ahead: the next one tells."""
+    ids = torch.randint(3, 41, (3, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, first:] = 0
+    batch = [{"input_ids": ids, "attention_mask": mask}]
+    decoder = BertLMHeadModel(BertConfig(**ENCODER, is_decoder=True)).eval()
+    assert measure_sparsity(decoder, batch, "relu").tokens > 0
+    with pytest.raises(InputError, match="sees the tokens that it should predict"):
+        measure_sparsity(BertLMHeadModel(BertConfig(**ENCODER)).eval(), batch, "relu")
