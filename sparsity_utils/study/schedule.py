@@ -17,8 +17,6 @@ from sparsity_utils.study.study import Study
 
 SHORT = 600  # seconds of a core that a run may be expected to take to be done before all longer ones
 ABOUT_HOURS = "Hours are those of CPU cores, by a cost model of small models; what a GPU needs is not known yet."
-
-
 WHOLE = (1, 1)  # the share of a machine that does all of a study
 
 

@@ -20,6 +20,7 @@ from kernels import MAX_TOKENS
 from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
 from sparsity_utils.models.decoder import default_device
+from sparsity_utils.models.fetched import SOURCES
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.shapes import head_count
 from sparsity_utils.study.engines import do_jobs
@@ -184,7 +185,8 @@ class Study(Tables):
         settings = self.profile.pretrained
         if not self._pretrained:
             name = found_model(settings.model)
-            check(name is not None, self.lacking(question))
+            if name is None:
+                raise InputError(self.lacking(question))
             model, tokenizer = open_checkpoint(name, dtype=torch.float32)
             self._pretrained = measured(model, tokenizer, settings, self.folder.parent / "pretrained")
         return self._pretrained[question]
@@ -193,7 +195,8 @@ class Study(Tables):
         if question not in PRETRAINED or self.profile is None:
             return super().lacking(question)
         name = self.profile.pretrained.model
-        return f"{name} is not here, so nothing is measured: python -m sparsity_utils fetch {name} gets it (98 MB)."
+        about = SOURCES[name].about
+        return f"{name} is not here, so nothing is measured: python -m sparsity_utils fetch {name} gets it ({about})."
 
     def _depth_cost(self) -> pd.DataFrame:
         """Times of the shapes of the width-depth line, on as many threads as their runs have."""
