@@ -1,14 +1,18 @@
-"""FFNs that read only the weights of active neurons: one call, computed on the device that its tensors are on.
+"""FFNs, linear maps and heads that read only the weights that matter: computed where their tensors are.
 
-naive       the reference: the same rule run densely
-ffn         the call: inputs checked once, backend chosen by device
-cpu_ffn     the backend for CPUs, in numba
-triton_ffn  the backend for CUDA GPUs, in Triton
-certified   an 8-bit copy of the gate that proves neurons inactive (CPU)
-reading     which bytes a call needs, counted by its rule
-shapes      the shapes of published FFNs
-timing      several ways of one job, timed in turn
-bench       speeds compared with dense FFNs and with memory, on the FFNs of `bench_cases`
+naive                      the reference: the same rules run densely
+ffn                        an FFN that reads active neurons: inputs checked once, backend chosen by device
+cpu_ffn, triton_ffn        its backends, in numba and in Triton
+linear                     linear maps that read active inputs, and a gated FFN of them
+cpu_linear, triton_linear  their backends
+head, cpu_head             an output head that reads the full rows of words that could still win (CPU)
+eight_bits                 a matrix in 8 bits, with a proven bound on its products
+certified                  the gate in 8 bits, which proves neurons inactive (CPU)
+cpu_threads                threads of the kernels for CPUs
+reading                    which bytes a call needs, counted by its rule
+shapes                     the shapes of published FFNs
+timing                     several ways of one job, timed in turn
+bench                      speeds compared with dense FFNs and with memory, on the FFNs of `bench_cases`
 """
 
 from typing import Any

@@ -9,13 +9,9 @@ threads give equal bits.
 """
 
 import math
-import os
-import warnings
-from functools import cache
-from threading import Lock
+from dataclasses import fields
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from llvmlite.ir import FunctionType, HalfType, PointerType, VoidType
@@ -25,7 +21,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from kernels import naive
-from kernels.ffn import PROCESS, SparseFFN, run_dense
+from kernels.cpu_threads import alone, forked, on_threads
+from kernels.eight_bits import EightBits
+from kernels.ffn import SparseFFN, run_dense
 
 ACTIVATIONS = {name: code for code, name in enumerate(naive.ACTIVATIONS)}
 RELU, RELU2, SILU, GELU, GELU_TANH = (ACTIVATIONS[name] for name in ("relu", "relu2", "silu", "gelu", "gelu_tanh"))
@@ -35,50 +33,17 @@ BITS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16}  # numba has n
 # Bytes of the next row to prefetch; the processor fetches what follows by itself. At d = 2304 in float32, half and
 # nine tenths of 5,760 neurons inactive: 2.38 and 1.19 ms, against 2.54 and 1.35 without and 2.71 and 1.37 with 4,096.
 FETCHED = 256
-BYTES_PER_THREAD = 2**18  # of weights; below, starting a thread costs more than it saves
-CALLS = Lock()  # one call at a time: numba's threading layer workqueue ends the process at two
 
 
 def run(ffn: SparseFFN, x: Tensor) -> Tensor:
     """y, (tokens, d_out), of `x`, (tokens, d): the backend of `SparseFFN` for tensors on a CPU."""
-    if os.getpid() != PROCESS:
-        return run_in_child(ffn, x)
-    with CALLS:
-        return run_threads(ffn, x)
-
-
-def run_in_child(ffn: SparseFFN, x: Tensor) -> Tensor:
-    """The same rule run densely on one thread, in a process that was forked: the threads of OpenMP do not survive that.
-
-    Numba would end the process and torch would wait for ever.
-    """
-    warnings.warn(
-        "Sparse FFNs run densely in a forked process, with a mask and on one thread: start it with spawn instead.",
-        stacklevel=5,  # the caller of the FFN
-    )
-    wanted = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return run_dense(ffn, x)
-    finally:
-        torch.set_num_threads(wanted)
-
-
-def run_threads(ffn: SparseFFN, x: Tensor) -> Tensor:
-    """The kernel, its rows shared among threads."""
+    if forked():
+        return alone(lambda: run_dense(ffn, x))
     wide = x.to(torch.float32).numpy()  # (tokens, d)
     gate, up, down, quantised, limits = ffn.arrays
     rule = limits, ffn.threshold.numpy(), ffn.rule == "neuron", ACTIVATIONS[ffn.act]
-    count, wanted = threads(ffn), torch.get_num_threads()
-    choose_threads()
-    before = numba.get_num_threads()
-    numba.set_num_threads(count)
-    try:
+    with on_threads(size(ffn)) as count:
         y = computed(wide, gate, up, down, quantised, *rule, count)
-    finally:
-        numba.set_num_threads(before)
-        if torch.get_num_threads() != wanted:  # numba's first start of threads sets the number for all of OpenMP
-            torch.set_num_threads(wanted)
     return torch.from_numpy(y).to(x.dtype)
 
 
@@ -90,7 +55,7 @@ class Rows(NamedTuple):
 
 
 class Quantised(NamedTuple):
-    """The arrays of a `CertifiedGate`; they have no rows where an FFN has none."""
+    """The arrays of a `CertifiedGate`, those of its copy first; they have no rows where an FFN has none."""
 
     bits: np.ndarray
     scale: np.ndarray
@@ -109,25 +74,18 @@ def arrays(ffn: SparseFFN) -> tuple[Rows, Rows, Rows, Quantised, np.ndarray]:
     up = Rows(gate.weight[:0] if ffn.w_up is None else array(ffn.w_up), vector(ffn.b_up))
     quantised = NOT_QUANTISED
     if ffn.certificate is not None:
-        quantised = Quantised(*(getattr(ffn.certificate, name).numpy() for name in Quantised._fields))
+        quantised = Quantised(*(*numbers(ffn.certificate.copy), ffn.certificate.region.numpy()))
     return gate, up, Rows(array(ffn.w_down_t), vector(ffn.b_down)), quantised, ffn.gate_limit.numpy()
 
 
-def threads(ffn: SparseFFN) -> int:
-    """How many threads to share the rows among: torch's number, fewer for an FFN that is small."""
-    size = ffn.w_gate.nbytes + ffn.w_down_t.nbytes + (0 if ffn.w_up is None else ffn.w_up.nbytes)
-    return max(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, size // BYTES_PER_THREAD), 1)
+def numbers(copy: EightBits) -> tuple[np.ndarray, ...]:
+    """The arrays of an 8-bit copy, in the order of its fields."""
+    return tuple(getattr(copy, field.name).numpy() for field in fields(copy))
 
 
-@cache  # once, before numba starts its threads
-def choose_threads() -> None:
-    """Have numba's threads come from the pool of torch's own, where both load the same libgomp.
-
-    With a pool of its own numba waits for torch's threads, which spin after each operation: 20 against 32 GB/s on 2
-    cores.
-    """
-    if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
-        numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+def size(ffn: SparseFFN) -> int:
+    """Bytes of all weights."""
+    return ffn.w_gate.nbytes + ffn.w_down_t.nbytes + (0 if ffn.w_up is None else ffn.w_up.nbytes)
 
 
 def array(weight: Tensor) -> np.ndarray:

@@ -170,18 +170,23 @@ def run_dense(ffn: SparseFFN, x: Tensor) -> Tensor:
     return naive.sparse_ffn(x, ffn.w_gate, ffn.w_up, ffn.w_down_t, ffn.threshold, ffn.act, ffn.rule, **biases)
 
 
-@cache  # so that it warns once
 def backend(device: str) -> Callable[[SparseFFN, Tensor], Tensor]:
     """The function that computes on this kind of device: its kernel or, after a warning, `run_dense` if none works."""
-    if device not in BACKENDS:
-        reason = f"there is no kernel for {device!r}"
-    else:
+    module = kernels_of("FFNs", device, BACKENDS.get(device))
+    return run_dense if module is None else module.run
+
+
+@cache  # so that it warns once
+def kernels_of(what: str, device: str, name: str | None) -> Any:
+    """The module `name`, whose kernels compute `what` on this kind of device; None, after a warning, if none works."""
+    reason = f"there is no kernel for {device!r}"
+    if name is not None:
         try:
-            return import_module(BACKENDS[device]).run
+            return import_module(name)
         except Exception as error:  # not installed, too old, or nowhere to keep what it compiles
-            reason = f"{BACKENDS[device]} cannot be used ({error})"
-    warnings.warn(f"Sparse FFNs on {device} run densely, with a mask: {reason}.", stacklevel=3)
-    return run_dense
+            reason = f"{name} cannot be used ({error})"
+    warnings.warn(f"Sparse {what} on {device} run densely, with a mask: {reason}.", stacklevel=4)
+    return None
 
 
 def described(x: Tensor) -> str:

@@ -56,3 +56,26 @@ def active_neurons(g: Tensor, s: Tensor, h: Tensor, threshold: Tensor | float, r
         return (s.to(wide).abs() > threshold) | broken
     broken |= (s != 0) & ~h.isfinite()
     return ((h.to(wide).abs() >= threshold) & (h != 0)) | broken
+
+
+def active_inputs(x: Tensor, limits: Tensor | None, keep: tuple[int, ...] | None, norms: Tensor | None) -> Tensor:
+    """Which inputs of linear maps are active, bool, (maps, tokens, d), by the rules of `kernels.linear.SparseLinear`.
+
+    x (tokens, d); limits or norms (maps, d), or keep, a number for each map.
+    """
+    if limits is not None:
+        size = x.to(torch.promote_types(x.dtype, torch.float32)).abs()  # (tokens, d)
+        return (size > limits[:, None]) | ~x.isfinite()
+    scores = input_scores(x, len(keep or ()), norms)
+    return (scores >= least_kept(scores, keep or ())) & (x != 0)
+
+
+def input_scores(x: Tensor, maps: int, norms: Tensor | None) -> Tensor:
+    """|x_j| n_j in float32 or wider, (maps, tokens, d), infinite where x is infinite or NaN."""
+    size = x.to(torch.promote_types(x.dtype, torch.float32)).abs().expand(maps, *x.shape)
+    return (size if norms is None else size * norms[:, None]).masked_fill(~x.isfinite(), torch.inf)
+
+
+def least_kept(scores: Tensor, keep: tuple[int, ...]) -> Tensor:
+    """The smallest of the `keep` largest scores of each map and token, (maps, tokens, 1)."""
+    return torch.stack([score.topk(k, dim=-1).values[:, -1:] for score, k in zip(scores, keep, strict=True)])

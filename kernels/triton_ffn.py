@@ -221,12 +221,19 @@ def down_kernel(
         last = tl.atomic_add(arrived_ptr + column, 1, sem="acq_rel") == SPLIT - 1
     if last:
         if SPLIT > 1:
-            y = tl.zeros((T, BLOCK_D), tl.float32)
-            for part in tl.range(0, SPLIT, loop_unroll_factor=4):
-                y += tl.load(parts_ptr + part * tokens * d_out + place, mask=inside, other=0.0, cache_modifier=".cg")
+            y = sum_of_parts(parts_ptr + place, inside, tokens * d_out, T, SPLIT, BLOCK_D)
         if b_down_ptr is not None:
             y += tl.load(b_down_ptr + out, mask=out < d_out, other=0.0).to(tl.float32)
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_of_parts(ptr, inside, stride, T: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
+    """SPLIT parts of outputs, `stride` numbers apart, added in their order, (T, BLOCK_D), float32."""
+    y = tl.zeros((T, BLOCK_D), tl.float32)
+    for part in tl.range(0, SPLIT, loop_unroll_factor=4):
+        y += tl.load(ptr + part * stride, mask=inside, other=0.0, cache_modifier=".cg")
+    return y
 
 
 @triton.jit

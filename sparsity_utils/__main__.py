@@ -9,6 +9,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import DTYPES
 from sparsity_utils.models.fetched import SOURCES, fetch, fetched
+from sparsity_utils.neurons.input_rules import SPARSITY, TRAINING_FREE
 from sparsity_utils.neurons.rules import METRICS
 from sparsity_utils.study.profiles import read_profile
 from sparsity_utils.text.config import MEASURED_TOKENS
@@ -90,8 +91,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _study_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--text", help="text packed by `corpus --pack`", type=Path, metavar="FILE")
-    about = "a folder with one small file per finished run: read at first, written after every finished run"
-    command.add_argument("--tables", help=about, type=Path, metavar="FOLDER")
+    about = (
+        "folders with one small file per finished run: all are read at first, the first is written after every "
+        "finished run"
+    )
+    command.add_argument("--tables", help=about, type=Path, nargs="+", default=[], metavar="FOLDER")
+    about = "where runs are done: worker processes here, or a Slurm cluster (default: as the profile says)"
+    command.add_argument("--engine", help=about, choices=("local", "slurm"))
+    about = "do every n-th run, beginning with the i-th: one of n machines; no table is written until all runs are here"
+    command.add_argument("--share", help=about, metavar="i/n", default="1/1")
     about = "stop after M minutes, exit status 75 if runs are left; the same command continues"
     command.add_argument("--minutes", help=about, type=float, metavar="M", default=float("inf"))
     about = "only the runs of these questions, such as tuning or width_depth_ratio (default: all)"
@@ -136,7 +144,14 @@ def _measure_options(command: argparse.ArgumentParser) -> None:
     add("model", about, metavar="MODEL")
     add("--revision", "branch, tag or commit of a model on the hub (default: its newest)")
     add("--text", "a file or folder of .txt, .md, .jsonl, .parquet", type=Path, required=True, metavar="FILE")
-    add("--metric", "which neurons count as active (default: %(default)s)", choices=METRICS, default="cett-ppl")
+    add(
+        "--metric",
+        "which neurons count as active (default: %(default)s)",
+        choices=[*METRICS, *TRAINING_FREE],
+        default="cett-ppl",
+    )
+    about = f"{', '.join(TRAINING_FREE)}: {SPARSITY.about} (default: what raises perplexity by --p percent)"
+    add("--sparsity", about, type=float)
     for name, knob in ((name, rule.knob) for name, rule in METRICS.items() if rule.knob):
         about = f"{name}: {knob.about}" + (f" (default: {knob.default:g})" if knob.default else "")
         add(f"--{knob.name}", about, type=knob.kind)
@@ -175,20 +190,25 @@ def _corpus(options: argparse.Namespace) -> None:
 
 def _study(options: argparse.Namespace) -> int:
     from sparsity_utils.study.plan import OF_MODELS, QUESTIONS
-    from sparsity_utils.study.schedule import run_session, tell_costs
+    from sparsity_utils.study.schedule import WHOLE, read_share, run_session, tell_costs
     from sparsity_utils.study.study import Study
 
+    share = read_share(options.share)
     study = Study.from_profile(options.profile, options.text)
+    study.profile = study.profile.on(options.engine)
     unknown = sorted(set(options.questions or ()) - set(QUESTIONS))
     if unknown:
         raise InputError(f"There is no question {unknown[0]!r}; choose from {', '.join(QUESTIONS)}.")
     if options.cost:
         print(tell_costs(study, options.tables))
         return 0
-    left = run_session(study, options.minutes, options.tables, options.questions or QUESTIONS)
+    left = run_session(study, options.minutes, options.tables, options.questions or QUESTIONS, share)
     if left:
         print(f"The time is over. {left}; the same command continues.")
         return TIME_OVER
+    if share != WHOLE:
+        print(f"Share {options.share} is done; once all are, the command without --share writes the tables.")
+        return 0
     runs = [question for question in QUESTIONS if question not in OF_MODELS]  # those of opened models when asked for
     for question in filter(study.answers, options.questions or runs):
         print(f"{question}: {len(study.table(question))} rows in {study.folder}")
@@ -216,14 +236,18 @@ def _record(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from sparsity_utils.commands.measure import check_folder, measure_checkpoint, summary, write_results
+    from sparsity_utils.commands import measure, measure_inputs
 
     folder = options.out or paths.measurement(options.model)
-    check_folder(folder)
-    others = ("run", "interrupted", "out")
-    measured = measure_checkpoint(**{name: value for name, value in vars(options).items() if name not in others})
-    files = write_results(measured, folder)
-    print(summary(measured), *files, sep="\n")
+    measure.check_folder(folder)
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "interrupted", "out")}
+    if options.metric in TRAINING_FREE:
+        found = measure_inputs.measure_rule(**given)
+        print(measure_inputs.summary(found), *measure_inputs.write_results(found, folder), sep="\n")
+        return
+    measured = measure.measure_checkpoint(**given)
+    files = measure.write_results(measured, folder)
+    print(measure.summary(measured), *files, sep="\n")
 
 
 def _fetch(options: argparse.Namespace) -> None:

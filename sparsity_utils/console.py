@@ -60,7 +60,7 @@ def share_bar(about: str, shown: bool = True, leave: bool = False) -> tqdm:
         mininterval=0.5,
         miniters=0,
         leave=leave,
-        bar_format="{l_bar}{bar}| {elapsed}<{remaining}",
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
     )
 
 

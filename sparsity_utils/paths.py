@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -21,6 +22,9 @@ PUBLISHED = RESULTS  # tables on the published curves: of no profile, so the sam
 FIGURES = ROOT / "figures"
 LOCK = ROOT / "requirements.lock"
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# Newer versions of filelock replace a lock that a file system lacks by one that outlives a killed process.
+HARD: dict[str, Any] = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
+LOCKLESS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def build() -> Path:
@@ -40,6 +44,11 @@ def corpora() -> Path:
 def runs() -> Path:
     """The run store: one folder per training run, named by its hash."""
     return build() / "runs"
+
+
+def cluster_tasks(profile: str) -> Path:
+    """What a cluster was given to do for a profile, and what its tasks said."""
+    return build() / "slurm" / profile
 
 
 def profile_output(profile: str) -> Path:
@@ -69,11 +78,18 @@ def locked(target: Path, wait: bool = True) -> Iterator[None]:
     Where another process holds it: wait for it or, if not `wait`, raise InputError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.parent / f".{target.name}.lock")
+    lock = FileLock(target.parent / f".{target.name}.lock", **HARD)
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise InputError(f"Another process writes {target}; wait until it ends, or name another folder.") from error
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", None) not in (None, *LOCKLESS):
+            raise
+        raise InputError(
+            f"The file system of {target.parent} has no locks ({error}); have it mounted with them (Lustre: flock), or "
+            "point SPARSITY_BUILD at another one."
+        ) from error
     try:
         yield
     finally:

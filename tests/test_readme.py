@@ -57,6 +57,15 @@ def test_block_names_what_exists(block: readme.Block):
         assert not block.run, f"a block of {block.language or 'no language'} cannot be executed"
 
 
+@pytest.mark.parametrize("page", sorted((paths.ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_commands_of_a_page_exist(page: Path):
+    """Those of this project; a page may show what a shell or a cluster needs around them."""
+    lines = [line.strip() for block in readme.read(page) for line in block.code.splitlines()]
+    commands = [line.partition(" &")[0] for line in lines if line.startswith("python -m sparsity_utils")]
+    for command in commands:
+        check_command(command)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.run], ids=first_line)
 def test_block_runs(block: readme.Block, tmp_path: Path):

@@ -21,6 +21,7 @@ from sparsity_utils.findings import (
     design_a_sparse_model,
     metrics,
     power,
+    pretrained_model,
     published_curves,
     quickstart,
     relu_vs_silu,
@@ -127,6 +128,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
             *sparse_decoding.verdicts(table("sparse_ffn"), table("sparse_decoding")),
             *published_curves.verdicts(*map(table, PUBLISHED_TABLES)),
             *design_a_sparse_model.verdicts(held),
+            *pretrained_model.verdicts(pretrained_model.analyse(study)),
         ]
     )
     stored = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False).drop(columns="minutes")

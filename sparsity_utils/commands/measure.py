@@ -76,6 +76,41 @@ def measure_checkpoint(
     setting = rule.setting(knobs)
     if calibration and not rule.solved:
         raise InputError(f"--calibration was given, and metric {metric!r} solves nothing on it: leave it out.")
+    given = prepared(
+        model, text, length=length, calibration=calibration, dtype=dtype, revision=revision, max_tokens=max_tokens,
+        solves=rule.solved,
+    )  # fmt: skip
+    how = dict[str, Any](calibration=given.calibration, **setting)
+    report = measure_sparsity(given.model, given.evaluation, metric, per_token=True, show_progress=True, **how)
+    return Measured(report, given.tokenizer, given.settings | {"metric": metric} | knobs | setting)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A model and what it is to be measured on."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    evaluation: Batches
+    calibration: Batches | None  # None: nothing is solved
+    settings: dict[str, Any]
+
+
+def prepared(
+    model: str,
+    text: Path,
+    *,
+    length: int | None,
+    calibration: Path | None,
+    dtype: str | None,
+    revision: str | None,
+    max_tokens: int,
+    solves: bool,
+) -> Prepared:
+    """Open a model and read its texts, as `measure_checkpoint` describes; `solves`: whether calibration text is needed.
+
+    Raises `InputError` for whatever cannot be opened or read.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"The dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
     documents = read_documents(text)
@@ -90,13 +125,11 @@ def measure_checkpoint(
     evaluation, solved_on = text_batches(tokenizer, documents, length), None
     if others:
         solved_on = text_batches(tokenizer, others, length)
-    elif rule.solved:
+    elif solves:
         solved_on, evaluation = split_documents(evaluation)
     if solved_on:
         solved_on = thinned(solved_on, round(CALIBRATION_SHARE * max_tokens))
         max_tokens -= round(CALIBRATION_SHARE * max_tokens)
-    chosen, how = thinned(evaluation, max_tokens), dict[str, Any](calibration=solved_on, **setting)
-    report = measure_sparsity(network, chosen, metric, per_token=True, show_progress=True, **how)
     settings = {
         "model": model,
         "revision": revision,
@@ -106,9 +139,8 @@ def measure_checkpoint(
         "text": str(text),
         "calibration": str(calibration) if calibration else None,
         "length": length,
-        "metric": metric,
     }
-    return Measured(report, tokenizer, settings | knobs | setting)
+    return Prepared(network, tokenizer, thinned(evaluation, max_tokens), solved_on, settings)
 
 
 def window_length(model: PreTrainedModel, wanted: int | None = None) -> int:
@@ -239,18 +271,23 @@ def _headline(measured: Measured) -> dict[str, Any]:
     report = measured.report
     numbers = {name: getattr(report, name) for name in NUMBERS}
     numbers |= {"perplexity_dense": math.exp(report.loss_dense), "perplexity_sparse": math.exp(report.loss_sparse)}
-    libraries = {"python": platform.python_version(), "torch": torch.__version__}
     return {
-        **{name: _known(value) for name, value in numbers.items()},
+        **{name: known(value) for name, value in numbers.items()},
         "settings": measured.settings,
-        "versions": libraries | {"transformers": transformers.__version__},
+        "versions": versions(),
     }
 
 
-def _known(value: Any) -> Any:
+def versions() -> dict[str, str]:
+    """Of what a number rests on."""
+    libraries = {"python": platform.python_version(), "torch": torch.__version__}
+    return libraries | {"transformers": transformers.__version__}
+
+
+def known(value: Any) -> Any:
     """`value` with None for each number that JSON does not have: NaN and infinity."""
     if isinstance(value, tuple):
-        return [_known(part) for part in value]
+        return [known(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -19,8 +19,10 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, DeadKernelError
 
 from sparsity_utils import paths
+from sparsity_utils.commands import verdicts
 from sparsity_utils.console import InputError, progress
-from sparsity_utils.study.jobs import Job, do_jobs, longest_first, outlook
+from sparsity_utils.study.engines import do_jobs
+from sparsity_utils.study.jobs import Job, longest_first, outlook
 from sparsity_utils.study.plan import QUESTIONS
 from sparsity_utils.study.study import Study
 
@@ -155,7 +157,7 @@ def _train(study: Study, notebooks: list[Path]) -> None:
     """Do the runs of all `notebooks`, after a line that says how many and how long; print the first error, if any."""
     try:
         jobs = jobs_of(notebooks, study)
-        print(f"Profile {study.name}. {outlook(jobs, study.profile.workers)}", flush=True)
+        print(f"Profile {study.name}. {outlook(jobs, study.profile.side_by_side)}", flush=True)
         do_jobs(longest_first(jobs), study.profile)
     except Exception as error:  # whatever it is, the notebooks that need the run come upon it
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -275,7 +277,7 @@ def _report(folder: Path, table: pd.DataFrame) -> None:
     """Print the table of verdicts and the paths of the figures; store the table."""
     with paths.written_aside(folder / "verdicts.csv") as aside:
         table.to_csv(aside, index=False)
-    left = {name: f"{{:<{table[name].str.len().max()}}}".format for name in table}
-    print(f"\n{table.to_string(index=False, justify='left', formatters=left)}\n")
+    print()
+    verdicts.show(table)
     for figure in sorted((folder / "figures").glob("*.png")):
         print(figure)

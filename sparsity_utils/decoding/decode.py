@@ -6,14 +6,17 @@ for every model whose FFNs `find_ffns` finds as modules of their own.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels import MAX_TOKENS, SparseFFN
-from sparsity_utils.console import InputError
+from kernels.head import CertifiedHead
+from sparsity_utils.console import InputError, check
+from sparsity_utils.decoding.input_kernels import checked_maps, ffn_kernel, replace_attention
 from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import (
     FFN,
@@ -24,49 +27,94 @@ from sparsity_utils.neurons.find import (
     widened,
 )
 from sparsity_utils.neurons.hooks import check_layers
+from sparsity_utils.neurons.input_rules import INPUT_RULES
 from sparsity_utils.neurons.modes import evaluating, forward_replaced, unchanged
 from sparsity_utils.neurons.rules import RULES
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.neurons.trace import Inputs, tiny_inputs
 
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative RMS error of one FFN's output
+Kernel = Callable[[Tensor], Tensor]
 THROUGH_LAYERS = 10  # times as much is allowed in the model's output
 
 
 @contextmanager
 def sparse_kernels(
-    model: nn.Module, thresholds: Thresholds | None, *, certified: bool = False, inputs: Inputs | None = None
-) -> Iterator[list[SparseFFN]]:
-    """Inside the block, the FFNs of `model` read only the weights that `thresholds` calls for.
+    model: nn.Module,
+    thresholds: Thresholds | None,
+    *,
+    certified: bool = False,
+    eight_bits: bool = False,
+    likeliest: int | None = None,
+    inputs: Inputs | None = None,
+) -> Iterator[list[Kernel]]:
+    """Inside the block, `model` reads only the weights that `thresholds` calls for: of FFNs, or of all linear maps.
 
-    `model.generate` then gives what it gives under `sparse_neurons` with the same thresholds, up to the rounding of
-    sums in another order and, in half precision, of the numbers that are compared with a threshold. Calls of more than
-    16 tokens, such as prompts, run densely under the same mask. The weights of the down projections are copied for the
-    block; change no weights inside it.
+    `model.generate` then gives what it gives under `sparse_neurons`, or under `sparse_inputs` for a rule on inputs,
+    with the same thresholds, up to the rounding of sums in another order and, in half precision, of the numbers that
+    are compared with a threshold. Calls of more than 16 tokens, such as prompts, run densely under the same mask. The
+    weights that the kernels keep in another order are copied for the block; change no weights inside it.
 
     Before the block begins, kernels that skip nothing are compared with the model's own FFNs on a tiny input.
 
     Args:
-        thresholds: of a rule with a `limit`: "relu", "fat", "cett"; None: nothing is skipped.
+        thresholds: of a rule with a `limit`, "relu", "fat" or "cett", or of a rule on inputs; None: FFNs skip nothing.
         certified: also keep an 8-bit copy of each gate that proves neurons inactive (`kernels.certified`; CPU).
+        eight_bits: keep the weights of linear maps as 8-bit integers, so that their outputs are rounded; for rules on
+            inputs.
+        likeliest: the output head computes that many of the likeliest words exactly, and reads an 8-bit copy to tell
+            which (`kernels.head`; CPU): 1 for greedy decoding, k for top-k sampling. Other logits are minus infinity.
         inputs: as `find_ffns` takes them, for models that need it.
 
-    Yields the kernels, one per FFN, first layer first. When the block ends, also by an exception, the model is as it
-    was.
+    Yields the kernels: one per FFN, first layer first, then those of attention and of the head, if any. When the block
+    ends, also by an exception, the model is as it was.
 
     Raises `InputError` when a FFN has routed experts, is computed without modules of its own, has another activation
     function than `kernels.naive.ACTIVATIONS`, or when the model makes more of its parts than the kernel; when
-    `thresholds` are for another number of layers or of a rule without a limit, such as "top-k"; when `certified` is
-    asked for where it cannot work; and inside the block when the model is in training mode or should give gradients.
+    `thresholds` are for another number of layers or of a rule without a limit, such as "top-k"; when `certified`,
+    `eight_bits` or `likeliest` is asked for where it cannot work; and inside the block when the model is in training
+    mode or should give gradients.
     """
     check_not_bypassed(model)
     ffns = replaceable_ffns(model, inputs)
-    if thresholds is not None:
-        check_layers(thresholds, ffns)
-    kernels = [kernel_of(ffn, thresholds, certified) for ffn in ffns]
+    on_inputs = thresholds is not None and thresholds.rule in INPUT_RULES
+    check(on_inputs or not eight_bits, "eight_bits is for thresholds of a rule on the inputs of linear maps.")
     _check_outputs(model, ffns, inputs)
-    with _bypass(model, ffns, kernels):
-        yield kernels
+    head = None if likeliest is None else head_kernel(model, likeliest)
+    with ExitStack() as stack:
+        if on_inputs:
+            check(not certified, "certified is for thresholds of a rule on neurons.")
+            maps = checked_maps(model, thresholds)
+            blocks = [[linear for linear in maps if linear.layer == ffn.layer] for ffn in ffns]
+            kernels: list[Kernel] = [
+                ffn_kernel(ffn, block, thresholds, eight_bits) for ffn, block in zip(ffns, blocks, strict=True)
+            ]
+            stack.enter_context(_bypass(model, ffns, kernels))
+            kernels = [*kernels, *replace_attention(stack, maps, thresholds, eight_bits)]
+        else:
+            if thresholds is not None:
+                check_layers(thresholds, ffns)
+            kernels = [kernel_of(ffn, thresholds, certified) for ffn in ffns]
+            stack.enter_context(_bypass(model, ffns, kernels))
+        if head is not None:
+            stack.enter_context(forward_replaced(head_module(model), head))
+        yield kernels if head is None else [*kernels, head]
+
+
+def head_module(model: Any) -> nn.Linear:
+    """The output head of `model`. Raises `InputError` where it has none that is one linear map."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    check(isinstance(head, nn.Linear), f"{type(model).__name__} has no output head that is one linear map.")
+    return head
+
+
+def head_kernel(model: nn.Module, likeliest: int) -> CertifiedHead:
+    """The kernel of the model's output head. Raises `InputError` where there is none."""
+    head = head_module(model)
+    try:
+        return CertifiedHead(head.weight, likeliest, head.bias)
+    except ValueError as error:
+        raise InputError(f"The output head cannot be certified: {error}") from error
 
 
 def replaceable_ffns(model: nn.Module, inputs: Inputs | None = None) -> list[FFN]:
@@ -191,7 +239,7 @@ def _watch(stack: ExitStack, ffn: FFN, given: dict[FFN, tuple[Tensor, Tensor]]) 
 
 
 @contextmanager
-def _bypass(model: nn.Module, ffns: list[FFN], kernels: list[SparseFFN]) -> Iterator[None]:
+def _bypass(model: nn.Module, ffns: list[FFN], kernels: Sequence[Kernel]) -> Iterator[None]:
     """Inside the block, the first module of each FFN computes all of it and the last returns it."""
     with ExitStack() as stack:
         bypassed.add(model)
@@ -201,7 +249,7 @@ def _bypass(model: nn.Module, ffns: list[FFN], kernels: list[SparseFFN]) -> Iter
         yield
 
 
-def _bypass_one(stack: ExitStack, ffn: FFN, kernel: SparseFFN) -> None:
+def _bypass_one(stack: ExitStack, ffn: FFN, kernel: Kernel) -> None:
     outputs, own_last = threading.local(), ffn.down.forward  # one output per thread that runs the model
 
     def first(x: Tensor) -> Tensor:

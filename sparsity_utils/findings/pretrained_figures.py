@@ -187,9 +187,10 @@ def price_figure(found: "Found") -> ShownFigure:
         panels[0, column].set_title(text)
         panels[1, column].set(xlabel=AXIS, xlim=(0, 100))
     panels[0, 0].set_ylabel("Rise of perplexity (%)")
-    panels[0, 0].set_yscale("symlog", linthresh=0.1)
+    positive = bool((rows["low_rise"] > 0).all())  # of few tokens an interval can reach below zero
+    panels[0, 0].set_yscale("log" if positive else "symlog", **({} if positive else {"linthresh": 0.1}))
     panels[1, 0].set_ylabel("Other likeliest token than dense (%)")
-    panels[0, 0].legend(fontsize=7)
+    panels[0, 0].legend(fontsize=7, loc="lower left")
     first = found.table.iloc[0]
     return captioned(
         figure,

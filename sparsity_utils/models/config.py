@@ -60,8 +60,16 @@ class TrainConfig:
     checkpoints: int = 16  # log-spaced over the stable stage, the last five evenly spaced
     validation_tokens: int = 49152  # the validation loss at each checkpoint is their mean
     seed: int = 0
+    devices: int = 1  # that train the run together; each takes an equal part of every batch
+    micro_tokens: int | None = None  # of a device at a time, gradients of a batch are summed; None: its part at once
+    recompute: bool = False  # the activations within a layer in the backward pass, in place of keeping them
 
     def __post_init__(self) -> None:
+        check(self.devices >= 1, f"train.devices is {self.devices}; at least 1 is needed.")
+        check(
+            self.micro_tokens is None or self.micro_tokens >= 1,
+            f"train.micro_tokens is {self.micro_tokens}; at least 1 is needed.",
+        )
         check(
             self.tokens >= 6 * self.batch_tokens > 0,
             f"train.tokens is {self.tokens}, less than six batches of {self.batch_tokens}.",
@@ -76,4 +84,17 @@ class TrainConfig:
         check(
             self.checkpoints >= 6,
             f"train.checkpoints is {self.checkpoints}; at least 6 are needed (the last five are solved together).",
+        )
+
+    def check_windows(self, context: int) -> None:
+        """Raise InputError for a batch that devices and micro-batches do not divide into windows of `context` tokens.
+
+        What holds for one device at once is told when the text is cut, by `TrainingBatches`.
+        """
+        part, rest = divmod(self.batch_tokens, self.devices)
+        micro = self.micro_tokens or part
+        check(
+            (self.devices == 1 and self.micro_tokens is None) or rest == part % micro == micro % context == 0,
+            f"train.batch_tokens {self.batch_tokens:,} is not divided by train.devices {self.devices} into equal parts "
+            f"of whole micro-batches ({micro:,} tokens) of whole windows ({context:,}); change one of them.",
         )

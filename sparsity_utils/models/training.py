@@ -3,33 +3,41 @@
 A run lives in one folder: checkpoints/step-<step>/, each of which transformers opens, and state.safetensors, which
 holds weights, optimizer moments and the log so far. The state is written aside and renamed, so a run killed at any
 instant continues from its last state and, on a CPU with the same thread count, ends in the same weights bit for bit.
+Under torchrun the processes train it together (`devices`); their state is a folder, state-<step>/.
 """
 
 import json
 import math
+import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import GraniteForCausalLM
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from sparsity_utils import paths
 from sparsity_utils.models.config import LAST_CHECKPOINTS, ModelConfig, TrainConfig
 from sparsity_utils.models.decoder import build_model, default_device, parameter_groups
+from sparsity_utils.models.devices import Group, load_sharded, save_sharded, shard, state_step, states, whole_tensors
 from sparsity_utils.models.loss import linear_cross_entropy
+from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.models.quick import quicken
 from sparsity_utils.models.shapes import training_flops_per_token
 from sparsity_utils.text.windows import TrainingBatches
 
 LOG_EVERY = 20  # steps
 SAVE_EVERY = 30.0  # seconds
+SAVE_SHARDED_EVERY = 300.0  # likewise, of a run on several devices: 2.4B parameters with their moments are 29 GB
 EXPLODED = 2.0  # nats above the first loss
+STATE = "state.safetensors"
+LAUNCH = "torchrun"  # what the processes of a run on several devices are told, and what they say
 FINAL_LR = 0.1  # share of the peak at the end of the decay
 
 
@@ -93,18 +101,24 @@ class Training:
     def __init__(self, model_config, train_config, tokens, validation, folder, on_progress=lambda share: None):
         self.model_config, self.config, self.folder = model_config, train_config, folder
         self.validation, self.on_progress = validation, on_progress
+        self.group = Group() if dist.is_initialized() else None  # None: this process trains alone
         self.device = default_device()
         self.half = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.batches = TrainingBatches(tokens, model_config.context, train_config.batch_tokens, train_config.seed)
         self.schedule = Schedule(train_config)
         self.model = quicken(build_model(model_config, train_config.seed).to(self.device).train())
+        if train_config.recompute:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.objective = shard(self.model, self._loss, self.half) if self.group else self._loss
         groups = parameter_groups(self.model, model_config, train_config.learning_rate, train_config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=(train_config.beta1, train_config.beta2), fused=True)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         # On a CPU core compiling took 4 to 18 s and changed the speed little (24x2: 92,000 against 85,000 tokens/s,
         # 48x4: 31,000 against 32,000), less than it costs in runs of a minute, so it is left to GPUs.
-        self.backbone = torch.compile(self.model.model) if self.device.type == "cuda" else self.model.model
+        compiled = self.device.type == "cuda" and not self.group  # sharded layers are compiled one by one
+        self.backbone = torch.compile(self.model.model) if compiled else self.model.model
         self.step, self.rows, self.losses = 0, [], []
+        self.sizes: list[int] = []  # of the groups that have trained the run
         self.first_loss: float | None = None
         self.recent_loss: float | None = None
         self.seconds = 0.0  # of `clock`, spent in training steps, without checkpoints and validation
@@ -114,15 +128,15 @@ class Training:
         self._resume()
         keep, saved_at = set(self.schedule.checkpoints()), time.monotonic()
         while self.step < self.schedule.steps:
-            started = clock(self.device.type)
+            started = self._clock()
             self.train_step()
             if self.step % LOG_EVERY == 0 or self.step in keep:
                 self._check_losses()
                 self.on_progress(self.step / self.schedule.steps)
-            self.seconds += clock(self.device.type) - started
+            self.seconds += self._clock() - started
             if self.step in keep:
                 self._keep_checkpoint()
-            if self.step in keep or time.monotonic() - saved_at > SAVE_EVERY:
+            if self.step in keep or self._is_time(saved_at):
                 self._check_losses()
                 self._save_state()
                 saved_at = time.monotonic()
@@ -130,16 +144,36 @@ class Training:
 
     def train_step(self) -> None:
         """One optimizer step on the next batch."""
-        inputs, targets = (part.to(self.device, non_blocking=True) for part in self.batches(self.step))
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * self.schedule.factor(self.step)
-        loss = self._loss(inputs, targets)
-        loss.backward()
+        pieces, total = self._pieces(), torch.zeros((), device=self.device)
+        for piece in pieces:
+            inputs, targets = (part.to(self.device, non_blocking=True) for part in piece)
+            loss = self.objective(inputs, targets) / len(pieces)
+            loss.backward()
+            total = total + loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(loss.detach())
+        self.losses.append(total)
         self.step += 1
+
+    def _pieces(self) -> list[tuple[torch.Tensor, ...]]:
+        """(inputs, targets) of the micro-batches of this step, as far as they are this process's."""
+        batch: Iterable[torch.Tensor] = self.batches(self.step)
+        if self.group:
+            batch = [self.group.part(part) for part in batch]
+        windows = (self.config.micro_tokens or self.config.batch_tokens) // self.model_config.context
+        return list(zip(*(part.split(windows) for part in batch), strict=True))
+
+    def _clock(self) -> float:
+        """Seconds: of `clock`, or of the wall clock where processes wait for each other."""
+        return time.perf_counter() if self.group else clock(self.device.type)
+
+    def _is_time(self, saved_at: float) -> bool:
+        """Whether the state was saved long enough ago; all processes of a group decide alike."""
+        since = time.monotonic() - saved_at
+        return self.group.told(since > SAVE_SHARDED_EVERY) if self.group else since > SAVE_EVERY
 
     def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         mixed = torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext()
@@ -152,6 +186,8 @@ class Training:
     def _check_losses(self) -> None:
         """Raise Diverged if a loss since the last check is NaN or too high. All are fetched in one synchronisation."""
         losses = [loss.item() for loss in self.losses]
+        if self.group and losses:
+            losses = self.group.mean(torch.tensor(losses, dtype=torch.float64, device=self.device)).tolist()
         self.first_loss = losses[0] if self.first_loss is None and losses else self.first_loss
         for back, loss in enumerate(losses):
             if not math.isfinite(loss) or loss > self.first_loss + EXPLODED:
@@ -166,8 +202,7 @@ class Training:
         self.losses = []
 
     def _keep_checkpoint(self) -> None:
-        with paths.written_aside(checkpoint_folder(self.folder, self.step)) as aside:
-            save_checkpoint(self.model, aside)
+        validated = self._export(checkpoint_folder(self.folder, self.step))
         tokens_per_second = self.step * self.config.batch_tokens / self.seconds
         flops = training_flops_per_token(self.model_config) * tokens_per_second
         self.rows.append(
@@ -177,22 +212,47 @@ class Training:
                 "tokens": self.step * self.config.batch_tokens,
                 "passes": self.batches.passes(self.step),
                 "training_loss": self.recent_loss,
-                "validation_loss": validation_loss(self.model, self.validation),
+                "validation_loss": validated,
                 "tokens_per_second": tokens_per_second,
-                "flops_utilisation": flops / matmul_rate(self.device.type, self.half),
+                "flops_utilisation": flops / matmul_rate(self.device.type, self.half) / self.devices,
             }
         )
 
+    @property
+    def devices(self) -> int:
+        """How many train the run now."""
+        return self.group.size if self.group else 1
+
+    def _export(self, target: Path) -> float:
+        """Write the whole model to `target` and return its validation loss."""
+        if self.group is None:
+            with paths.written_aside(target) as aside:
+                save_checkpoint(self.model, aside)
+            return validation_loss(self.model, self.validation)
+        tensors = whole_tensors(self.model, kept=self.group.leads)
+        validated = None
+        if self.group.leads:  # what it has written is measured, in float32 and by one process, as always
+            with paths.written_aside(target) as aside:
+                write_checkpoint(self.model.config, tensors, aside)
+            validated = validation_loss(quicken(load_weights(target).to(self.device)), self.validation)
+        return self.group.told(validated)
+
     def _save_state(self) -> None:
         log = {"step": self.step, "rows": self.rows, "seconds": self.seconds, "first_loss": self.first_loss}
+        if self.group:
+            log["devices"] = self.sizes = sorted({*self.sizes, self.group.size})
+            return save_sharded(self.group, self.folder, self.model, self.optimizer, log)
         tensors = {f"model.{name}": tensor for name, tensor in model_tensors(self.model).items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors.update({f"{name}.{index}": tensor for name, tensor in moments.items()})
-        with paths.written_aside(self.folder / "state.safetensors") as aside:
+        with paths.written_aside(self.folder / STATE) as aside:
             save_file(tensors, aside, metadata={"log": json.dumps(log)})
 
     def _resume(self) -> None:
-        state = self.folder / "state.safetensors"
+        if self.group:
+            log = load_sharded(self.folder, self.model, self.optimizer)
+            return self._go_on(log) if log else None
+        state = self.folder / STATE
         if not state.exists():
             return
         try:
@@ -209,8 +269,29 @@ class Training:
         names = ("step", "exp_avg", "exp_avg_sq")
         moments["state"] = {i: {name: tensors[f"{name}.{i}"] for name in names} for i in range(count)}
         self.optimizer.load_state_dict(moments)
+        self._go_on(log)
+
+    def _go_on(self, log: dict) -> None:
         self.step, self.rows, self.seconds = log["step"], log["rows"], log["seconds"]
-        self.first_loss = log["first_loss"]
+        self.first_loss, self.sizes = log["first_loss"], log.get("devices", [])
+
+
+def saved_step(folder: Path) -> int:
+    """The steps that an unfinished run in `folder` would not have to do again; 0 without a state that can be read."""
+    if sharded := states(folder):
+        return state_step(sharded[-1])
+    try:
+        with safe_open(folder / STATE, framework="pt") as file:
+            return json.loads(file.metadata()["log"])["step"]
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+        return 0
+
+
+def clear(folder: Path) -> None:
+    """Delete what only an unfinished run needs."""
+    for place in (*states(folder), folder / LAUNCH):
+        shutil.rmtree(place, ignore_errors=True)
+    (folder / STATE).unlink(missing_ok=True)
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
@@ -220,8 +301,13 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 
 def save_checkpoint(model: GraniteForCausalLM, folder: Path) -> None:
     """Write config.json and model.safetensors, so that `folder` opens with transformers' from_pretrained."""
-    model.config.save_pretrained(folder)
-    save_file(model_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})  # as transformers expects
+    write_checkpoint(model.config, model_tensors(model), folder)
+
+
+def write_checkpoint(config: GraniteConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """`save_checkpoint`, of weights at hand."""
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})  # as transformers expects
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -66,7 +66,9 @@ def sparse_neurons(model: nn.Module, thresholds: Thresholds) -> Iterator[list[FF
 
 
 def check_layers(thresholds: Thresholds, ffns: list[FFN]) -> None:
-    """Raises `InputError` when `thresholds` was made for another number of layers than `ffns` form."""
+    """Raises `InputError` when `thresholds` are of a rule on inputs, or for another number of layers than `ffns`."""
+    if isinstance(thresholds, Thresholds):
+        thresholds.check_on_neurons()
     layers = layer_count(ffns)
     if len(thresholds.values) != layers:
         raise InputError(

@@ -71,15 +71,22 @@ class Rule:
         check(value is not None, f"Metric {self.name!r} needs {own}: give {own}=..., on the command line --{own}.")
         return {own: value}
 
-    def weights_read(self, activation_ratio: float, nonzero_share: float) -> float:
-        """Share of the weights of a gated FFN that one token needs, (1 + up + activation_ratio) / 3; 1 if dense.
+    def map_share(self, role: str, active: float, nonzero: float) -> float:
+        """Share of the weights of one linear map of a block that one token needs, `role` as in `neurons.linears`.
 
-        W_gate is read in full, since it decides; `up` is the share of W_in that is read, and of W_out the active
-        columns are read. A rule on the gate reads W_in for active neurons. A rule on the neuron's output reads it
-        wherever s is not zero, to know h. All three matrices are of one size.
+        W_gate is read in full, since it decides, and all of attention. A rule on the gate reads W_in, "up", for active
+        neurons. A rule on the neuron's output reads it wherever s is not zero, to know h. Of W_out, "down", the active
+        columns are read.
+
+        Args:
+            active: share of the neurons that are active, or in rules on inputs share of the map's inputs.
+            nonzero: share of the neurons with s != 0.
         """
-        up = nonzero_share if self.decided_on == "neuron" else activation_ratio
-        return (1 + up + activation_ratio) / 3
+        return {"up": nonzero if self.decided_on == "neuron" else active, "down": active}.get(role, 1.0)
+
+    def weights_read(self, activation_ratio: float, nonzero_share: float) -> float:
+        """Share of the weights of a gated FFN, three matrices of one size, that one token needs; 1 if dense."""
+        return sum(self.map_share(role, activation_ratio, nonzero_share) for role in ("gate", "up", "down")) / 3
 
 
 class NonZero(Rule):

@@ -59,12 +59,12 @@ def standard_error(replicates: np.ndarray, documents: int) -> float:
     return float(known.std(ddof=1)) if documents > 1 and len(known) > 1 else math.nan
 
 
-def interval(replicates: np.ndarray, documents: int) -> tuple[float, float]:
-    """90% percentile interval of an estimate; NaN with fewer than two documents."""
+def interval(replicates: np.ndarray, documents: int, coverage: tuple[float, float] = COVERAGE) -> tuple[float, float]:
+    """Percentile interval of an estimate, 90% by default; NaN with fewer than two documents."""
     known = replicates[np.isfinite(replicates)]
     if documents < 2 or len(known) < 2:
         return math.nan, math.nan
-    low, high = np.percentile(known, COVERAGE)
+    low, high = np.percentile(known, coverage)
     return float(low), float(high)
 
 

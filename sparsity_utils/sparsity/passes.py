@@ -17,7 +17,10 @@ from sparsity_utils.console import InputError, explained
 from sparsity_utils.neurons.find import FFN, widened
 from sparsity_utils.neurons.hooks import observe_neurons
 from sparsity_utils.neurons.modes import evaluating
-from sparsity_utils.sparsity.inputs import IGNORED, other_parts, text_parts
+from sparsity_utils.sparsity.inputs import IGNORED, other_parts, predicts_next_token, text_parts
+
+ORDER_TOKENS = 16  # of the text on which the order of vectors is seen
+SAME = 1e-5  # relative distance of vectors that are computed alike from the same numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +164,7 @@ def checked(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], role: str
         predicted += 0 if parts["targets"] is None else int((parts["targets"] != IGNORED).sum())
         result = Batch(inputs=inputs, documents=documents.cpu(), **moved)
         if main == "input_ids" and model not in _in_order:
-            _check_order(model, result)
+            _check_vectors(model, result)
         yield result
     if predicted == 0 and (seen == 0 or parts["targets"] is not None):
         raise InputError(f"The {role} batches hold no token to predict: give at least one text of two tokens.")
@@ -170,37 +173,54 @@ def checked(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], role: str
 _in_order: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose vectors lie text by text
 
 
-def _check_order(model: PreTrainedModel, batch: Batch) -> None:
+def _check_vectors(model: PreTrainedModel, batch: Batch) -> None:
     """Raises `InputError` when the FFNs of `model` see the first tokens of all texts before the second ones.
 
-    It runs on the first text, the same backwards, and the first again: the first third of the vectors are then those of
-    the last third, or, in the other order, each third vector is the one two further on. A text among images is not
-    turned round, nor tells one that is the same backwards anything: the next batch may.
+    It raises it too when a model that predicts the next token sees it beforehand, as an encoder with such a head does.
+
+    It runs on a text, the same backwards, the text with another last token, and the text again. A quarter of the
+    vectors is then that of the last quarter or, in the other order, each fourth vector is the one three further on. And
+    what precedes the last token is the same in the first text and the third. A text among images is not turned round,
+    nor tells one of a single token or the same backwards anything: the next batch may.
     """
-    three = batch.rows(torch.zeros(3, dtype=torch.int64))
-    ids = three.inputs["input_ids"]
-    if any(value.is_floating_point() for value in three.inputs.values()) or torch.equal(ids[0], ids[0].flip(0)):
+    lengths = torch.full((batch.windows,), ORDER_TOKENS) if batch.mask is None else batch.mask.sum(1).cpu()
+    four = batch.rows(lengths.clamp(max=2).argmax().expand(4))  # the first text of two tokens, if there is one
+    inputs = {name: value[:, :ORDER_TOKENS] if value.dim() > 1 else value for name, value in four.inputs.items()}
+    four = replace(four, inputs=inputs)
+    ids = inputs["input_ids"]
+    last = (ids.shape[1] if four.mask is None else int(four.mask[0, :ORDER_TOKENS].sum())) - 1  # real token
+    mixed = any(value.is_floating_point() for value in inputs.values())
+    if mixed or last < 1 or torch.equal(ids[0], ids[0].flip(0)):
         return
+    ids[2, last] = ids[0][ids[0] != ids[0, last]][0]
     for name in ("input_ids", "decoder_input_ids"):
-        if name in three.inputs:
-            three.inputs[name][1] = three.inputs[name][1].flip(0)
+        if name in inputs:
+            inputs[name][1] = inputs[name][1].flip(0)
+    ahead = predicts_next_token(model)
 
     def compare(ffn: FFN, s: Tensor, h: Tensor, tokens: Tensor) -> None:
-        third = len(h) // 3
-        if ffn.experts == 1 and not _alike(h[:third], h[-third:]) and _alike(h[::3], h[2::3]):
+        quarter, kind = len(h) // 4, type(model).__name__
+        if ffn.experts == 1 and not _alike(h[:quarter], h[-quarter:]) and _alike(h[::4], h[3::4]):
             raise InputError(
-                f"{type(model).__name__} orders its vectors by position and then by text, which is not supported: "
-                f"choose a model that orders them by text."
+                f"{kind} orders its vectors by position and then by text, which is not supported: choose a model that "
+                f"orders them by text."
+            )
+        before, changed = h[:last], h[2 * quarter : 2 * quarter + last]
+        same = max(SAME, torch.finfo(h.dtype).eps / 10)
+        if ahead and ffn.experts == 1 and before.isfinite().all() and not _alike(before, changed, same):
+            raise InputError(
+                f"{kind} sees the tokens that it should predict, as encoders do, so that its loss on a text means "
+                f"nothing: open it as a decoder (in most configs is_decoder, in some causal)."
             )
 
     with evaluating(model), observe_neurons(model, compare):
-        run_backbone(model, three)
+        run_backbone(model, four)
     _in_order.add(model)
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def _alike(one: Tensor, other: Tensor, rounding: float = 0.01) -> bool:
     """Whether two tensors of h are equal but for rounding."""
-    return one.shape == other.shape and bool((one - other).norm() <= 0.01 * one.norm())
+    return one.shape == other.shape and bool((one - other).norm() <= rounding * one.norm())
 
 
 def _unusable(documents: Any, windows: int) -> bool:

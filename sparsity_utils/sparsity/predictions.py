@@ -1,10 +1,11 @@
 """What a model predicts token by token, dense or with neurons left out: perplexity is not all that a user may lose.
 
-Windows are without padding, and each belongs to one document.
+Each window belongs to one document.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,11 +18,31 @@ from sparsity_utils.neurons.find import FFN, find_ffns, layer_count, widened
 from sparsity_utils.neurons.hooks import check_layers, observe_neurons
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
-from sparsity_utils.sparsity.inputs import predicts_next_token
+from sparsity_utils.sparsity.inputs import IGNORED, predicts_next_token
 from sparsity_utils.sparsity.metrics import Batches
-from sparsity_utils.sparsity.passes import checked, forward, run_backbone
+from sparsity_utils.sparsity.passes import Batch, checked, forward, run_backbone
 
 SIZES = (-8.0, 4.0, 12_000)  # of the histogram of log10 |s|: its ends and bins, each 0.23% wide
+
+
+class WindowPredictions(NamedTuple):
+    """What is predicted of one window, a number for each token that is predicted, on the model's device."""
+
+    target: Tensor  # ids
+    loss: Tensor  # nats
+    likeliest: Tensor  # the id of the largest logit
+
+
+def token_predictions(model: PreTrainedModel, batch: Batch) -> Iterator[WindowPredictions]:
+    """The predictions of each window of `batch`. Raises InputError for a loss that is NaN or infinite."""
+    logits: Tensor = getattr(forward(model, batch), "logits", None)  # (windows, length, vocabulary)
+    for scores, targets in zip(logits, batch.targets, strict=True):  # a window at a time: float32 logits are large
+        predicted = targets != IGNORED
+        scores, targets = widened(scores[predicted]), targets[predicted]
+        losses = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
+        finite = bool(losses.isfinite().all())
+        check(finite, "The model's logits give a loss that is NaN or infinite: check its weights.")
+        yield WindowPredictions(targets, losses, scores.argmax(-1))
 
 
 def predictions(model: PreTrainedModel, batches: Batches) -> pd.DataFrame:
@@ -33,12 +54,8 @@ def predictions(model: PreTrainedModel, batches: Batches) -> pd.DataFrame:
     rows = []
     with evaluating(model):
         for batch in checked(model, batches, "evaluation"):
-            logits: Tensor = getattr(forward(model, batch), "logits", None)  # (windows, length, vocabulary)
-            for document, scores, ids in zip(batch.documents.tolist(), logits, batch.inputs["input_ids"], strict=True):
-                scores, targets = widened(scores[:-1]), ids[1:]
-                losses = torch.nn.functional.cross_entropy(scores, targets, reduction="none")  # (length - 1,)
-                columns = {"target": targets, "loss": losses, "likeliest": scores.argmax(-1)}
-                columns = {name: values.cpu().numpy() for name, values in columns.items()}
+            for document, found in zip(batch.documents.tolist(), token_predictions(model, batch), strict=True):
+                columns = {name: values.cpu().numpy() for name, values in found._asdict().items()}
                 rows.append(pd.DataFrame({"document": document, **columns}))
     return pd.concat(rows, ignore_index=True)
 

@@ -13,7 +13,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,20 +39,29 @@ BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError
 
 
 @contextmanager
-def archived(study: Study, folder: Path, questions: Iterable[str] = QUESTIONS) -> Iterator[Callable[[], None]]:
-    """Bring the runs of `folder` into the run store, then yield a function that writes the finished ones back.
+def archived(
+    study: Study, folders: Sequence[Path], questions: Iterable[str] = QUESTIONS
+) -> Iterator[Callable[[], None]]:
+    """Bring the runs of `folders` into the run store, then yield a function that writes the finished ones to the first.
 
-    A run is finished when all that `questions` ask of it is measured. The folder is locked meanwhile. Raises InputError
-    when another process has it, when its runs rest on another text, tokenizer, recipe or version of measurements than
-    this study, and for a file that is no archive of a run.
+    A run is finished when all that `questions` ask of it is measured. The first folder is locked meanwhile; the others
+    are only read. Raises InputError when another process has the first, when runs rest on another text, tokenizer,
+    recipe or version of measurements than this study, for a folder that is not there, and for a file that is no archive
+    of a run.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; name a folder, which holds one file per finished run.")
+    folder, *others = folders
+    for place in folders:
+        if place.exists() and not place.is_dir():
+            raise InputError(f"{place} is a file; name a folder, which holds one file per finished run.")
+    for place in others:
+        if not (place / HEADER).exists():
+            raise InputError(f"{place} holds no {HEADER}; name folders that `study --tables` wrote.")
     with paths.locked(folder, wait=False):
         header = _header(study)
-        _check_header(folder, header)
-        for file in sorted(folder.glob("*.zip")):
-            unpack_run(file, header)
+        for place in reversed(folders):  # of a run that several hold, the first folder has the last word
+            _check_header(place, header)
+            for file in sorted(place.glob("*.zip")):
+                unpack_run(file, header)
         weights = {study.largest_config(activation).key for activation in study.profile.study.activations}
         everything = {job.config.key: job for job in study.jobs(*QUESTIONS)}
         asked = study.jobs(*questions)

@@ -88,7 +88,7 @@ def ratio_shapes(profile: Profile) -> list[tuple[int, int]]:
 
 def _line(profile: Profile, sizes: tuple[Size, ...], activations: tuple[str, ...]) -> list[Settings]:
     return _unique(
-        (profile.size_config(size, activation), profile.train_config(size.tokens, seed))
+        (profile.size_config(size, activation), profile.size_training(size, seed))
         for size, activation in product(sizes, activations)
         for seed in size.seeds
     )
@@ -100,7 +100,7 @@ def _tuning(profile: Profile) -> list[Settings]:
     return _unique(
         (
             profile.size_config(size, activation),
-            profile.train_config(size.tokens, seed, learning_rate=rate, batch_tokens=batch),
+            profile.size_training(size, seed, learning_rate=rate, batch_tokens=batch),
         )
         for size, rate, batch, activation in tried
         for seed in size.seeds

@@ -114,6 +114,40 @@ class CorrectionConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """What a task on a Slurm cluster is given; a task does a few jobs of the study, one after the other."""
+
+    partition: str | None = None  # None: the cluster's default one
+    account: str | None = None
+    minutes: int = 240  # time limit; a run that needs longer goes on where it was, as often as it takes
+    gpus: int = 0
+    cpus: int | None = None  # None: as many as a run has threads, for each of its devices
+    memory_gb: float | None = None  # None: the cluster's default
+    parallel: int = 64  # tasks at once, at most
+    options: dict[str, Any] = field(default_factory=dict)  # further ones of sbatch, such as {qos: high}
+
+    def __post_init__(self) -> None:
+        for name, least in (("minutes", 1), ("gpus", 0), ("cpus", 1), ("memory_gb", 0.1), ("parallel", 1)):
+            value = getattr(self, name)
+            check(value is None or value >= least, f"cluster.{name} is {value}; at least {least} is needed.")
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """The device that costs are told for: what its data sheet says, and which part of it training is assumed to use."""
+
+    name: str
+    teraflops: float  # 1e12 operations a second, dense, bfloat16
+    memory_gb: float  # 1e9 bytes
+    utilisation: float = 0.4  # of teraflops; an assumption
+
+    def __post_init__(self) -> None:
+        for name in ("teraflops", "memory_gb"):
+            check(getattr(self, name) > 0, f"device.{name} is {getattr(self, name)}; it must be positive.")
+        check(0 < self.utilisation <= 1, f"device.utilisation is {self.utilisation}; choose above 0, at most 1.")
+
+
+@dataclass(frozen=True)
 class Size:
     """One shape of a line, written as d_model x n_layers: how long it is trained, and with which seeds."""
 
@@ -121,6 +155,7 @@ class Size:
     tokens: int
     seeds: tuple[int, ...]
     d_ff: int | None = None  # neurons of an FFN; None: model.ffn_ratio times d_model
+    batch_tokens: int | None = None  # None: train.batch_tokens
 
     def __post_init__(self) -> None:
         self.d_model_and_layers()
@@ -200,10 +235,14 @@ class Profile:
     correction: CorrectionConfig = CorrectionConfig()
     workers: int = 2  # runs side by side
     threads: int = 1  # torch threads of each
+    cluster: ClusterConfig | None = None  # None: worker processes of this machine
+    device: DeviceConfig | None = None  # None: costs are told in hours of CPU cores
 
     def __post_init__(self) -> None:
         for name in ("workers", "threads"):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1 is needed.")
+        devices, gpus = self.train.get("devices", 1), self.cluster.gpus if self.cluster else 0
+        check(not gpus or gpus >= devices, f"cluster.gpus is {gpus}, fewer than the {devices} of train.devices.")
 
     def model_config(self, d_model: int, n_layers: int, activation: str, d_ff: int | None = None) -> ModelConfig:
         """A shape of the study with the profile's shared settings; `d_ff` in place of the shared `ffn_ratio`."""
@@ -217,6 +256,22 @@ class Profile:
     def train_config(self, tokens: int, seed: int, **changes: Any) -> TrainConfig:
         """A run's training settings: the profile's shared ones, then `changes`."""
         return TrainConfig(tokens=tokens, seed=seed, **{**self.train, **changes})
+
+    def size_training(self, size: Size, seed: int, **changes: Any) -> TrainConfig:
+        """The training settings of a named size: the shared ones, its own batch if it has one, then `changes`."""
+        own = {} if size.batch_tokens is None else {"batch_tokens": size.batch_tokens}
+        return self.train_config(size.tokens, seed, **{**own, **changes})
+
+    def on(self, engine: str | None) -> "Profile":
+        """The profile with its runs done by an engine, `local` or `slurm`; None: by the one that it names."""
+        if engine == "slurm":
+            return dataclasses.replace(self, cluster=self.cluster or ClusterConfig())
+        return dataclasses.replace(self, cluster=None) if engine == "local" else self
+
+    @property
+    def side_by_side(self) -> int:
+        """How many runs are done at once, at most."""
+        return self.cluster.parallel if self.cluster else self.workers
 
 
 class _Loader(yaml.SafeLoader):
@@ -282,11 +337,11 @@ def _checked(profile: Profile, folder: Path) -> Profile:
             "that they divide, or drop study.equal_heads.",
         )
         for seed in size.seeds:
-            profile.train_config(size.tokens, seed)
+            profile.size_training(size, seed).check_windows(model.context)
     for seed in study.ratio_seeds if study.ratios else ():
         profile.train_config(study.ratio_tokens, seed)
     for size, rate, batch in itertools.product(study.tuning_sizes, study.tuning_rates, study.tuning_batches):
-        profile.train_config(size.tokens, size.seeds[0], learning_rate=rate, batch_tokens=batch)
+        profile.size_training(size, size.seeds[0], learning_rate=rate, batch_tokens=batch)
     corpus = profile.corpus
     if corpus.path and (corpus.source == "path" or (folder / corpus.path).is_dir()):
         corpus = dataclasses.replace(corpus, path=str(folder / Path(corpus.path).expanduser()))
@@ -333,6 +388,8 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     if typing.get_origin(hint) is dict:
         return _as_mapping(value, where)
     allowed = tuple(t for t in (typing.get_args(hint) or (hint,)))
+    for section in filter(dataclasses.is_dataclass, allowed):  # one that may be left out
+        return _value(value, section, where)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     good = isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed)

@@ -31,15 +31,17 @@ import transformers
 from sparsity_utils import paths
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.decoder import default_device
+from sparsity_utils.models.devices import trained_by
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.models.shapes import d_ff, head_count, non_embedding_parameters, training_flops_per_token
-from sparsity_utils.models.training import Diverged, checkpoint_folder, train
+from sparsity_utils.models.training import Diverged, checkpoint_folder, clear, train
 from sparsity_utils.text.corpus import Corpus
 from sparsity_utils.text.windows import measurement_batches
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # as transformers names the files of a checkpoint
 OLD_NAMES = {"ratio": "activation_ratio"}  # of columns of measurements that runs of the second study keep
 FORWARD = 0.3  # of the time of training on a token: that of its validation loss
+LATER = ("devices", "micro_tokens", "recompute")  # settings of training that joined later: not hashed at their default
 RECIPE = 1  # raise it when the same configuration would train to other weights
 
 
@@ -57,7 +59,20 @@ class RunConfig:
     @property
     def key(self) -> str:
         """The name of the run's folder."""
-        return digest(dataclasses.asdict(self))
+        return digest(self.identity())
+
+    def identity(self) -> dict:
+        """All settings but those that joined later and are at their default, so that keys stay what they were."""
+        content = dataclasses.asdict(self)
+        for setting in dataclasses.fields(TrainConfig):
+            if setting.name in LATER and content["train"][setting.name] == setting.default:
+                del content["train"][setting.name]
+        return content
+
+    @classmethod
+    def from_identity(cls, content: dict) -> "RunConfig":
+        """The settings that `identity` gave."""
+        return cls(**content | {"model": ModelConfig(**content["model"]), "train": TrainConfig(**content["train"])})
 
     @property
     def title(self) -> str:
@@ -85,8 +100,11 @@ class RunConfig:
 
     def cost(self) -> float:
         """Expected seconds on one CPU core of the run, its validation losses included."""
-        validated = self.train.checkpoints * self.train.validation_tokens
-        return self.token_cost() * (self.tokens + FORWARD * validated)
+        return self.token_cost() * self.work()
+
+    def work(self) -> float:
+        """Its training tokens, and what the validation losses cost as such."""
+        return self.tokens + FORWARD * self.train.checkpoints * self.train.validation_tokens
 
 
 def digest(content: dict) -> str:
@@ -221,13 +239,31 @@ def train_run(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], 
         return run if run and (run.has_weights or run.diverged) else _train(config, corpus, on_progress)
 
 
+def working_folder(config: RunConfig) -> Path:
+    """Where a run under way is kept."""
+    return paths.runs() / f".{config.key}.working"
+
+
+def validation_batches(config: RunConfig, corpus: Corpus) -> list:
+    """The windows whose loss is told at every checkpoint."""
+    wanted = config.train.validation_tokens
+    return measurement_batches(corpus.tokens("validation"), config.model.context, "evaluation", wanted)
+
+
+def _rows(config: RunConfig, corpus: Corpus, working: Path, on_progress: Callable[[float], None]) -> list[dict]:
+    """Train in `working`, by this process or by one for each device."""
+    if config.train.devices > 1:
+        from sparsity_utils.study.torchrun import train_on_devices  # it imports this module
+
+        return train_on_devices(config, corpus, working, on_progress)
+    validation = validation_batches(config, corpus)
+    return train(config.model, config.train, corpus.tokens("train"), validation, working, on_progress)
+
+
 def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], None]) -> Run:
-    validation = measurement_batches(
-        corpus.tokens("validation"), config.model.context, "evaluation", config.train.validation_tokens
-    )
-    folder, working = paths.runs() / config.key, paths.runs() / f".{config.key}.working"
+    folder, working = paths.runs() / config.key, working_folder(config)
     try:
-        diverged, rows = "", train(config.model, config.train, corpus.tokens("train"), validation, working, on_progress)
+        diverged, rows = "", _rows(config, corpus, working, on_progress)
     except Diverged as error:
         diverged, rows = f"{config.title}: {error}", []
     if rows:  # so that the trained model opens with its tokenizer
@@ -236,7 +272,7 @@ def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], Non
     kept = ("checkpoints/step-*/*", "checkpoints/*.safetensors", CONFIG)  # the latter of a run begun before
     stored = sorted(file for pattern in kept for file in working.glob(pattern))
     manifest = {
-        "config": dataclasses.asdict(config),
+        "config": config.identity(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
         "versions": {
             "python": platform.python_version(),
@@ -248,11 +284,13 @@ def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], Non
         "checkpoints": rows,
         "files": {str(file.relative_to(working)): _sha256(file) for file in stored},
     }
+    if config.train.devices > 1 and rows:
+        manifest["devices"] = trained_by(working)
     with paths.written_aside(working / "manifest.json") as aside:
         aside.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     os.replace(working, folder)
-    (folder / "state.safetensors").unlink(missing_ok=True)  # last: a run killed before this line is not lost
+    clear(folder)  # last: a run killed before this line is not lost
     return Run(folder, manifest)
 
 

@@ -68,7 +68,8 @@ def decoding_table(
     for name, model in models.items():
         thresholds, shape = thresholds_at(model, calibration, p), shape_of(model)
         for count in SEQUENCES:
-            speeds = decode_speeds(model, windows[:count, :PROMPT], thresholds, **options)
+            prompts = windows[:count, : min(PROMPT, windows.shape[1] - settings.new_tokens)]
+            speeds = decode_speeds(model, prompts, thresholds, **options)
             about = {"model": "trained", "activation": name, "shape": shape, "rule": thresholds.rule, "setting": p}
             tables.append(speeds.assign(**about))
     if settings.published_decoder:

@@ -20,11 +20,14 @@ from kernels import MAX_TOKENS
 from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
 from sparsity_utils.models.decoder import default_device
+from sparsity_utils.models.fetched import SOURCES
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.shapes import head_count
 from sparsity_utils.sparsity.metrics import measure_sparsity
 from sparsity_utils.study import correction
-from sparsity_utils.study.jobs import Job, do_jobs, longest_first, measurement
+from sparsity_utils.study.engines import do_jobs
+from sparsity_utils.study.jobs import Job, longest_first
+from sparsity_utils.study.measurements import measurement
 from sparsity_utils.study.plan import CORRECTION, PRETRAINED, PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
 from sparsity_utils.study.pretrained import found_model, measured
 from sparsity_utils.study.profiles import Profile, read_profile
@@ -34,6 +37,8 @@ from sparsity_utils.study.tables import Tables, known
 from sparsity_utils.text.corpus import Corpus, build_corpus
 from sparsity_utils.text.packed_text import unpack_text
 from sparsity_utils.text.windows import measurement_batches
+
+IN_MEMORY = 2  # times its bytes that a text takes while it is built
 
 
 class Study(Tables):
@@ -80,6 +85,13 @@ class Study(Tables):
         """The text of the profile, built when first asked for."""
         if self._corpus is None:
             config = self.profile.corpus
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            check(
+                IN_MEMORY * config.max_megabytes * 1e6 < memory,
+                f"Profile {self.name} asks for {config.max_megabytes:,.0f} MB of text, which is held in memory while "
+                f"it is built, about {IN_MEMORY} times; this machine has {memory / 1e6:,.0f} MB: lower "
+                "corpus.max_megabytes.",
+            )
             self._corpus = unpack_text(config, self.text) if self.text else build_corpus(config)
         return self._corpus
 
@@ -178,7 +190,8 @@ class Study(Tables):
         settings = self.profile.pretrained
         if question not in self._of_models:
             name = found_model(settings.model)
-            check(name is not None, self.lacking(question))
+            if name is None:
+                raise InputError(self.lacking(question))
             model, tokenizer = open_checkpoint(name, dtype=torch.float32)
             self._of_models |= measured(model, tokenizer, settings, self.folder.parent / "pretrained")
         return self._of_models[question]
@@ -218,7 +231,8 @@ class Study(Tables):
     @staticmethod
     def not_here(name: str) -> str:
         """How to get a model that can be fetched."""
-        return f"{name} is not here, so nothing is measured: python -m sparsity_utils fetch {name} gets it (98 MB)."
+        about = SOURCES[name].about
+        return f"{name} is not here, so nothing is measured: python -m sparsity_utils fetch {name} gets it ({about})."
 
     def _depth_cost(self) -> pd.DataFrame:
         """Times of the shapes of the width-depth line, on as many threads as their runs have."""

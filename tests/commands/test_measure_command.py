@@ -229,8 +229,8 @@ def test_less_than_a_window_is_refused():
 
 
 def test_what_is_unknown_is_null_in_json():
-    assert measure._known((math.nan, 1.0)) == [None, 1.0] and measure._known(math.nan) is None
-    assert measure._known("calibration") == "calibration" and measure._known(3) == 3
+    assert measure.known((math.nan, 1.0)) == [None, 1.0] and measure.known(math.nan) is None
+    assert measure.known("calibration") == "calibration" and measure.known(3) == 3
 
 
 def test_a_price_belongs_to_its_metric(capsys, text, tmp_path):

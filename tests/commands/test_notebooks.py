@@ -255,8 +255,9 @@ def test_reproduce_goes_on_after_a_failure_and_ends_with_one_table(shelf, capfd)
     assert table[1] == "01_a,,,,failed,"
     assert table[2].startswith("falls?,7.1%,22%,20 to 24%,supported,0.")
     assert "stale" not in out and "20 to 24%" in out
-    header, failed, judged = (next(line for line in out.splitlines() if line.startswith(s)) for s in ("q", "01_a", "f"))
-    assert header.index("verdict") == failed.index("failed") == judged.index("supported")
+    words = ("Verdict", "failed", "supported")  # the first column
+    header, failed, judged = (next(line for line in out.splitlines() if line.startswith(f" {w}")) for w in words)
+    assert header.index("Claim") == failed.index("01_a") == judged.index("falls?")
     assert out.rstrip().endswith(str(paths.profile_output("smoke") / "figures" / "b.png"))
     assert err.rstrip().endswith("01_a.ipynb failed in cell [3]: ValueError: no")
 

@@ -2,14 +2,12 @@
 
 import dataclasses
 
-import numba
 import pytest
 import torch
 from ffn_cases import SHAPES, ffn_case, neurons
 
-from kernels import SparseFFN, cpu_ffn, naive
-from kernels import certified as certified_module
-from kernels.certified import LEVELS, certified_gate, inactive_region
+from kernels import SparseFFN, eight_bits, naive
+from kernels.certified import certified_gate, inactive_region
 
 
 def plain_and_certified(case):
@@ -27,7 +25,7 @@ def test_the_same_bits_as_without_the_copy(shape, tokens, dtype):
 
 
 def test_the_same_bits_with_several_threads(monkeypatch):
-    monkeypatch.setattr(cpu_ffn, "threads", lambda ffn: numba.config.NUMBA_NUM_THREADS)
+    monkeypatch.setattr("kernels.cpu_threads.BYTES_PER_THREAD", 1)
     case = ffn_case("tall", 0.8, tokens=3)
     exact, certified = plain_and_certified(case)
     assert torch.equal(certified(case["x"]), exact(case["x"]))
@@ -54,7 +52,7 @@ def missed(w, x):
 def test_the_rounding_of_sums_is_part_of_the_bound(monkeypatch):
     w, x = cancelling()
     assert missed(w, x) == 0
-    monkeypatch.setattr(certified_module, "UNIT", 0.0)  # a bound that forgets it
+    monkeypatch.setattr(eight_bits, "UNIT", 0.0)  # a bound that forgets it
     assert missed(w, x) > 0
 
 
@@ -103,7 +101,8 @@ def test_the_same_bits_under_every_rule_and_activation(act, rule):
 def test_no_active_neuron_is_ever_certain_even_for_the_worst_inputs(act):
     """x along the rounding errors of a row leads that row's estimate as far astray as any x of its size can."""
     case = ffn_case("tall", 0.9, act=act, biases=True)
-    copy = plain_and_certified(case)[1].certificate
+    certificate = plain_and_certified(case)[1].certificate
+    copy = certificate.copy
     error = case["w_gate"].double() - copy.scale[:, None] * copy.bits.double()  # (d_ff, d)
     directions = torch.cat([error, -error, case["w_gate"], -case["w_gate"]]).double()
     sizes = torch.logspace(-3, 3, 13, dtype=torch.float64)
@@ -111,17 +110,18 @@ def test_no_active_neuron_is_ever_certain_even_for_the_worst_inputs(act):
         x = (directions / directions.norm(dim=1, keepdim=True) * size).float()
         _, s, _ = neurons(case | {"x": x})
         active = s.abs() > case["threshold"]
-        assert not (copy.certain(x, case["b_gate"]) & active).any()
+        assert not (certificate.certain(x, case["b_gate"]) & active).any()
 
 
 def test_the_bound_is_tight():
     """Along a row's error its g leaves the estimate by all of the radius but what is kept for float32."""
     case = ffn_case("tall", 0.5)
-    copy = plain_and_certified(case)[1].certificate
+    certificate = plain_and_certified(case)[1].certificate
+    copy = certificate.copy
     error = case["w_gate"].double() - copy.scale[:, None] * copy.bits.double()
     assert (error.norm(dim=1) <= copy.radius).all()
     assert (copy.radius <= error.norm(dim=1) + 5e-5 * case["w_gate"].double().norm(dim=1)).all()
-    assert copy.bits.abs().amax(dim=1).eq(LEVELS).all()
+    assert copy.bits.abs().amax(dim=1).eq(eight_bits.LEVELS).all()
 
 
 @pytest.mark.parametrize("act", sorted(naive.ACTIVATIONS))

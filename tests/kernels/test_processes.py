@@ -46,4 +46,4 @@ def test_forked_children_and_threads_compute_the_same(layer: str) -> None:
         [sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Sparse FFNs run densely in a forked process") == 2  # once in each child
+    assert done.stderr.count("Sparse kernels run densely in a forked process") == 2  # once in each child

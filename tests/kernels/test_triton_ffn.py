@@ -101,10 +101,10 @@ def test_a_triton_that_is_too_old_is_an_import_error(monkeypatch):
     monkeypatch.delitem(sys.modules, "kernels.triton_ffn")
     with pytest.raises(ImportError, match=r"Triton 3\.3\.1 is installed; the kernels need 3\.4 or later"):
         import_module("kernels.triton_ffn")
-    sparse_ffns.backend.cache_clear()
+    sparse_ffns.kernels_of.cache_clear()
     with pytest.warns(UserWarning, match=r"on cuda run densely, with a mask: .*3\.4 or later"):
         assert sparse_ffns.backend("cuda") is sparse_ffns.run_dense
-    sparse_ffns.backend.cache_clear()
+    sparse_ffns.kernels_of.cache_clear()
 
 
 def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):

@@ -1,5 +1,6 @@
 """Training: the schedule, determinism, resumption bit for bit, the loss, divergence."""
 
+import dataclasses
 import itertools
 import math
 import time
@@ -81,6 +82,18 @@ def test_a_killed_run_ends_in_the_same_weights(tokens, validation, tmp_path, mon
     for row in whole:
         cut = weights(tmp_path / "cut", row["step"])
         assert all(torch.equal(tensor, cut[name]) for name, tensor in weights(tmp_path / "whole", row["step"]).items())
+
+
+def test_recomputing_changes_no_bit_and_micro_batches_the_order_of_sums_alone(tokens, validation, tmp_path):
+    changes = {"whole": {}, "recomputed": {"recompute": True}, "pieces": {"micro_tokens": 16}}
+    for name, change in changes.items():
+        train(MODEL, dataclasses.replace(TRAIN, **change), tokens, validation, tmp_path / name)
+    step = Schedule(TRAIN).steps
+    whole = weights(tmp_path / "whole", step)
+    for name, tensor in weights(tmp_path / "recomputed", step).items():
+        assert torch.equal(tensor, whole[name])
+    errors = [(tensor - whole[n]).norm() / whole[n].norm() for n, tensor in weights(tmp_path / "pieces", step).items()]
+    assert 0 < max(errors) < 1e-5
 
 
 def test_a_damaged_state_starts_the_run_again(tokens, validation, tmp_path):

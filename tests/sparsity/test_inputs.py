@@ -8,6 +8,7 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    BertLMHeadModel,
     BlenderbotConfig,
     BlenderbotForConditionalGeneration,
     FunnelConfig,
@@ -24,6 +25,8 @@ from transformers import (
     Wav2Vec2ForCTC,
     WhisperConfig,
     WhisperForConditionalGeneration,
+    XLMConfig,
+    XLMWithLMHeadModel,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -229,7 +232,7 @@ def test_labels_that_a_decoder_cannot_read_are_refused(labels):
 def test_what_a_model_raises_is_told_in_a_sentence():
     batch = padded("right")
     batch["token_type_ids"] = torch.full((3, 8), 9)  # of two types
-    with pytest.raises(InputError, match=r"BertModel did not run on input_ids \(3, 8\).*token_type_ids.*index out"):
+    with pytest.raises(InputError, match=r"BertModel did not run on input_ids \(4, 8\).*token_type_ids.*index out"):
         measure_sparsity(model_of(BertForMaskedLM, BertConfig(**ENCODER)), [batch], "relu")
 
 
@@ -249,3 +252,34 @@ def test_flex_attention_stands_in_no_way_of_finding_ffns():
     model.set_attn_implementation("flex_attention")
     assert [ffn.name for ffn in find_ffns(model)] == names
     assert model.config._attn_implementation == "flex_attention"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [5, 20])
+def test_a_model_that_sees_what_it_should_predict_is_refused(dtype, length):
+    xlm = {"vocab_size": 41, "emb_dim": 16, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 40, "pad_index": 1}
+    pairs = [
+        (BertLMHeadModel, BertConfig(**ENCODER), BertConfig(**ENCODER, is_decoder=True)),
+        (XLMWithLMHeadModel, XLMConfig(**xlm), XLMConfig(**xlm, causal=True)),
+    ]
+    ids = torch.randint(3, 41, (2, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, length - 2 :] = 0
+    for kind, encoder, decoder in pairs:
+        batch = [{"input_ids": ids, "attention_mask": mask}]
+        with pytest.raises(InputError, match=f"{kind.__name__} sees the tokens that it should predict"):
+            measure_sparsity(kind(encoder).to(dtype).eval(), batch, "relu")
+        assert measure_sparsity(kind(decoder).to(dtype).eval(), batch, "relu").tokens == int(mask.sum())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_first_text_of_nothing_or_of_one_token_is_no_reason_to_refuse(first):
+    """Which texts come first does not decide whether a model looks ahead: the next one tells."""
+    ids = torch.randint(3, 41, (3, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, first:] = 0
+    batch = [{"input_ids": ids, "attention_mask": mask}]
+    decoder = BertLMHeadModel(BertConfig(**ENCODER, is_decoder=True)).eval()
+    assert measure_sparsity(decoder, batch, "relu").tokens > 0
+    with pytest.raises(InputError, match="sees the tokens that it should predict"):
+        measure_sparsity(BertLMHeadModel(BertConfig(**ENCODER)).eval(), batch, "relu")

@@ -291,7 +291,7 @@ IDS = torch.arange(12).view(2, 6)
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"metric": "cat"}, "The metric is 'cat'; choose one of relu, top-k, fat, cett, cett-ppl"),
+        ({"metric": "cat"}, "The metric is 'cat'; choose one of relu, top-k, top-k-norm, fat, cett, cett-ppl"),
         ({"p": 0}, "p is 0; choose a rise of perplexity above 0 and at most 100 percent"),
         ({"p": -1.0}, "p is -1.0"),
         ({"p": 101.0}, "p is 101.0"),

@@ -9,6 +9,8 @@ from metric_cases import model_for, padded_batches, with_own_labels
 from tqdm import tqdm
 
 from sparsity_utils.console import share_bar
+from sparsity_utils.neurons.find import find_ffns, layer_count
+from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.calibration import KeptTokens
 from sparsity_utils.sparsity.metrics import apply_thresholds, measure_sparsity
 from sparsity_utils.sparsity.work import Work
@@ -44,6 +46,7 @@ def cases():
 def test_one_bar_runs_from_0_to_100_without_a_step_back(shown, monkeypatch, case, sample):
     monkeypatch.setattr("sparsity_utils.sparsity.calibration.SAMPLE_TOKENS", sample)  # a part of the text, all of it
     model, batches, how = list(cases())[case]
+    apply_thresholds(model, list(batches()), Thresholds("relu", (0.0,) * layer_count(find_ffns(model))))  # seen before
     report = measure_sparsity(model, batches(), show_progress=True, **how)
     seen = percents(shown)
     assert seen[0] == 0 and seen[-1] == 100 and seen == sorted(seen)

@@ -31,7 +31,7 @@ def kept(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSITY_BUILD", str(folder / "build"))
         study = Study.from_profile(profile)
-        assert run_session(study, FOREVER, folder / "runs") == ""
+        assert run_session(study, FOREVER, [folder / "runs"]) == ""
         yield profile, folder / "runs", study.table("relu_vs_silu")
 
 
@@ -44,7 +44,7 @@ def elsewhere(kept, tmp_path, monkeypatch):
 
 
 def bring(study, folder):
-    with archived(study, folder):
+    with archived(study, [folder]):
         pass
 
 
@@ -53,7 +53,7 @@ def test_tables_travel_and_the_first_seed_of_the_largest_size_with_its_weights(k
     files = sorted(folder.glob("*.zip"))
     assert [bool("model.safetensors" in zipfile.ZipFile(file).namelist()) for file in files].count(True) == 1
     written = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
-    assert run_session(study, 0, folder) == ""  # nothing is left to do
+    assert run_session(study, 0, [folder]) == ""  # nothing is left to do
     pd.testing.assert_frame_equal(study.table("relu_vs_silu"), kept[2])
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()} == written
     first, second = (find_run(config) for config in study.configs("relu_vs_silu"))
@@ -109,7 +109,7 @@ def test_what_is_measured_later_joins_and_nothing_that_was_archived_is_lost(else
     curve = next(name for name in measured if name.startswith("curve"))
     for name in set(measured) - {curve}:
         (paths.runs() / config.key / name).unlink()
-    with archived(study, tmp_path / "grows", ["relu_vs_silu"]) as keep:
+    with archived(study, [tmp_path / "grows"], ["relu_vs_silu"]) as keep:
         archive = tmp_path / "grows" / f"{config.key}.zip"
         assert tables(archive) == {curve}
         for name, content in measured.items():  # the others are measured, the curve is gone from the store
@@ -117,7 +117,7 @@ def test_what_is_measured_later_joins_and_nothing_that_was_archived_is_lost(else
         keep()
     assert tables(archive) == set(measured)
     (paths.runs() / config.key / curve).unlink()
-    with archived(study, tmp_path / "grows"):
+    with archived(study, [tmp_path / "grows"]):
         assert (paths.runs() / config.key / curve).read_bytes() == measured[curve]
 
 
@@ -155,15 +155,9 @@ def test_runs_of_another_study_are_refused_and_nothing_is_lost(elsewhere, key):
 def test_a_stray_run_of_another_text_is_named(elsewhere):
     study, folder = elsewhere
     config = replace(study.configs("relu_vs_silu")[0], corpus="other")
-    write(folder / f"{config.key}.zip", {"manifest.json": json.dumps({"config": archive_config(config)})})
+    write(folder / f"{config.key}.zip", {"manifest.json": json.dumps({"config": config.identity()})})
     with pytest.raises(InputError, match=rf"The run in .*{config.key}\.zip differs from this study in the text"):
         bring(study, folder)
-
-
-def archive_config(config):
-    from dataclasses import asdict
-
-    return asdict(config)
 
 
 def write(file, members):

@@ -197,6 +197,18 @@ def test_a_run_killed_just_before_its_end_is_not_lost(corpus, monkeypatch):
     assert list(run.checkpoints["validation_loss"]) == list(whole.checkpoints["validation_loss"])
 
 
+def test_settings_that_joined_later_leave_keys_as_they_were(corpus):
+    plain = config(corpus)
+    content = dataclasses.asdict(plain)
+    for name in runs.LATER:
+        del content["train"][name]
+    assert plain.key == runs.digest(content) and runs.RunConfig.from_identity(content) == plain
+    others = [{"devices": 2}, {"micro_tokens": 64}, {"recompute": True}]
+    changed = [dataclasses.replace(plain, train=dataclasses.replace(plain.train, **other)) for other in others]
+    assert len({each.key for each in (plain, *changed)}) == 4
+    assert all(runs.RunConfig.from_identity(each.identity()) == each for each in changed)
+
+
 def test_two_that_want_the_same_run_train_it_once(corpus, monkeypatch):
     trained = []
     original = runs.train

@@ -16,7 +16,7 @@ from sparsity_utils import paths
 from sparsity_utils.__main__ import TIME_OVER, main
 from sparsity_utils.console import InputError
 from sparsity_utils.study.plan import QUESTIONS
-from sparsity_utils.study.schedule import costs, in_order, run_session
+from sparsity_utils.study.schedule import costs, in_order, run_session, shared
 from sparsity_utils.study.study import Study
 from sparsity_utils.text.packed_text import pack_text, unpack_text
 
@@ -47,7 +47,7 @@ def test_a_session_ends_in_time_and_the_next_one_goes_on(tmp_path, text, capsys)
     assert main([*command, "0"]) == TIME_OVER
     assert "0 of 1 runs done; the same command continues" in capsys.readouterr().out
     study = Study.from_profile(profile)
-    assert run_session(study, FOREVER, folder) == "" and run_session(study, 0, folder) == ""
+    assert run_session(study, FOREVER, [folder]) == "" and run_session(study, 0, [folder]) == ""
 
 
 def test_settings_are_chosen_first_then_short_runs_then_those_of_primary_claims(tmp_path, text, monkeypatch):
@@ -70,6 +70,46 @@ def test_settings_are_chosen_first_then_short_runs_then_those_of_primary_claims(
     )
 
 
+def test_shares_divide_the_jobs_and_their_folders_merge(tmp_path, text, monkeypatch, capsys):
+    content = profile_content(text)
+    content["study"] = {"sizes": [one_size("8x1", seeds=(0, 1, 2))], "activations": ["relu", "silu"]}
+    profile = write_profile(tmp_path, content)
+    command = ["study", "--profile", profile]
+    jobs = in_order(Study.from_profile(profile), QUESTIONS)
+    parts = [shared(jobs, (number, 4)) for number in (1, 2, 3, 4)]
+    assert sorted(map(len, parts)) == [1, 1, 2, 2] and {job.config for part in parts for job in part} == {
+        job.config for job in jobs
+    }
+    folders = [str(tmp_path / f"share_{number}") for number in (1, 2)]
+    for number, folder in enumerate(folders, start=1):
+        monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / f"machine_{number}"))  # each with a store of its own
+        assert main([*command, "--share", f"{number}/2", "--tables", folder]) == 0
+        assert not list(paths.profile_output("tiny").glob("results/*"))
+        assert len(list(paths.runs().glob("[!.]*"))) == 3
+    monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "merged"))
+    monkeypatch.setattr(
+        "sparsity_utils.study.engines.ProcessPoolExecutor", lambda *args: pytest.fail("started workers")
+    )
+    merge = [*command, "--questions", "relu_vs_silu", "--tables", str(tmp_path / "all"), *folders]
+    capsys.readouterr()
+    assert main(merge) == 0
+    assert "relu_vs_silu:" in capsys.readouterr().out and len(Study.from_profile(profile).table("relu_vs_silu")) > 0
+    packed = {file.name: file.read_bytes() for folder in folders for file in (tmp_path / folder).glob("*.zip")}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "all").glob("*.zip")} == packed and len(packed) == 6
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "2", "a/b", "1/0", "-1/2"])
+def test_a_share_that_is_none_is_refused(share, capsys):
+    assert main(["study", "--profile", "smoke", f"--share={share}"]) == 2
+    assert f"--share is '{share}'; write i/n with i from 1 to n" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_not_merged(tmp_path, text):
+    study = Study.from_profile(one_run(tmp_path, text))
+    with pytest.raises(InputError, match=r"nowhere holds no study\.json; name folders that"):
+        run_session(study, 0, [tmp_path / "all", tmp_path / "nowhere"])
+
+
 def test_costs_are_told_by_line_before_anything_is_trained(tmp_path, text, capsys):
     lines = {"second_sizes": [one_size("16x1", 6000), one_size("8x1")]}
     profile = one_run(tmp_path, text, **lines)
@@ -81,7 +121,7 @@ def test_costs_are_told_by_line_before_anything_is_trained(tmp_path, text, capsy
     capsys.readouterr()
     assert list(table.index) == ["relu_vs_silu", "second_line", "all"]  # a run of both lines counts in the first
     assert table["runs"].tolist() == [1, 1, 2] and table["finished"].tolist() == [1, 0, 1]
-    run_session(study, 0, tmp_path / "runs", questions=["relu_vs_silu"])
+    run_session(study, 0, [tmp_path / "runs"], questions=["relu_vs_silu"])
     shutil.rmtree(paths.runs())
     assert main(["study", "--profile", profile, "--cost", "--tables", str(tmp_path / "runs")]) == 0
     *_, total, about = capsys.readouterr().out.splitlines()
@@ -131,7 +171,7 @@ if __name__ == "__main__":
     from sparsity_utils.__main__ import main
     from sparsity_utils.study.schedule import run_session
     from sparsity_utils.study.study import Study
-    assert run_session(Study.from_profile({profile!r}, Path({str(packed)!r})), 10.0, Path({str(archive)!r})) == ""
+    assert run_session(Study.from_profile({profile!r}, Path({str(packed)!r})), 10.0, [Path({str(archive)!r})]) == ""
 """)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(paths.ROOT)])}
     done = subprocess.run(

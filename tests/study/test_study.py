@@ -87,7 +87,9 @@ def test_a_recorded_study_has_its_models_at_hand():
 
 def test_a_second_call_computes_nothing(built, monkeypatch):
     study, tables = built
-    monkeypatch.setattr("sparsity_utils.study.jobs.ProcessPoolExecutor", lambda *args: pytest.fail("started workers"))
+    monkeypatch.setattr(
+        "sparsity_utils.study.engines.ProcessPoolExecutor", lambda *args: pytest.fail("started workers")
+    )
     pd.testing.assert_frame_equal(study.table("metrics"), tables["metrics"])
 
 
@@ -186,7 +188,7 @@ def test_the_command_line_says_what_is_wrong_in_one_sentence(capsys):
 def test_a_killed_worker_is_said_and_finished_runs_are_kept(tmp_path, monkeypatch, text):
     import multiprocessing
 
-    from sparsity_utils.study import jobs as module
+    from sparsity_utils.study import engines as module
 
     monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
     original = module.wait

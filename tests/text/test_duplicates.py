@@ -10,7 +10,7 @@ import pytest
 from corpus_text import config, own_build_folder, texts_of, words, write_rows  # noqa: F401  (a fixture)
 
 from sparsity_utils.console import InputError
-from sparsity_utils.study.profiles import profile_names, read_profile
+from sparsity_utils.study.profiles import read_profile
 from sparsity_utils.text.config import DUPLICATE_RULES, CorpusConfig
 from sparsity_utils.text.corpus import build_corpus
 from sparsity_utils.text.duplicates import Duplicates, shingles
@@ -211,7 +211,7 @@ def test_chinese_near_duplicates_are_on_neither_side_of_a_corpus(tmp_path: Path)
 
 
 def test_existing_corpora_keep_the_first_rule_and_their_names() -> None:
-    for name in profile_names():
+    for name in ("smoke", "laptop", "gpu", "long"):
         corpus = read_profile(name).corpus
         wanted = {"max_megabytes": corpus.max_megabytes, "vocabulary": corpus.vocabulary}
         assert corpus.settings() == {

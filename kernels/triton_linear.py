@@ -1,0 +1,132 @@
+"""Sparse linear maps on a GPU, in one launch that reads the rows of active inputs only.
+
+Each program owns BLOCK_D outputs of one map and every SPLIT-th block of inputs; a row of weights is loaded where its
+input is active for some token. The program that comes last adds all parts in their order, so that the bits do not
+depend on which that is. Launches and memory do not depend on the data, so that a CUDA graph can capture a call.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import naive
+from kernels.linear import SparseLinear
+from kernels.triton_ffn import INTERPRETED, PROGRAMS, nearest_tf32, sum_of_parts
+
+ROWS = 32  # inputs whose rows are read together
+
+
+def run(linear: SparseLinear, x: Tensor) -> Tensor:
+    """y, (tokens, outputs), in the dtype of `x`, (tokens, d), contiguous, of 1 to 16 tokens.
+
+    Block sizes were chosen by reasoning for an H100 or H200, not yet measured on one: a row's piece is 256 bytes or
+    more, and about PROGRAMS programs share the work.
+
+    Raises `ValueError` when `x` is not on a GPU, unless Triton's interpreter runs the kernel.
+    """
+    if not x.is_cuda and isinstance(linear_kernel, triton.JITFunction):
+        raise ValueError(
+            f"x is on {x.device}; the Triton kernel needs a GPU, or TRITON_INTERPRET=1 in the environment."
+        )
+    tokens, d = x.shape
+    block_d = 256 // min(linear.weight_t.element_size(), 4)
+    blocks = blocks_of(linear, block_d)  # (columns, 3)
+    split = max(min(triton.cdiv(d, ROWS), PROGRAMS // len(blocks)), 1)
+    y = torch.empty(tokens, sum(linear.widths), dtype=x.dtype, device=x.device)
+    parts = torch.empty(split, *y.shape, dtype=torch.float32, device=x.device)
+    arrived = torch.zeros(len(blocks), dtype=torch.int32, device=x.device)
+    least = None  # score that each map keeps of each token, (maps, tokens, 1)
+    if linear.keep is not None:
+        least = naive.least_kept(naive.input_scores(x, len(linear.keep), linear.norms), linear.keep)
+    with torch.cuda.device_of(x):
+        linear_kernel[(len(blocks), split)](
+            *(x, linear.weight_t, linear.bias, linear.limits, linear.norms, least, linear.scale),
+            *(blocks, arrived, parts, y, tokens, d, y.shape[1]),
+            T=1 if tokens == 1 else 16,
+            SPLIT=split,
+            ROWS=ROWS,
+            BLOCK_D=block_d,
+        )
+    return y
+
+
+def blocks_of(linear: SparseLinear, block_d: int) -> Tensor:
+    """What each column of programs owns: map, first output, and the end of the map's outputs, (columns, 3), int32."""
+    rows, start = [], 0
+    for number, width in enumerate(linear.widths):
+        rows += [(number, first, start + width) for first in range(start, start + width, block_d)]
+        start += width
+    return torch.tensor(rows, dtype=torch.int32, device=linear.weight_t.device)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def linear_kernel(
+    x_ptr,  # (tokens, d)
+    w_ptr,  # (d, outputs)
+    b_ptr,  # (outputs,), or None
+    limits_ptr,  # (maps, d), or None
+    norms_ptr,  # (maps, d), or None
+    least_ptr,  # (maps, tokens), None with limits
+    scale_ptr,  # (maps, d), or None
+    blocks_ptr,  # (columns, 3)
+    arrived_ptr,  # (columns,), int32, zeros
+    parts_ptr,  # (SPLIT, tokens, outputs), float32
+    y_ptr,  # out: (tokens, outputs)
+    tokens,
+    d,
+    outputs,
+    T: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    column = tl.program_id(0)
+    split = tl.program_id(1)
+    number = tl.load(blocks_ptr + column * 3)
+    end = tl.load(blocks_ptr + column * 3 + 2)
+    out = tl.load(blocks_ptr + column * 3 + 1) + tl.arange(0, BLOCK_D)[None, :]
+    row = tl.arange(0, T)[:, None]
+    terms = tl.zeros((ROWS if T == 1 else T, BLOCK_D), tl.float32)
+    for first in range(split * ROWS, d, SPLIT * ROWS):
+        j = first + tl.arange(0, ROWS)
+        x = masked(x_ptr, limits_ptr, norms_ptr, least_ptr, number, row, j, tokens, d)  # (T, ROWS)
+        read = (j < d) & (tl.max((x != 0).to(tl.int32), axis=0) > 0)
+        if scale_ptr is not None:
+            x *= tl.load(scale_ptr + number * d + j, mask=j < d, other=0.0)[None, :]
+        w = tl.load(
+            w_ptr + j.to(tl.int64)[:, None] * outputs + out,
+            mask=read[:, None] & (out < end),
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        if T == 1:
+            terms += tl.sum(x, axis=0)[:, None] * w.to(tl.float32)
+        elif w.dtype == tl.float32 or INTERPRETED:
+            terms = tl.dot(x, w.to(tl.float32), terms, input_precision="ieee")
+        else:  # weights of 16 or 8 bits are exact in tf32
+            terms = tl.dot(nearest_tf32(x), w.to(tl.float32), terms, input_precision="tf32")
+    y = tl.sum(terms, axis=0)[None, :] if T == 1 else terms
+    place, inside = row * outputs + out, (row < tokens) & (out < end)
+    tl.store(parts_ptr + split * tokens * outputs + place, y, mask=inside)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr + column, 1, sem="acq_rel") == SPLIT - 1:
+        y = sum_of_parts(parts_ptr + place, inside, tokens * outputs, T, SPLIT, BLOCK_D)
+        if b_ptr is not None:
+            y += tl.load(b_ptr + out, mask=out < end, other=0.0).to(tl.float32)
+        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def masked(x_ptr, limits_ptr, norms_ptr, least_ptr, number, row, j, tokens, d):
+    """x of the inputs j where they are active for a map, else zero, (T, ROWS), float32."""
+    x = tl.load(x_ptr + row * d + j[None, :], mask=(row < tokens) & (j < d)[None, :], other=0.0).to(tl.float32)
+    size = tl.abs(x)
+    if limits_ptr is not None:
+        active = size > tl.load(limits_ptr + number * d + j, mask=j < d, other=float("inf"))[None, :]
+    else:
+        least = tl.load(least_ptr + number * tokens + row, mask=row < tokens, other=float("inf"))  # (T, 1)
+        if norms_ptr is not None:
+            size *= tl.load(norms_ptr + number * d + j, mask=j < d, other=0.0)[None, :]
+        active = size >= least
+    return tl.where(active | ~(tl.abs(x) < float("inf")), x, 0.0)

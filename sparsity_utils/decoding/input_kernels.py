@@ -1,0 +1,133 @@
+"""Sparse linear kernels in the place of a model's linear maps, for rules on their inputs (`neurons.input_rules`).
+
+The maps that read one vector are one call: q, k and v; o; gate, up and down of an FFN. The first module of such a call
+computes all of it, the others return their part. No module is replaced.
+"""
+
+import math
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.linear import SparseInputFFN, SparseLinear, side_by_side
+from sparsity_utils.console import InputError
+from sparsity_utils.neurons.activations import activation_name
+from sparsity_utils.neurons.find import FFN
+from sparsity_utils.neurons.input_rules import INPUT_RULES, InputRule, TopInputs
+from sparsity_utils.neurons.linears import LinearMap, by_vector, find_linears
+from sparsity_utils.neurons.modes import forward_replaced
+from sparsity_utils.neurons.thresholds import Thresholds
+
+
+def checked_maps(model: nn.Module, thresholds: Thresholds) -> list[LinearMap]:
+    """The linear maps of `model`. Raises `InputError` when `thresholds` are for another number of them."""
+    maps = find_linears(model)
+    if len(thresholds.values) != len(maps):
+        raise InputError(
+            f"The thresholds are for {len(thresholds.values)} linear maps and the model has {len(maps)}: use "
+            f"thresholds of a rule on inputs, solved on a model of this shape."
+        )
+    return maps
+
+
+def linear_kernel(maps: Sequence[LinearMap], thresholds: Thresholds, eight_bits: bool = False) -> SparseLinear:
+    """The kernel that computes maps of one vector under `thresholds`, their outputs side by side.
+
+    eight_bits: keep the weights as integers with a scale for each map and input (`SparseLinear.quantised`).
+
+    Raises `InputError` for maps in a basis of their own and for weights that no kernel takes.
+    """
+    if any(linear.basis is not None for linear in maps):
+        raise InputError(f"{maps[0].name} is rotated, and no kernel takes rotated maps: use sparse_inputs.")
+    weight_t, widths = side_by_side([linear.weight for linear in maps])
+    biases = [_bias(linear) for linear in maps]
+    bias = None if biases[0] is None else torch.cat(biases)
+    try:
+        kernel = SparseLinear(weight_t, widths, bias=bias, **_rule(maps, thresholds))
+    except ValueError as error:
+        raise InputError(f"{maps[0].name} cannot run on a sparse kernel: {error}") from error
+    return kernel.quantised() if eight_bits else kernel
+
+
+def _bias(linear: LinearMap) -> Tensor | None:
+    bias = getattr(linear.module, "bias", None)
+    return None if bias is None else bias.detach()[linear.outputs.to(bias.device)]
+
+
+def _rule(maps: Sequence[LinearMap], thresholds: Thresholds) -> dict[str, Any]:
+    """The rule of some maps as `SparseLinear` takes it: score_j > t is |x_j| > t / norm_j."""
+    rule: InputRule = INPUT_RULES[thresholds.rule]
+    values = [thresholds.values[linear.index] for linear in maps]
+    one = torch.ones((), dtype=torch.float32, device=maps[0].weight.device)
+    norms = torch.stack([rule.scores(linear, one.expand(linear.inputs)) for linear in maps])  # (maps, in)
+    if not isinstance(rule, TopInputs):
+        limits = torch.tensor(values, device=norms.device)[:, None] / norms
+        return {"limits": limits.nan_to_num(nan=math.inf).float()}  # 0 / 0: a column of zeros
+    if min(values) < 1:
+        return {"limits": torch.full_like(norms, math.inf)} if max(values) < 1 else _refuse(maps, values)
+    return {"keep": tuple(int(value) for value in values), "norms": norms.float()}
+
+
+def _refuse(maps: Sequence[LinearMap], values: list[float]) -> dict[str, Any]:
+    raise InputError(f"{maps[0].name} keeps {values} inputs; a kernel takes none of all its maps, or one at least.")
+
+
+def ffn_kernel(ffn: FFN, maps: Sequence[LinearMap], thresholds: Thresholds, eight_bits: bool) -> SparseInputFFN:
+    """The kernel of a gated FFN whose three maps are `maps`. Raises `InputError` where there is none."""
+    roles = {linear.role: linear for linear in maps}
+    if "up" not in roles:
+        raise InputError(f"{ffn.name} is a plain FFN; the kernels of rules on inputs are of gated ones.")
+    first = linear_kernel([roles["gate"], roles["up"]], thresholds, eight_bits)
+    return SparseInputFFN(
+        first, linear_kernel([roles["down"]], thresholds, eight_bits), activation_name(ffn.activation)
+    )
+
+
+def replace_attention(
+    stack: ExitStack, maps: Sequence[LinearMap], thresholds: Thresholds, eight_bits: bool
+) -> list[SparseLinear]:
+    """Inside the stack, q, k, v and o of every block run on kernels. Returns them, two for each block."""
+    attention = [linear for linear in maps if linear.vector in ("attention", "o")]
+    kernels = []
+    for readers in by_vector(attention):
+        kernels.append(linear_kernel(readers, thresholds, eight_bits))
+        _replace(stack, readers, kernels[-1])
+    return kernels
+
+
+def _replace(stack: ExitStack, readers: list[LinearMap], kernel: SparseLinear) -> None:
+    """The first module that is given a vector computes all maps that read it; each module returns its own."""
+    kept = threading.local()  # of each thread that runs the model: the vector, its outputs, and who has not had them
+    modules = {linear.module for linear in readers}
+    for module in modules:
+        stack.enter_context(forward_replaced(module, _part(module, kernel, kept, modules, _places(module, readers))))
+
+
+def _places(module: nn.Module, readers: list[LinearMap]) -> Tensor | slice:
+    """Where the outputs of `module` lie among those of all `readers` side by side."""
+    ends = torch.tensor([len(linear.outputs) for linear in readers]).cumsum(0).tolist()
+    own = [(linear.outputs.cpu(), end) for linear, end in zip(readers, ends, strict=True) if linear.module is module]
+    places = torch.empty(sum(len(outputs) for outputs, _ in own), dtype=torch.long)
+    for outputs, end in own:
+        places[outputs] = torch.arange(end - len(outputs), end)
+    first, count = int(places[0]), len(places)
+    return slice(first, first + count) if torch.equal(places, torch.arange(first, first + count)) else places
+
+
+def _part(module: Any, kernel: SparseLinear, kept: Any, modules: set[nn.Module], places: Tensor | slice) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        if module.training or (torch.is_grad_enabled() and x.requires_grad):
+            raise InputError("A sparse kernel does not train: use model.eval() and torch.no_grad().")
+        if getattr(kept, "x", None) is not x or module not in kept.left:
+            kept.x, kept.y, kept.left = x, kernel(x), set(modules)
+        y = kept.y[..., places]
+        kept.left.discard(module)
+        if not kept.left:
+            kept.x = kept.y = None
+        return y
+
+    return forward

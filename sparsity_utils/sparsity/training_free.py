@@ -1,0 +1,362 @@
+"""Training-free rules under one protocol: calibration, allocation and evaluation on documents of their own.
+
+A rule is compared with another at equal sparsity, at equal weights read, or at the sparsity of each that costs one
+percent of perplexity. Every number is of the evaluation text, on all of its positions unless a share is left dense.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsity_utils.console import InputError, check, progress
+from sparsity_utils.neurons.find import FFN
+from sparsity_utils.neurons.hooks import sparse_neurons
+from sparsity_utils.neurons.input_rules import INPUT_RULES, TRAINING_FREE, InputRule
+from sparsity_utils.neurons.linears import LinearMap, find_linears, sparse_inputs
+from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.neurons.rotations import rotated, rotation_weights
+from sparsity_utils.neurons.rules import RULES, CettPpl, Rule
+from sparsity_utils.neurons.thresholds import Thresholds
+from sparsity_utils.sparsity.evaluation import DocumentBootstrap, interval
+from sparsity_utils.sparsity.input_thresholds import STEP, Gates, KeptInputs, greedy_path, sparsities_along
+from sparsity_utils.sparsity.inputs import predicts_next_token
+from sparsity_utils.sparsity.passes import Batch, checked
+from sparsity_utils.sparsity.predictions import token_predictions
+from sparsity_utils.sparsity.search import find_root
+from sparsity_utils.text.overlap import check_disjoint
+
+COVERAGE = (2.5, 97.5)  # percentiles: a 95% interval
+GREEDY_TO = 0.75  # block sparsity up to which greedy paths are followed
+ROOT_SHARE, NARROWEST = 0.02, 1e-3  # a sparsity is solved to 2% of the increase of the loss, or to 0.1 points
+LARGEST = 20.0  # nats: what a model with everything masked is taken to lose at most
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class RuleReport:
+    """What one rule costs on the evaluation text, and what it saves. Losses are in nats per predicted token."""
+
+    rule: str
+    maps_weights: int  # weights of the linear maps of all blocks
+    maps_read: float  # of these, read per token, mean over all real tokens
+    rotation_weights: int  # read per token beside them, where vectors are rotated
+    head_weights: int  # of the output head, read per token
+    embedding_weights: int  # of one row of the embeddings, read per token
+    loss_dense: float
+    loss_sparse: float
+    accuracy_dense: float  # share of next tokens that are the most likely one
+    accuracy_sparse: float
+    tokens: int  # predicted ones
+    documents: int
+    excess_replicates: np.ndarray  # loss_sparse - loss_dense in each bootstrap replicate, (REPLICATES,)
+    maps: pd.DataFrame  # one row per linear map: layer, role, weights, share read
+    thresholds: Thresholds
+    calibrated_sparsity: float | None = None  # at which the thresholds were set; None: they were given
+
+    @property
+    def sparsity(self) -> float:
+        """Realised: share of the weights of the linear maps that a token does not read."""
+        return 1 - self.maps_read / self.maps_weights
+
+    @property
+    def weights_read(self) -> float:
+        """(maps read + rotations) / weights of the maps."""
+        return (self.maps_read + self.rotation_weights) / self.maps_weights
+
+    @property
+    def model_read(self) -> float:
+        """The same of the whole model, with the head and one row of the embeddings on both sides."""
+        others = self.head_weights + self.embedding_weights
+        return (self.maps_read + self.rotation_weights + others) / (self.maps_weights + others)
+
+    @property
+    def excess(self) -> float:
+        """loss_sparse - loss_dense."""
+        return self.loss_sparse - self.loss_dense
+
+    @property
+    def excess_interval(self) -> tuple[float, float]:
+        """95% interval of the excess, from a bootstrap over documents; NaN where there is only one."""
+        return interval(self.excess_replicates, self.documents, COVERAGE)
+
+    @property
+    def ppl_ratio(self) -> float:
+        """exp(excess)."""
+        return math.exp(min(self.excess, 700.0))
+
+    def compared(self, other: "RuleReport") -> tuple[float, float, float]:
+        """excess / excess of `other` - 1, and its 95% interval from the same resampled documents for both.
+
+        Raises `InputError` when `other` is of other text.
+        """
+        same = (self.tokens, self.documents, self.loss_dense) == (other.tokens, other.documents, other.loss_dense)
+        check(same, "The two reports are of different text or models; compare reports of one `TrainingFree`.")
+        with np.errstate(invalid="ignore", divide="ignore"):
+            replicates = self.excess_replicates / other.excess_replicates - 1
+        return (
+            self.excess / other.excess - 1 if other.excess else math.nan,
+            *interval(replicates, self.documents, COVERAGE),
+        )
+
+
+class _Counted:
+    """A mask that keeps every input at the first positions, and counts what it keeps on real tokens."""
+
+    def __init__(self, thresholds: Thresholds, dense_share: float) -> None:
+        self.thresholds, self.values, self.dense_share = thresholds, thresholds.values, dense_share
+        self.real: Tensor = torch.empty(0)  # of the batch that runs, (windows, length)
+        self.kept: dict[int, int] = {}  # map, or layer of an FFN -> inputs or neurons kept
+        self.nonzero: dict[int, int] = {}  # layer -> neurons with s != 0, or at dense positions
+        self.places: dict[int, int] = {}  # -> inputs or neurons, over all real tokens
+
+    def active_inputs(self, linear: LinearMap, x: Tensor) -> Tensor:
+        active = self._opened(self.thresholds.active_inputs(linear, x))
+        self._count(self.kept, linear.index, active)
+        self.places[linear.index] = self.places.get(linear.index, 0) + int(self.real.sum()) * linear.inputs
+        return active
+
+    def active(self, ffn: FFN, s: Tensor, h: Tensor) -> Tensor:
+        active = self._opened(self.thresholds.active(ffn, s, h))
+        self._count(self.kept, ffn.layer, active)
+        self._count(self.nonzero, ffn.layer, self._opened(s != 0))
+        self.places[ffn.layer] = self.places.get(ffn.layer, 0) + int(self.real.sum()) * ffn.d_ff
+        return active
+
+    def _opened(self, active: Tensor) -> Tensor:
+        positions = active.view(*self.real.shape, -1)  # (windows, length, in)
+        positions[:, : int(self.dense_share * self.real.shape[1])] = True
+        return active
+
+    def _count(self, counts: dict[int, int], key: int, active: Tensor) -> None:
+        counts[key] = counts.get(key, 0) + int(active.view(*self.real.shape, -1)[self.real].sum())
+
+    def share(self, counts: dict[int, int], key: int) -> float:
+        return counts[key] / self.places[key]
+
+
+@dataclass(eq=False)
+class TrainingFree:
+    """A model with its calibration, allocation and evaluation text, and reports of rules on it."""
+
+    model: PreTrainedModel
+    calibration: Batches  # sets thresholds, and the sparsity at a perplexity; batches as `measure_sparsity` takes them
+    evaluation: Batches
+    allocation: Batches | None = None  # on which greedy allocation compares blocks; needed for that alone
+    # Share of the positions of each window, from the first on, that stay dense, rounded down. TEAL's published
+    # evaluation leaves half of them dense, WINA's one in a hundred; generation masks all.
+    dense_share: float = 0.0
+    show_progress: bool = False
+    _texts: dict[str, list[Batch]] = field(init=False, default_factory=dict)
+    _known: dict = field(init=False, default_factory=dict)  # kept inputs and greedy paths
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for models that do not predict the next token, and for documents in two of the texts."""
+        check(predicts_next_token(self.model), f"{type(self.model).__name__} does not predict the next token.")
+        check(0 <= self.dense_share < 1, f"dense_share is {self.dense_share}; choose a share of the positions below 1.")
+        given = {"calibration": self.calibration, "allocation": self.allocation, "evaluation": self.evaluation}
+        for role, batches in given.items():
+            if batches is not None:
+                self._texts[role] = list(checked(self.model, batches, role))
+        check_disjoint({role: _windows(batches) for role, batches in self._texts.items()})
+
+    def at(self, rule: str, sparsity: float, *, greedy: bool = False, rotate: bool = False) -> RuleReport:
+        """The report of `rule` at one sparsity: that of each map, with `greedy` the mean of each block.
+
+        Args:
+            rule: one of `INPUT_RULES`, or "cats", whose sparsity is that of the neurons.
+            greedy: allocate by `greedy_sparsities` on the allocation text.
+            rotate: rotate vectors as `neurons.rotations` does.
+
+        Raises `InputError` as `calibrated`, and for "cats" with `greedy` or `rotate`.
+        """
+        chosen = _rule(rule, greedy, rotate)
+        chosen.check_value(sparsity)
+        if isinstance(chosen, InputRule) and not greedy:
+            chosen.check_sparsity(sparsity, self._widths)
+        thresholds = self._thresholds(chosen, sparsity, greedy, rotate)
+        return self.evaluated(thresholds, rotate=rotate, calibrated_sparsity=sparsity)
+
+    def at_weights_read(self, rule: str, share: float, *, greedy: bool = False, rotate: bool = False) -> RuleReport:
+        """As `at`, at the sparsity at which `share` of the weights of all maps is read, rotations included.
+
+        Top-k rules take the nearest sparsity that they can meet. Raises `InputError` where none reads so little.
+        """
+        chosen, maps = _rule(rule, greedy, rotate), self._maps(rotate)
+        total, turning = sum(linear.size for linear in maps), rotation_weights(maps)
+        least, most = (
+            (sum(linear.size * chosen.map_share(linear.role, kept, 1.0) for linear in maps) + turning) / total
+            for kept in (0.0, 1.0)
+        )
+        possible = least <= share <= most
+        check(possible, f"{rule!r} reads {least:.4g} to {most:.4g} of the weights of this model; {share:g} is outside.")
+        sparsity = self._nearest(chosen, (most - share) / (most - least), greedy)
+        return self.at(rule, sparsity, greedy=greedy, rotate=rotate)
+
+    def at_perplexity(self, rule: str, p: float = 1.0, *, greedy: bool = False, rotate: bool = False) -> RuleReport:
+        """As `at`, at the sparsity that raises perplexity by p percent on the calibration text.
+
+        That text also sets the thresholds. Top-k rules take the nearest sparsity that they can meet.
+        """
+        CettPpl().check_value(p)
+        chosen, target = _rule(rule, greedy, rotate), math.log1p(p / 100)
+        dense = self._dense("calibration")
+
+        def height(sparsity: float) -> float:
+            """Square root of the increase of the loss, which is about straight, less that of the target."""
+            thresholds = self._thresholds(chosen, self._nearest(chosen, sparsity, greedy), greedy, rotate)
+            sparse = self._run("calibration", thresholds, self._maps(rotate))[0]
+            increase = min(float((sparse - dense)[:, 0].sum() / dense[:, 2].sum()), LARGEST)
+            return math.copysign(math.sqrt(abs(increase)), increase) - math.sqrt(target)
+
+        most = GREEDY_TO if greedy else 1.0
+        top = height(most)
+        if top <= 0:
+            raise InputError(
+                f"{rule!r} does not raise perplexity by {p:g}% up to a sparsity of {most:g}: ask for less."
+            )
+        enough = ROOT_SHARE * math.sqrt(target) / 2
+        sparsity = find_root(height, (0.0, -math.sqrt(target)), (most, top), enough, NARROWEST)
+        return self.at(rule, self._nearest(chosen, sparsity, greedy), greedy=greedy, rotate=rotate)
+
+    def evaluated(
+        self, thresholds: Thresholds, *, rotate: bool = False, calibrated_sparsity: float | None = None
+    ) -> RuleReport:
+        """The report under `thresholds` of any rule, such as those of CETT that `measure_sparsity` solved."""
+        maps = self._maps(rotate)
+        dense = self._dense("evaluation")
+        sparse, counted = self._run("evaluation", thresholds, maps)
+        table = _table(maps, thresholds, counted)
+        bootstrap = DocumentBootstrap(3)
+        numbers = torch.cat([batch.documents for batch in self._texts["evaluation"]]).tolist()
+        columns = torch.stack([dense[:, 0], sparse[:, 0], dense[:, 2]], dim=1).numpy()
+        for document, values in zip(numbers, columns, strict=True):
+            bootstrap.add(document, values)
+        sums = bootstrap.replicates
+        with np.errstate(invalid="ignore", divide="ignore"):
+            excess = (sums[:, 1] - sums[:, 0]) / sums[:, 2]
+        tokens = float(dense[:, 2].sum())
+        head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        losses, correct = ([float(part[:, column].sum()) / tokens for part in (dense, sparse)] for column in (0, 1))
+        return RuleReport(
+            rule=thresholds.rule,
+            maps_weights=int(table["weights"].sum()),
+            maps_read=float((table["weights"] * table["share_read"]).sum()),
+            rotation_weights=rotation_weights(maps) if thresholds.rule in INPUT_RULES else 0,
+            head_weights=head.weight.numel(),
+            embedding_weights=embeddings.weight.shape[1],
+            loss_dense=losses[0],
+            loss_sparse=losses[1],
+            accuracy_dense=correct[0],
+            accuracy_sparse=correct[1],
+            tokens=int(tokens),
+            documents=bootstrap.documents,
+            excess_replicates=excess,
+            maps=table,
+            thresholds=thresholds,
+            calibrated_sparsity=calibrated_sparsity,
+        )
+
+    @cached_property
+    def _widths(self) -> set[int]:
+        return {linear.inputs for linear in find_linears(self.model)}
+
+    def _nearest(self, rule: Rule, sparsity: float, greedy: bool) -> float:
+        return rule.nearest(sparsity, self._widths) if isinstance(rule, InputRule) and not greedy else sparsity
+
+    def _maps(self, rotate: bool) -> list[LinearMap]:
+        if not rotate:
+            return find_linears(self.model)
+        if "rotated" not in self._known:
+            self._known["rotated"] = rotated(self.model, show_progress=self.show_progress)
+        return self._known["rotated"]
+
+    def _thresholds(self, rule: Rule, sparsity: float, greedy: bool, rotate: bool) -> Thresholds:
+        batches = self._texts["calibration"]
+        if not isinstance(rule, InputRule):
+            check(
+                not greedy and not rotate, f"{rule.name!r} is on gates: it is neither allocated greedily nor rotated."
+            )
+            if "gates" not in self._known:
+                self._known["gates"] = Gates(self.model, batches, self.show_progress)
+            return self._known["gates"].thresholds(sparsity)
+        maps = self._maps(rotate)
+        if ("inputs", rotate) not in self._known:
+            self._known["inputs", rotate] = KeptInputs(self.model, batches, maps, self.show_progress)
+        shares = self._allocated(rule, sparsity, rotate) if greedy else [sparsity] * len(maps)
+        return self._known["inputs", rotate].thresholds(rule, shares, self.show_progress)
+
+    def _allocated(self, rule: InputRule, sparsity: float, rotate: bool) -> list[float]:
+        check(
+            "allocation" in self._texts and sparsity <= GREEDY_TO,
+            f"A greedy allocation needs allocation text, and goes up to a sparsity of {GREEDY_TO:g}.",
+        )
+        key = ("path", rule.name, rotate)
+        if key not in self._known:
+            batches, maps = self._texts["allocation"], self._maps(rotate)
+            self._known[key] = greedy_path(self.model, batches, rule, GREEDY_TO, STEP, maps, self.show_progress)
+        return sparsities_along(self._known[key], self._maps(rotate), sparsity)
+
+    def _dense(self, role: str) -> Tensor:
+        if ("dense", role) not in self._known:
+            self._known["dense", role] = torch.cat(list(self._predictions(role, "dense pass")))
+        return self._known["dense", role]
+
+    def _run(self, role: str, thresholds: Thresholds, maps: Sequence[LinearMap]) -> tuple[Tensor, _Counted]:
+        """Loss, correct and predicted tokens of each window under the mask, (windows, 3), and what the mask kept."""
+        counted = _Counted(thresholds, self.dense_share)
+        on_inputs = thresholds.rule in INPUT_RULES
+        block = sparse_inputs(self.model, counted, maps) if on_inputs else sparse_neurons(self.model, counted)  # type: ignore[arg-type]
+        with block:
+            return torch.cat(list(self._predictions(role, "sparse pass", counted))), counted
+
+    def _predictions(self, role: str, about: str, counted: _Counted | None = None) -> Iterator[Tensor]:
+        batches = self._texts[role]
+        for batch in progress(batches, about, len(batches), self.show_progress):
+            if counted is not None:
+                ids = batch.inputs["input_ids"]
+                counted.real = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
+            with evaluating(self.model):
+                yield _scored(self.model, batch)
+
+
+def _rule(name: str, greedy: bool, rotate: bool) -> Rule:
+    check(name in TRAINING_FREE, f"The rule is {name!r}; choose one of {', '.join(TRAINING_FREE)}.")
+    on_inputs = name in INPUT_RULES
+    check(on_inputs or not (greedy or rotate), f"{name!r} is on gates: it is neither allocated greedily nor rotated.")
+    return TRAINING_FREE[name]
+
+
+def _windows(batches: Sequence[Batch]) -> Iterator[tuple[int, np.ndarray]]:
+    for batch in batches:
+        ids = batch.inputs["input_ids"].cpu()
+        real = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask.cpu()
+        for document, row, mask in zip(batch.documents.tolist(), ids, real, strict=True):
+            yield document, row[mask].numpy()
+
+
+def _scored(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Sum of losses, correct and predicted tokens of each window, (windows, 3) float64, on the CPU."""
+    windows = token_predictions(model, batch)
+    sums = [(one.loss.double().sum(), (one.likeliest == one.target).sum(), len(one.target)) for one in windows]
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def _table(maps: Sequence[LinearMap], thresholds: Thresholds, counted: _Counted) -> pd.DataFrame:
+    """One row per linear map: layer, role, weights and the share of them that a token reads."""
+    rule: Rule = INPUT_RULES.get(thresholds.rule) or RULES[thresholds.rule]
+    shares = []
+    for linear in maps:
+        if isinstance(rule, InputRule):
+            active, nonzero = counted.share(counted.kept, linear.index), 1.0
+        else:
+            active, nonzero = (counted.share(counts, linear.layer) for counts in (counted.kept, counted.nonzero))
+        shares.append(rule.map_share(linear.role, active, nonzero))
+    columns = {name: [getattr(linear, name) for linear in maps] for name in ("layer", "role", "size")}
+    return pd.DataFrame(columns | {"share_read": shares}).rename(columns={"size": "weights"})

@@ -1,0 +1,97 @@
+"""One run on two devices: two gloo processes under torchrun, against one process; killed, and gone on with."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import write_text
+
+from sparsity_utils import paths
+from sparsity_utils.console import InputError
+from sparsity_utils.models.config import ModelConfig, TrainConfig
+from sparsity_utils.models.training import saved_step
+from sparsity_utils.study.runs import Run, RunConfig, find_run, train_run, working_folder
+from sparsity_utils.text.config import CorpusConfig
+from sparsity_utils.text.corpus import build_corpus
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-5  # of weights, relative to their norm, where sums have another order: 7e-7 was seen
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("devices")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSITY_BUILD", str(folder / "build"))
+        text = write_text(folder / "text")
+        yield build_corpus(CorpusConfig("path", str(text), vocabulary=300, validation_share=0.2))
+
+
+def config(corpus, **changes) -> RunConfig:
+    model = ModelConfig(16, 2, vocabulary=300, context=32, head_size=8, base_width=16)
+    train = TrainConfig(14_000, batch_tokens=256, checkpoints=12, validation_tokens=512, **{"devices": 2, **changes})
+    return RunConfig(model, train, corpus.hash, corpus.tokenizer_hash, 1)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.last_weights)
+
+
+def difference(run: Run, other: Run) -> float:
+    """Largest over the weights: norm of the difference over the norm."""
+    one, two = weights(run), weights(other)
+    return max(float((one[name] - two[name]).norm() / two[name].norm()) for name in two)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus) -> Run:
+    return train_run(config(corpus, recompute=True), corpus)
+
+
+def test_two_devices_train_what_one_does_and_a_whole_checkpoint_comes_of_it(corpus, whole):
+    alone, halves = (train_run(config(corpus, devices=1, micro_tokens=tokens), corpus) for tokens in (None, 128))
+    assert len({run.folder for run in (whole, alone, halves)}) == 3
+    assert "devices" not in alone.manifest and whole.manifest["devices"] == [2]
+    assert 0 < difference(whole, alone) < TOLERANCE
+    assert difference(whole, halves) == 0.0  # two halves of a batch, summed in the same order
+    losses = [list(run.checkpoints["validation_loss"]) for run in (whole, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert whole.load(whole.last_step).config.hidden_size == 16
+    assert {file.name for file in whole.folder.iterdir()} == {"manifest.json", "checkpoints"}
+    assert find_run(config(corpus, recompute=True)) == whole
+
+
+class Stopped(BaseException):
+    pass
+
+
+def stop(share: float) -> None:
+    if share > 0:
+        raise Stopped
+
+
+def test_a_killed_run_ends_in_the_same_bits_and_goes_on_with_another_number(corpus, whole):
+    # Other keys, the same weights: nothing of this size is worth a second thread.
+    same, other = (dataclasses.replace(config(corpus, recompute=True), threads=threads) for threads in (2, 3))
+    with pytest.raises(Stopped):
+        train_run(same, corpus, stop)
+    assert 0 < saved_step(working_folder(same)) < whole.last_step
+    shutil.copytree(working_folder(same), working_folder(other))
+    again = train_run(same, corpus)
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(again).items())
+    by_hand = ["--standalone", "--nproc-per-node=1", "-m", "sparsity_utils.study.torchrun", str(working_folder(other))]
+    environment = os.environ | {"PYTHONPATH": str(paths.ROOT)}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", *by_hand], env=environment, check=True, timeout=400)
+    finished = train_run(other, corpus)
+    assert finished.manifest["devices"] == [1, 2] and 0 < difference(finished, whole) < TOLERANCE
+
+
+def test_what_a_process_says_of_its_input_is_told(corpus):
+    odd = dataclasses.replace(config(corpus).train, batch_tokens=96)
+    with pytest.raises(InputError, match="A batch has 3 windows, which 2 devices cannot share equally"):
+        train_run(dataclasses.replace(config(corpus), train=odd), corpus)
