@@ -1,4 +1,4 @@
-"""What corrected decoding reads: densities as Sirius counts them (arXiv 2409.03856), of the weights of one step.
+"""What corrected decoding reads: densities as Sirius counts them, of the weights of one step.
 
 A round of period P reads (P - 1) d + 1 times the weights, with d the density of a sparse step, and gives AAL tokens.
 """
@@ -6,6 +6,7 @@ A round of period P reads (P - 1) d + 1 times the weights, with d the density of
 from torch import nn
 
 from sparsity_utils.neurons.find import find_ffns
+from sparsity_utils.neurons.linears import find_linears
 from sparsity_utils.neurons.rules import RULES
 
 
@@ -32,6 +33,11 @@ def step_density(model: nn.Module, ffn_weights_read: float) -> float:
     matrices = 2 + (next(iter(ffns)).up is not None)
     in_ffns = sum(matrices * ffn.down_weight.numel() for ffn in ffns)
     return 1 - in_ffns / read_parameters(model) * (1 - ffn_weights_read)
+
+
+def inputs_density(model: nn.Module, kept: float) -> float:
+    """d = 1 - f (1 - kept), with f the share of all linear maps of blocks: each skips the same share of its inputs."""
+    return 1 - sum(linear.size for linear in find_linears(model)) / read_parameters(model) * (1 - kept)
 
 
 def break_even(density: float, period: int) -> float:

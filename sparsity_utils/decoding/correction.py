@@ -1,4 +1,4 @@
-"""Greedy decoding with a sparse model that the full model corrects (Sirius, arXiv 2409.03856).
+"""Greedy decoding with a sparse model that the full model corrects (Sirius, github.com/Infini-AI-Lab/Sirius).
 
 The prompt and the first token are the full model's. Then, round by round, the sparse model drafts period - 1 tokens;
 one pass of the full model over the last `period` tokens rewrites their keys and values; the longest prefix of the

@@ -1,4 +1,4 @@
-"""Sparse models that draft text: the model itself, inside a block in which it leaves out neurons."""
+"""Sparse models that draft text: the model itself, inside a block in which it leaves out neurons or inputs."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,12 +11,14 @@ from sparsity_utils.console import InputError, check
 from sparsity_utils.decoding.decode import replaceable_ffns, sparse_kernels
 from sparsity_utils.neurons.find import FFN, find_ffns, layer_count, widened
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
+from sparsity_utils.neurons.input_rules import INPUT_RULES
+from sparsity_utils.neurons.linears import find_linears, sparse_inputs
 from sparsity_utils.neurons.modes import forward_replaced
 from sparsity_utils.neurons.thresholds import Thresholds
 
 
 class Drafter:
-    """Which neurons a model leaves out while it drafts."""
+    """What a model leaves out while it drafts."""
 
     def reading(self, prompts: Tensor) -> AbstractContextManager:
         """The block in which the full model reads `prompts`, (sequences, length)."""
@@ -28,17 +30,19 @@ class Drafter:
 
 
 class Masked(Drafter):
-    """Neurons that `thresholds` calls inactive are set to zero (`sparse_neurons`): the numbers, not the speed."""
+    """What `thresholds` calls inactive is set to zero (`sparse_neurons`, `sparse_inputs`), which saves no time."""
 
     def __init__(self, model: nn.Module, thresholds: Thresholds) -> None:
         self.model, self.thresholds = model, thresholds
 
     def drafting(self, sequences: Tensor) -> AbstractContextManager:
+        if self.thresholds.rule in INPUT_RULES:
+            return sparse_inputs(self.model, self.thresholds)
         return sparse_neurons(self.model, self.thresholds)
 
 
 class OnKernels(Drafter):
-    """The same neurons left unread (`sparse_kernels`), for rules that kernels have.
+    """The same left unread (`sparse_kernels`), for rules that kernels have.
 
     Kernels are made and compared with the model once. While the full model runs they are out of its way.
     """
@@ -60,8 +64,8 @@ class OnKernels(Drafter):
 class FromPrompt(Drafter):
     """CSparse: a share of the neurons of each layer, chosen for each prompt and kept for all its text.
 
-    With h of a prompt's token scaled to norm 1, the chosen neurons have the largest norm of h_i over the tokens
-    (Griffin, arXiv 2402.19427 calls the same name another model; this is arXiv 2404.01365).
+    With h of each of the prompt's tokens scaled to norm 1, the chosen neurons are those with the largest norm of h_i
+    over the tokens: the rule that Sirius takes from Griffin.
     """
 
     def __init__(self, model: nn.Module, share: float) -> None:
@@ -152,3 +156,9 @@ def fsparse(model: nn.Module, share: float) -> Thresholds:
     ffns = find_ffns(model)
     sizes = {ffn.layer: ffn.d_ff for ffn in ffns}
     return Thresholds("top-k", tuple(float(kept_neurons(share, sizes[i])) for i in range(layer_count(ffns))))
+
+
+def top_inputs(model: nn.Module, share: float) -> Thresholds:
+    """TEAL's score, top-k: of each linear map's inputs the `share` with the largest |x_j|, of each token."""
+    rule = INPUT_RULES["teal-top-k"]
+    return Thresholds(rule.name, tuple(max(1.0, rule.value(linear, 1 - share, None)) for linear in find_linears(model)))

@@ -46,7 +46,7 @@ class KeptText:
     def __init__(self, model: PreTrainedModel, prompts: Tensor) -> None:
         """Run `model` on `prompts`, (rows, length). Raises `InputError` for another cache than a growing one."""
         self.model = model
-        out = model(input_ids=prompts, use_cache=True)
+        out = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
         self.cache = _checked(model, getattr(out, "past_key_values", None))
         self.padding = torch.zeros(len(prompts), dtype=torch.long, device=prompts.device)  # entries that are no tokens
         self.likeliest = out.logits[:, -1].argmax(dim=-1)  # (rows,)

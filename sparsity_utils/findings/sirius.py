@@ -33,6 +33,7 @@ from sparsity_utils.study.tables import Tables
 QUESTION = "correction"
 OWN = "relu"  # names our own model in the tables; claims are on the other one
 TEXTS = ("english", "python")  # of the claims; sums are shown beside them
+CLAIMED = ("full", "fsparse", "csparse")  # rules of the claims, the published ones; others are shown beside them
 LEAST_DOCUMENTS = 12  # of each text; fewer decide no claim
 FEW_CORRECTIONS, MANY_CORRECTIONS = (0.05, 0.20), 0.30  # share of tokens that are not the full model's
 RECOVERED, NOT_RECOVERED = 0.6, 0.3  # of the log-likelihood that sparsity costs
@@ -46,7 +47,7 @@ FEW = Claim(
     "few_corrections",
     QUESTION,
     "Few tokens need correcting: FSparse's likeliest word is seldom another than the full model's",
-    "11% of tokens (arXiv 2409.03856, Fig. 1c)",
+    "11% of tokens (Sirius, Fig. 1c)",
     "% of tokens",
     "the full model's greedy continuation of a document is fed to the sparse model; " + _BOOTSTRAP + "the share of its "
     "tokens that the sparse model does not find likeliest; each text",
@@ -168,8 +169,8 @@ def verdicts(found: Found | None) -> Verdicts:
 
 
 def _of_claims(table: pd.DataFrame) -> pd.DataFrame:
-    """Of the pretrained model, on the texts of the claims."""
-    return table[(table["model"] != OWN) & table["text"].isin(TEXTS)]
+    """Of the pretrained model, on the texts and with the rules of the claims."""
+    return table[(table["model"] != OWN) & table["text"].isin(TEXTS) & table["rule"].isin(CLAIMED)]
 
 
 def _judged(claim: Claim, estimates: Estimates, refuted: Callable[[Estimate], bool] | None = None) -> Verdict:

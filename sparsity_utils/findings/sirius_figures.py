@@ -7,7 +7,7 @@ from matplotlib.patches import Rectangle
 from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
 from sparsity_utils.laws.corrections import near_ties, prefix_rises
 
-RULES = {"full": "full model", "fsparse": "FSparse", "csparse": "CSparse", "cett": "CETT"}
+RULES = {"full": "full model", "fsparse": "FSparse", "csparse": "CSparse", "teal": "TEAL, top-k", "cett": "CETT"}
 SHADES = {
     "corrected": (COLOURS[3], "put in place of a rejected draft"),
     "interleaved": (COLOURS[2], "added by the full model"),

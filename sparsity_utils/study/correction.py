@@ -1,7 +1,7 @@
 """Sparse drafts that the full model corrects: what notebook 13 measures, on a pretrained model and on our own.
 
-The measurement is cut into pieces, each of some documents of one text under one way of decoding. Of each document one
-window is read, the middle one: its first half is the prompt, and its second half the fresh text of claim S6.
+The measurement is cut into pieces, each of some documents under one way of decoding. Of each document one window is
+read, the middle one: its first half is the prompt, and its second half the fresh text that may follow it.
 """
 
 import hashlib
@@ -11,9 +11,10 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsity_utils.console import check, short_number
-from sparsity_utils.decoding.accounting import step_density, weights_read
+from sparsity_utils.decoding.accounting import inputs_density, step_density, weights_read
 from sparsity_utils.decoding.correction import KINDS, Correction, corrected, drafted, first_differences
-from sparsity_utils.decoding.drafters import Drafter, FromPrompt, Masked, fsparse
+from sparsity_utils.decoding.drafters import Drafter, FromPrompt, Masked, fsparse, top_inputs
 from sparsity_utils.decoding.kept_text import KeptText
 from sparsity_utils.decoding.speed import greedy
 from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import SparsityReport
 from sparsity_utils.study.correction_speed import PERIOD, SHARE, THRESHOLD, speeds
 from sparsity_utils.study.pieces import Frames, Pieces
@@ -35,7 +37,8 @@ from sparsity_utils.study.profiles import CorrectionConfig
 
 VERSION = 1  # raise it when the same settings would measure other numbers
 TREE = 4  # a published width of a tree
-BATCH = 8  # documents decoded side by side: a step of 8 reads the weights once
+BATCH = 96  # documents decoded side by side, of all texts: a step reads the weights once
+SCORED = 16  # documents whose logits are held at once: 400 MB at a vocabulary of 49,152 and a prompt of 128 tokens
 GRAM = 8  # words of a repetition
 EXAMPLES = 24  # sums before the one that is asked for
 COLUMNS = (  # of the table correction; what a way or a text does not have is empty
@@ -43,15 +46,15 @@ COLUMNS = (  # of the table correction; what a way or a text does not have is em
     *("log_likelihood", "agreed", "repeated", "right", "place", "gap", "rounding"),
 )
 PARTS = {"no rewrite": "rewrite", "no interleaving": "interleave", "no rollback": "rollback"}
-# A pass of SmolLM2-135M over 8 tokens, its weights read once, took 0.1 s on two cores.
-SECONDS_PER_PASS_AND_PARAMETER = 7.5e-10
+# On one busy core a pass of SmolLM2-135M took 0.15 s over 8 tokens, 0.23 s over 16 and 0.84 s over 128.
+SECONDS_PER_TOKEN_AND_PARAMETER, PASS = 4.5e-11, 16
 
 
 @dataclass(frozen=True)
 class Way:
     """One way to decode: by which rule drafts are sparse, and how they are corrected."""
 
-    rule: str  # "full", "fsparse", "csparse" or "cett"
+    rule: str  # "full", "fsparse", "csparse", "teal" or "cett"
     way: str  # "full", "alone", "corrected", "lossless", "tree", or which part is left out
     correction: Correction | None = None
 
@@ -114,197 +117,234 @@ def _sums(number: int) -> tuple[str, str]:
     return "".join(f"{x} + {y} = {x + y}\n" for x, y in solved) + f"{a} + {b} =", str(a + b)
 
 
-def measured(
-    name: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    cett: SparsityReport | None,
-    settings: CorrectionConfig,
-    folder: Path,
-) -> Frames:
-    """The tables correction, correction_prefixes, correction_speeds and correction_text of a model.
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model whose drafts are corrected."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    texts: tuple[str, ...]
+    cett: SparsityReport | None = None  # drafts are also made with its thresholds
+
+    @cached_property
+    def thresholds(self) -> dict[str, Thresholds]:
+        """Those of the rules that have some."""
+        found = {"fsparse": fsparse(self.model, SHARE), "teal": top_inputs(self.model, SHARE)}
+        return found if self.cett is None else found | {"cett": self.cett.thresholds}
+
+    @cached_property
+    def drafters(self) -> dict[str, Drafter]:
+        """One for each rule, FSparse first."""
+        found: dict[str, Drafter] = {"fsparse": Masked(self.model, self.thresholds["fsparse"])}
+        found["csparse"] = FromPrompt(self.model, SHARE)
+        return found | {rule: Masked(self.model, value) for rule, value in self.thresholds.items() if rule not in found}
+
+    @cached_property
+    def densities(self) -> dict[str, float]:
+        """Share of the weights that a step reads under each rule."""
+        found = {rule: step_density(self.model, weights_read(rule, SHARE)) for rule in ("fsparse", "csparse")}
+        found |= {"full": 1.0, "teal": inputs_density(self.model, SHARE)}
+        if self.cett is not None:
+            read = weights_read("cett", self.cett.activation_ratio, self.cett.nonzero_share)
+            found["cett"] = step_density(self.model, read)
+        return found
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents that are continued side by side, of all texts."""
+
+    about: pd.DataFrame  # text, document and, of sums, answer; one row each
+    prompts: Tensor  # (documents, prompt)
+    fresh: Tensor  # what follows, (documents, prompt)
+
+    def __getitem__(self, rows: Tensor) -> "Documents":
+        return Documents(self.about.iloc[rows.tolist()].reset_index(drop=True), self.prompts[rows], self.fresh[rows])
+
+    def to(self, device: torch.device) -> "Documents":
+        """On another device."""
+        return Documents(self.about, self.prompts.to(device), self.fresh.to(device))
+
+
+Planned = tuple[str, int, Callable[[], Frames]]  # name, expected cost (`_pass_cost`) and measurement of a piece
+
+
+def corrected_drafts(subject: Subject, settings: CorrectionConfig, folder: Path) -> Frames:
+    """The tables correction, correction_prefixes and correction_text of a model.
 
     Pieces that are already in `folder` are not measured again; each model, text and setting has a folder of its own.
 
-    Args:
-        cett: drafts are also made with its thresholds, of the rule "cett", which kernels have.
-
     Raises InputError for texts with too few documents and for a model that cannot be corrected.
     """
-    given = {text: prompts_of(tokenizer, text, settings) for text in texts}
-    return _Work(name, model, tokenizer, cett, settings).tables(given, folder)
+    documents = read_prompts(subject, settings)
+    return _together(subject, documents, settings, folder, planned_pieces(subject, documents, settings))
 
 
-Given = Mapping[str, tuple[Tensor, Tensor, list[str]]]  # of each text, as `prompts_of` gives it
+def drafting_speeds(subject: Subject, settings: CorrectionConfig, folder: Path) -> Frames:
+    """The table correction_speeds of a model, after its first prompt of Python source, on the device that it is on.
+
+    It is one more piece in `folder`, measured once, as in `corrected_drafts`.
+    """
+    documents = read_prompts(subject, settings)
+    prompt = documents.prompts[(documents.about["text"] == "python").argmax()][None].to(subject.model.device)
+
+    def measure() -> Frames:
+        return {"correction_speeds": speeds(subject.model, prompt, subject.thresholds, subject.densities, settings)}
+
+    cost = (PASS + 1) * (4 + 2 * settings.rounds) * 3 * len(subject.drafters) * settings.new_tokens
+    return _together(subject, documents, settings, folder, [(f"speeds-{settings.rounds}", cost, measure)])
 
 
-class _Work:
-    """What is measured of one model."""
-
-    def __init__(
-        self,
-        name: str,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        cett: SparsityReport | None,
-        settings: CorrectionConfig,
-    ) -> None:
-        self.name, self.model, self.tokenizer, self.settings = name, model, tokenizer, settings
-        self.thresholds = {"fsparse": fsparse(model, SHARE)} | ({} if cett is None else {"cett": cett.thresholds})
-        masked = {rule: Masked(model, thresholds) for rule, thresholds in self.thresholds.items()}
-        self.drafters: dict[str, Drafter] = {**masked, "csparse": FromPrompt(model, SHARE)}
-        read: dict[str, tuple[float, ...]] = {"fsparse": (SHARE,), "csparse": (SHARE,)}
-        if cett is not None:
-            read["cett"] = (cett.activation_ratio, cett.nonzero_share)
-        self.densities = {rule: step_density(model, weights_read(rule, *ratios)) for rule, ratios in read.items()}
-        self.densities["full"] = 1.0
-
-    def tables(self, given: Given, folder: Path) -> Frames:
-        """All pieces, put together."""
-        weights = sum(parameter.numel() for parameter in self.model.parameters())
-        about = f"{self.name}, {short_number(weights)} parameters"
-        pieces = Pieces(folder / self._key(given), about, weights * SECONDS_PER_PASS_AND_PARAMETER)
-        plan, found = self._plan(given), dict[str, list[pd.DataFrame]]()
-        total = sum(cost for _, cost, _ in plan)
-        with pieces.shown(self.model.base_model, total, "pass", lambda _: 1), evaluating(self.model):
-            for place, cost, measure in plan:
-                for table, frame in pieces.kept(place, cost, measure).items():
-                    frame.insert(0, "model", self.name)
-                    found.setdefault(table, []).append(
-                        frame.reindex(columns=COLUMNS) if table == "correction" else frame
-                    )
-        return {table: pd.concat(frames, ignore_index=True) for table, frames in found.items()}
-
-    def _plan(self, given: Given) -> list[tuple[str, int, Callable[[], Frames]]]:
-        """Name, expected passes and measurement of every piece."""
-        plan: list[tuple[str, int, Callable[[], Frames]]] = []
-        for text, (prompts, fresh, answers) in given.items():
-            for rows in torch.arange(len(prompts)).split(BATCH):
-                some = [answers[i] for i in rows.tolist()] if answers else []
-                batch, place = _Batch(self, text, rows, prompts[rows], fresh[rows], some), f"{text}-{int(rows[0])}"
-                for way in ways(self.drafters, self.settings):
-                    plan.append((f"{place}-{way.name}", self._cost(way), partial(batch.decoded, way)))
-                plan.append((f"{place}-prefixes", 6 * len(self.drafters), batch.prefixes))
-        prompt, cost = given["python"][0][:1].to(self.model.device), 8 * self.settings.rounds * self.settings.new_tokens
-        timed = partial(speeds, self.model, prompt, self.thresholds, self.densities, self.settings)
-        return [*plan, ("speeds", cost, lambda: {"correction_speeds": timed()})]
-
-    def _cost(self, way: Way) -> int:
-        """Passes that a way is expected to take, those that score its text included."""
-        rounds = 1 if way.correction is None else 1.5  # of so many tokens a token that stays costs
-        return round(rounds * self.settings.new_tokens) + 4
-
-    def _key(self, given: Given) -> str:
-        """Digest of all that decides the numbers: weights, thresholds, token ids, settings."""
-        decides = {**asdict(self.settings), "model": None, "version": VERSION, "batch": BATCH}
-        rules = {rule: thresholds.values for rule, thresholds in self.thresholds.items()}
-        digest = hashlib.sha256(json.dumps([decides, rules], sort_keys=True).encode())
-        ids = [part for prompts, fresh, _ in given.values() for part in (prompts, fresh)]
-        for tensor in (*self.model.parameters(), *ids):
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+def _together(
+    subject: Subject, documents: Documents, settings: CorrectionConfig, folder: Path, plan: list[Planned]
+) -> Frames:
+    """The tables of all pieces of a plan."""
+    weights = sum(parameter.numel() for parameter in subject.model.parameters())
+    about, found = f"{subject.name}, {short_number(weights)} parameters", dict[str, list[pd.DataFrame]]()
+    pieces = Pieces(folder / _key(subject, documents, settings), about, weights * SECONDS_PER_TOKEN_AND_PARAMETER)
+    cost = sum(cost for _, cost, _ in plan)
+    with pieces.shown(subject.model.base_model, cost, "tok", _pass_cost), evaluating(subject.model):
+        for place, cost, measure in plan:
+            for table, frame in pieces.kept(place, cost, measure).items():
+                frame.insert(0, "model", subject.name)
+                found.setdefault(table, []).append(frame.reindex(columns=COLUMNS) if table == "correction" else frame)
+    return {table: pd.concat(frames, ignore_index=True) for table, frames in found.items()}
 
 
-@dataclass
+def read_prompts(subject: Subject, settings: CorrectionConfig) -> Documents:
+    """The documents of all texts of a model. Raises InputError for a text with too few."""
+    parts = {text: prompts_of(subject.tokenizer, text, settings) for text in subject.texts}
+    about = [
+        pd.DataFrame({"text": text, "document": range(len(prompts)), "answer": answers or None})
+        for text, (prompts, _, answers) in parts.items()
+    ]
+    prompts, fresh, _ = zip(*parts.values(), strict=True)
+    return Documents(pd.concat(about, ignore_index=True), torch.cat(prompts), torch.cat(fresh))
+
+
+def planned_pieces(subject: Subject, documents: Documents, settings: CorrectionConfig) -> list[Planned]:
+    """Every piece but that of speeds."""
+    plan: list[Planned] = []
+    for rows in torch.arange(len(documents.about)).split(BATCH):
+        batch, place = _Batch(subject, documents[rows].to(subject.model.device), settings.new_tokens), int(rows[0])
+        scored = len(rows) * (2 * settings.prompt + settings.new_tokens)
+        for way in ways(subject.drafters, settings):
+            drafts = 1 if way.correction is None else 2.5 * way.correction.width  # of so many a token that stays costs
+            cost = scored + round(drafts * settings.new_tokens * (PASS / 2 + len(rows)))
+            plan.append((f"{place}-{way.name}", cost, partial(batch.decoded, way)))
+        plan.append((f"{place}-prefixes", 7 * scored * len(subject.drafters), batch.prefixes))
+    return plan
+
+
+def _pass_cost(given: Mapping[str, Any]) -> int:
+    """What a pass of the model costs, in tokens: those that pass, and PASS for reading the weights."""
+    ids = given.get("input_ids")
+    return 0 if ids is None else PASS + ids.numel()
+
+
+def _key(subject: Subject, documents: Documents, settings: CorrectionConfig) -> str:
+    """Digest of all that decides the numbers: weights, thresholds, token ids, settings."""
+    decides = {**asdict(settings), "model": None, "rounds": None, "version": VERSION, "batch": BATCH}
+    rules = {rule: thresholds.values for rule, thresholds in subject.thresholds.items()}
+    digest = hashlib.sha256(json.dumps([decides, rules], sort_keys=True).encode())
+    for tensor in (*subject.model.parameters(), documents.prompts, documents.fresh):
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 class _Batch:
-    """Some documents of one text."""
+    """Some documents under every way to decode."""
 
-    work: _Work
-    text: str
-    documents: Tensor
-    prompts: Tensor  # (documents, prompt)
-    fresh: Tensor  # what follows, (documents, prompt)
-    answers: list[str]
+    def __init__(self, subject: Subject, documents: Documents, new: int) -> None:
+        self.subject, self.model, self.new = subject, subject.model, new
+        self.about, self.prompts, self.fresh = documents.about, documents.prompts, documents.fresh
 
-    def __post_init__(self) -> None:
-        self.model, self.new = self.work.model, self.work.settings.new_tokens
-        device = self.model.device
-        self.prompts, self.fresh = self.prompts.to(device), self.fresh.to(device)
-        self._full: Tensor | None = None
-
-    @property
+    @cached_property
     def full(self) -> Tensor:
         """The full model's greedy text, (documents, new tokens)."""
-        if self._full is None:
-            self._full = greedy(self.model, self.prompts, self.new)[0]
-        return self._full
+        return greedy(self.model, self.prompts, self.new)[0]
 
     def decoded(self, way: Way) -> Frames:
-        """The rows of one way of decoding, and the text of the first document where it is shown."""
-        if way.correction is None:
-            tokens = self.full if way.rule == "full" else self._alone(way)
-            rounds, frames = pd.DataFrame(), {}
+        """The rows of one way of decoding, and the text of first documents where it is shown."""
+        rounds, frames = pd.DataFrame(), dict[str, pd.DataFrame]()
+        if way.rule == "full":
+            tokens = self.full
+        elif way.correction is None:
+            tokens = drafted(self.model, self.prompts, self.subject.drafters[way.rule], self.new)[0]
         else:
-            found = corrected(self.model, self.prompts, self.work.drafters[way.rule], way.correction, self.new)
+            found = corrected(self.model, self.prompts, self.subject.drafters[way.rule], way.correction, self.new)
             tokens, rounds = found.tokens, found.rounds
             frames = self._shown(way, tokens, found.kinds)
             rounds = rounds.groupby("sequence").agg(
                 rounds=("advance", "size"), advance=("advance", "sum"), rejected=("rejected", "sum")
             )
-        rows = pd.DataFrame({"document": self.documents.tolist(), "tokens": self.new}).join(rounds)
-        rows["log_likelihood"] = -_losses(self.model, self.prompts, tokens).cpu().numpy()
-        rows["agreed"] = (tokens == self.full).sum(1).cpu().numpy()
+        rows = self.about[["text", "document"]].assign(tokens=self.new).join(rounds)
+        rows["log_likelihood"] = self._log_likelihoods(tokens)
+        rows["agreed"] = (tokens == self.full).sum(1).tolist()
         rows["repeated"] = [repeated(row) for row in tokens.tolist()]
-        if self.answers:
-            texts = self.work.tokenizer.batch_decode(tokens)
-            rows["right"] = [_answer(text) == answer for text, answer in zip(texts, self.answers, strict=True)]
+        answers, texts = self.about["answer"], self.subject.tokenizer.batch_decode(tokens)
+        rows["right"] = [
+            _answer(text) == right if isinstance(right, str) else None
+            for text, right in zip(texts, answers, strict=True)
+        ]
         if way.way == "lossless":
             places = first_differences(self.model, self.prompts, tokens, self.full)
             rows = rows.join(places[["place", "gap", "rounding"]])
         threshold = math.nan if way.correction is None else way.correction.threshold
-        about = {"text": self.text, "rule": way.rule, "way": way.way, "threshold": threshold}
-        about["density"] = self.work.densities[way.rule]
+        about = {"rule": way.rule, "way": way.way, "threshold": threshold, "density": self.subject.densities[way.rule]}
         return {"correction": rows.assign(**about), **frames}
 
-    def _alone(self, way: Way) -> Tensor:
-        return drafted(self.model, self.prompts, self.work.drafters[way.rule], self.new)[0]
+    def _log_likelihoods(self, tokens: Tensor) -> list[float]:
+        """Log-likelihood of the tokens after the prompts under the full model, summed over each text, in nats."""
+        found = []
+        for prompts, own in zip(self.prompts.split(SCORED), tokens.split(SCORED), strict=True):
+            logits = self.model(input_ids=torch.cat([prompts, own], dim=1), logits_to_keep=self.new + 1).logits
+            found += (-_summed(logits[:, :-1], own)).tolist()
+        return found
 
     def _shown(self, way: Way, tokens: Tensor, kinds: Tensor) -> Frames:
-        shown = way.way == "corrected" and way.correction.threshold == THRESHOLD and int(self.documents[0]) == 0
-        if not shown:
-            return {}
-        words = [self.work.tokenizer.decode([token]) for token in tokens[0].tolist()]
-        about = {"text": self.text, "rule": way.rule, "place": range(len(words)), "word": words}
-        return {"correction_text": pd.DataFrame({**about, "kind": [KINDS[kind] for kind in kinds[0].tolist()]})}
+        shown = way.way == "corrected" and way.correction is not None and way.correction.threshold == THRESHOLD
+        tables = []
+        for row in self.about.index[self.about["document"] == 0] if shown else ():
+            words = [self.subject.tokenizer.decode([token]) for token in tokens[row].tolist()]
+            about = {"text": self.about["text"][row], "rule": way.rule, "place": range(len(words)), "word": words}
+            tables.append(pd.DataFrame({**about, "kind": [KINDS[kind] for kind in kinds[row].tolist()]}))
+        return {"correction_text": pd.concat(tables)} if tables else {}
 
     def prefixes(self) -> Frames:
-        """How the sparse model does when it is fed the full model's text, fresh text, and the prompt once more."""
-        rows = []
-        for rule, drafter in self.work.drafters.items():
-            table = {
-                "text": self.text,
-                "document": self.documents,
-                "rule": rule,
-                "tokens": self.new - 1,
-                "predicted": len(self.fresh[0]) - 1,
-            }
-            sparse = self._logits(self.full, drafter)
-            table["disagreed"] = (sparse.argmax(-1) != self.full[:, 1:]).sum(1).cpu().numpy()
-            for name, text in (("fresh", self.fresh), ("repeated", self.prompts)):
-                table[f"{name}_full"] = _summed(self._logits(text), text).cpu().numpy()
-                table[f"{name}_sparse"] = _summed(self._logits(text, drafter), text).cpu().numpy()
-            rows.append(pd.DataFrame(table))
-        return {"correction_prefixes": pd.concat(rows)}
+        """How sparse models do when they are fed the full model's text, fresh text, and the prompt once more."""
+        rows = [
+            self._prefixes(rule, part)
+            for rule in self.subject.drafters
+            for part in torch.arange(len(self.about)).split(SCORED)
+        ]
+        return {"correction_prefixes": pd.concat(rows).sort_index(kind="stable")}  # each text's rules side by side
 
-    def _logits(self, tokens: Tensor, drafter: Drafter | None = None) -> Tensor:
-        """Logits for all but the first of the tokens after the prompts, which the full model reads."""
+    def _prefixes(self, rule: str, rows: Tensor) -> pd.DataFrame:
+        drafter, prompts, full = self.subject.drafters[rule], self.prompts[rows], self.full[rows]
+        table = self.about.loc[rows.tolist(), ["text", "document"]]
+        table = table.assign(rule=rule, tokens=self.new - 1, predicted=self.fresh.shape[1] - 1)
+        sparse = self._logits(prompts, full, drafter)
+        table["disagreed"] = (sparse.argmax(-1) != full[:, 1:]).sum(1).tolist()
+        for name, text in (("fresh", self.fresh[rows]), ("repeated", prompts)):
+            table[f"{name}_full"] = _summed(self._logits(prompts, text), text[:, 1:]).tolist()
+            table[f"{name}_sparse"] = _summed(self._logits(prompts, text, drafter), text[:, 1:]).tolist()
+        return table
+
+    def _logits(self, prompts: Tensor, tokens: Tensor, drafter: Drafter | None = None) -> Tensor:
+        """Logits for all but the first of the `tokens` after `prompts`, which the full model reads."""
         if drafter is None:
-            return KeptText(self.model, self.prompts).run(tokens[:, :-1])
-        with drafter.reading(self.prompts):
-            text = KeptText(self.model, self.prompts)
+            return KeptText(self.model, prompts).run(tokens[:, :-1])
+        with drafter.reading(prompts):
+            text = KeptText(self.model, prompts)
         with drafter.drafting(torch.arange(len(tokens), device=tokens.device)):
             return text.run(tokens[:, :-1])
 
 
-def _losses(model: PreTrainedModel, prompts: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy of the tokens after the prompts, summed over each text, in nats, (texts,)."""
-    logits = model(input_ids=torch.cat([prompts, tokens], dim=1)).logits[:, prompts.shape[1] - 1 : -1]
+def _summed(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of `tokens`, (texts, length), under `logits`, summed over each text, in nats, (texts,)."""
     return nn.functional.cross_entropy(logits.transpose(1, 2).float(), tokens, reduction="none").sum(1)
-
-
-def _summed(logits: Tensor, text: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.transpose(1, 2).float(), text[:, 1:], reduction="none").sum(1)
 
 
 def repeated(tokens: list[int]) -> int:

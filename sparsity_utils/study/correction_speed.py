@@ -18,7 +18,8 @@ from sparsity_utils.decoding.speed import greedy
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.study.profiles import CorrectionConfig
 
-SHARE = 0.5  # of the neurons, kept by FSparse and by CSparse
+SHARE = 0.5  # of the neurons, kept by FSparse and by CSparse; of the inputs of all linear maps, by TEAL
+ON_KERNELS = ("teal", "cett")  # FSparse has a limit of its own for each token, which no kernel of neurons takes
 PERIOD, THRESHOLD = 16, 0.1  # of the published method: its period, and one of its thresholds
 
 
@@ -37,8 +38,8 @@ def speeds(
     """
     masked: dict[str, Drafter] = {"csparse": FromPrompt(model, SHARE)}
     fast: dict[str, Drafter] = {"csparse": Shrunk(model, SHARE)}
-    if "cett" in thresholds:
-        masked["cett"], fast["cett"] = Masked(model, thresholds["cett"]), OnKernels(model, thresholds["cett"])
+    for rule in filter(ON_KERNELS.__contains__, thresholds):
+        masked[rule], fast[rule] = Masked(model, thresholds[rule]), OnKernels(model, thresholds[rule])
     new, published = settings.new_tokens, Correction(PERIOD, THRESHOLD)
     lossless = replace(published, threshold=None)
     full = greedy(model, prompt, new)[0]

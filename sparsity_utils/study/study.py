@@ -8,6 +8,7 @@ import platform
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sparsity_utils.models.fetched import SOURCES
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.shapes import head_count
 from sparsity_utils.sparsity.metrics import measure_sparsity
-from sparsity_utils.study import correction
+from sparsity_utils.study.correction import Subject, corrected_drafts, drafting_speeds
 from sparsity_utils.study.engines import do_jobs
 from sparsity_utils.study.jobs import Job, longest_first
 from sparsity_utils.study.measurements import measurement
@@ -197,31 +198,37 @@ class Study(Tables):
         return self._of_models[question]
 
     def correction(self, question: str) -> pd.DataFrame:
-        """The table of a question of CORRECTION: all of them are measured at the first call.
+        """The table of a question of CORRECTION, of a pretrained model and of the profile's own ReLU model.
 
-        Of the pretrained model where it is here, else a line says how to get it, and of the profile's own ReLU model.
-        Pieces are kept beside the tables.
+        All but speeds are measured at the first call. Pieces are kept beside the tables.
         """
-        settings, folder = self.profile.correction, self.folder.parent / "correction"
         if question not in self._of_models:
-            parts, name = [], found_model(settings.model)
-            if name is None:
-                print(self.not_here(settings.model))
-            else:
-                texts = ("english", "python", "arithmetic")
-                model, tokenizer = open_checkpoint(name, dtype=torch.float32)
-                title = Path(settings.model).name
-                parts.append(correction.measured(title, model, tokenizer, texts, None, settings, folder))
-            model, tokenizer = self.trained_model("relu")
-            tokens, measure = self.corpus.tokens("validation"), self.profile.measure
-            calibration, evaluation = (
-                measurement_batches(tokens, model.config.max_position_embeddings, part, measure.calibration_tokens)
-                for part in ("calibration", "evaluation")
-            )
-            cett = measure_sparsity(model, evaluation, "cett-ppl", measure.p, calibration, show_progress=False)
-            parts.append(correction.measured("relu", model, tokenizer, ("python",), cett, settings, folder))
-            self._of_models |= {name: pd.concat([part[name] for part in parts]) for name in CORRECTION}
+            settings, folder = self.profile.correction, self.folder.parent / "correction"
+            measure = drafting_speeds if question == "correction_speeds" else corrected_drafts
+            parts = [measure(subject, settings, folder) for subject in self.subjects]
+            self._of_models |= {name: pd.concat([part[name] for part in parts]) for name in parts[0]}
         return self._of_models[question]
+
+    @cached_property
+    def subjects(self) -> list[Subject]:
+        """The models of CORRECTION, on a GPU where there is one; a line says how to get the pretrained one."""
+        found, wanted = list[Subject](), self.profile.correction.model
+        name = found_model(wanted)
+        if name is None:
+            print(self.not_here(wanted))
+        else:
+            model, tokenizer = open_checkpoint(name, dtype=torch.float32)
+            texts = ("english", "python", "arithmetic")
+            found.append(Subject(Path(wanted).name, model.to(default_device()), tokenizer, texts))
+        model, tokenizer = self.trained_model("relu")
+        tokens, measure = self.corpus.tokens("validation"), self.profile.measure
+        calibration, evaluation = (
+            measurement_batches(tokens, model.config.max_position_embeddings, part, measure.calibration_tokens)
+            for part in ("calibration", "evaluation")
+        )
+        model = model.eval().to(default_device())
+        cett = measure_sparsity(model, evaluation, "cett-ppl", measure.p, calibration, show_progress=False)
+        return [*found, Subject("relu", model, tokenizer, ("python",), cett)]
 
     def lacking(self, question: str) -> str:
         if question not in PRETRAINED or self.profile is None:

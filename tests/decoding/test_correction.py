@@ -20,7 +20,7 @@ from sparsity_utils.decoding.correction import (
     drafted,
     first_differences,
 )
-from sparsity_utils.decoding.drafters import FromPrompt, Masked, OnKernels, Shrunk, fsparse
+from sparsity_utils.decoding.drafters import FromPrompt, Masked, OnKernels, Shrunk, fsparse, top_inputs
 from sparsity_utils.decoding.kept_text import KeptText
 from sparsity_utils.decoding.speed import greedy
 from sparsity_utils.neurons.find import find_ffns
@@ -205,10 +205,11 @@ def _accepted(model, prompt, path):
     return [*right, False].index(False)
 
 
-@pytest.mark.parametrize("rule", ["relu", "fat", "cett"])
+@pytest.mark.parametrize("rule", ["relu", "fat", "cett", "teal", "teal-top-k"])
 def test_kernels_draft_what_masks_draft_and_are_out_of_the_way_of_the_full_model(prompts, rule):
     model = peaked(dtype=torch.float32)
-    thresholds = Thresholds(rule, (0.2,) * 2)
+    values = {"teal": (0.3,) * 14, "teal-top-k": top_inputs(model, 0.4).values}.get(rule, (0.2,) * 2)
+    thresholds = Thresholds(rule, values)
     on_kernels = OnKernels(model, thresholds)
     dense, _ = greedy(model, prompts, NEW)
     for correction in (RULE, replace(RULE, width=2), replace(RULE, threshold=None)):
@@ -216,6 +217,8 @@ def test_kernels_draft_what_masks_draft_and_are_out_of_the_way_of_the_full_model
         found = corrected(model, prompts, on_kernels, correction, NEW)
         assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.kinds, expected.kinds)
     assert torch.equal(found.tokens, dense) and not left_behind(model)
+    alone, _ = drafted(model, prompts, on_kernels, NEW)
+    assert not torch.equal(alone, dense)
 
 
 def test_neurons_of_the_prompt(llama, prompts):

@@ -1,6 +1,5 @@
 """Sparse drafts of opened models measured in pieces: against single texts, continued, and refused."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from small import profile_content, write_profile, write_text
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.accounting import effective_density
 from sparsity_utils.decoding.correction import Correction, corrected
-from sparsity_utils.decoding.drafters import FromPrompt, Masked, fsparse
+from sparsity_utils.decoding.drafters import FromPrompt, Masked, fsparse, top_inputs
 from sparsity_utils.decoding.speed import greedy
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.paths import RESULTS
@@ -46,7 +45,14 @@ def pieces(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tables(opened, pieces):
-    return correction.measured("tiny", *opened, TEXTS, None, SETTINGS, pieces)
+    return measured(opened, pieces)
+
+
+def measured(opened, pieces, settings=SETTINGS, texts=TEXTS):
+    """All tables, as a study puts them together."""
+    subject = correction.Subject("tiny", *opened, texts)
+    tables = correction.corrected_drafts(subject, settings, pieces)
+    return tables | correction.drafting_speeds(subject, settings, pieces)
 
 
 def rows_of(tables, text, rule, way, threshold=None):
@@ -58,6 +64,7 @@ def test_a_row_is_what_its_document_gives_alone(opened, tables):
     model, tokenizer = opened
     prompts, _, _ = correction.prompts_of(tokenizer, "english", SETTINGS)
     drafters = {"fsparse": Masked(model, fsparse(model, 0.5)), "csparse": FromPrompt(model, 0.5)}
+    drafters["teal"] = Masked(model, top_inputs(model, 0.5))
     full, _ = greedy(model, prompts, 12)
     for rule, drafter in drafters.items():
         rows = rows_of(tables, "english", rule, "corrected", 0.1).set_index("document")
@@ -87,8 +94,8 @@ def test_tables_have_the_columns_that_are_described(tables):
 
 def test_every_way_is_measured_on_every_document(tables):
     table = tables["correction"]
-    plan = correction.ways(("fsparse", "csparse"), SETTINGS)
-    assert len(plan) == 1 + 2 * (1 + 2 + 1) + 3 + 1 and len({way.name for way in plan}) == len(plan)
+    plan = correction.ways(("fsparse", "csparse", "teal"), SETTINGS)
+    assert len(plan) == 1 + 3 * (1 + 2 + 1) + 3 + 1 and len({way.name for way in plan}) == len(plan)
     assert len(table) == len(plan) * 3 * 3 and set(table["model"]) == {"tiny"}
     full = rows_of(tables, "python", "full", "full")
     assert (full["agreed"] == 12).all() and (full["density"] == 1).all() and full["rounds"].isna().all()
@@ -107,6 +114,10 @@ def test_densities_are_those_of_the_weights(opened, tables):
     found = tables["correction"].groupby("rule")["density"].first()
     assert found["csparse"] == pytest.approx(1 - in_ffns / everything / 2)
     assert found["fsparse"] == pytest.approx(1 - in_ffns / everything * 2 / 3 / 2)
+    queries = config.num_attention_heads * config.head_dim * config.hidden_size
+    keys = config.num_key_value_heads * config.head_dim * config.hidden_size
+    in_attention = config.num_hidden_layers * 2 * (queries + keys)
+    assert found["teal"] == pytest.approx(1 - (in_ffns + in_attention) / everything / 2)
 
 
 def test_prefixes_word_by_word(opened, tables):
@@ -146,7 +157,8 @@ def step_by_step(model, prompt, text, drafter=None):
 def test_speeds_are_of_the_same_text(opened, tables):
     table = tables["correction_speeds"].set_index(["rule", "way"])
     assert list(table.index) == [
-        ("full", "full"), ("csparse", "alone"), ("csparse", "corrected"), ("csparse", "lossless")
+        ("full", "full"), ("csparse", "alone"), ("csparse", "corrected"), ("csparse", "lossless"),
+        ("teal", "alone"), ("teal", "corrected"), ("teal", "lossless"),
     ]  # fmt: skip
     assert table["same_tokens"].all() and (table["tokens_per_second"] > 0).all()
     whole = sum(weight.numel() for weight in opened[0].parameters()) * 4 / 1e6
@@ -167,17 +179,17 @@ def test_no_speed_where_texts_differ(opened, pieces, monkeypatch):
 
 def test_the_shown_text_is_that_of_the_first_document(tables):
     table = tables["correction_text"]
-    assert len(table) == 3 * 2 * 12 and set(table["kind"]) <= {"first", "accepted", "interleaved", "corrected"}
+    assert len(table) == 3 * 3 * 12 and set(table["kind"]) <= {"first", "accepted", "interleaved", "corrected"}
     for _, rows in table.groupby(["text", "rule"]):
         assert rows["place"].tolist() == list(range(12)) and rows["kind"].iloc[0] == "first"
 
 
 def test_a_stopped_measurement_goes_on_where_it_was(opened, pieces, tables, tmp_path):
     (folder,) = pieces.iterdir()
-    (folder / "english-0-fsparse-alone").rename(tmp_path / "gone")
+    (folder / "0-fsparse-alone").rename(tmp_path / "gone")
     passes = []
     handle = opened[0].register_forward_pre_hook(lambda *_: passes.append(1))
-    again = correction.measured("tiny", *opened, TEXTS, None, SETTINGS, pieces)
+    again = measured(opened, pieces)
     handle.remove()
     assert len(passes) < 2 * 12 + 12  # the full text, the sparse one, and looks at the FFNs
     for name in ("correction", "correction_prefixes", "correction_speeds", "correction_text"):
@@ -207,7 +219,7 @@ def test_too_little_text_is_an_input_error(opened, pieces):
         correction.prompts_of(opened[1], "arithmetic", replace(SETTINGS, prompt=1000))
     with pytest.raises(InputError, match="longer than the model's context"):
         settings = replace(SETTINGS, new_tokens=600)
-        correction.measured("tiny", *opened, ("python",), None, settings, pieces)
+        measured(opened, pieces, settings, ("python",))
 
 
 def test_a_study_without_the_model_measures_its_own_and_says_how_to_get_it(tmp_path, monkeypatch, capsys):
@@ -220,6 +232,6 @@ def test_a_study_without_the_model_measures_its_own_and_says_how_to_get_it(tmp_p
     assert study.answers("correction") and study.jobs(*CORRECTION) == []
     table = study.table_or_none("correction")
     assert "python -m sparsity_utils fetch smollm2 gets it" in capsys.readouterr().out
-    assert set(table["model"]) == {"relu"} and set(table["rule"]) == {"full", "fsparse", "csparse", "cett"}
-    assert set(study.table("correction_speeds")["rule"]) == {"full", "csparse", "cett"}
-    assert capsys.readouterr().out == "" and json.loads(table.to_json())
+    assert set(table["model"]) == {"relu"} and set(table["rule"]) == {"full", "fsparse", "csparse", "teal", "cett"}
+    assert set(study.table("correction_speeds")["rule"]) == {"full", "csparse", "teal", "cett"}
+    assert "fetch" not in capsys.readouterr().out
