@@ -76,7 +76,8 @@ RECOVERY = Claim(
     "the full model's own text has above it; threshold 0.1; "
     + _BOOTSTRAP
     + "that quotient; FSparse and CSparse, each text",
-    "90% interval above 60% for both rules and texts; one wholly below 30% refutes" + _UNIT,
+    "90% interval above 60% for both rules and texts; one wholly below 30% refutes; inconclusive where the interval of "
+    "the gap itself is not above 0" + _UNIT,
     region=(RECOVERED, math.inf),
 )
 TRADE = Claim(

@@ -11,7 +11,7 @@ import pandas as pd
 
 from sparsity_utils.decoding.accounting import break_even
 from sparsity_utils.laws.one_model import over_documents
-from sparsity_utils.laws.trends import Estimate
+from sparsity_utils.laws.trends import Estimate, no_estimate
 
 Estimates = dict[str, Estimate]
 WAY = ["model", "text", "rule", "way", "threshold"]  # names what a row of the table is of, beside the document
@@ -39,7 +39,10 @@ def effective_densities(table: pd.DataFrame, threshold: float, period: int) -> E
 
 
 def recoveries(table: pd.DataFrame, threshold: float) -> Estimates:
-    """Of the log-likelihood that the sparse text lacks to the full model's, what correction adds; rules and texts."""
+    """Of the log-likelihood that the sparse text lacks to the full model's, what correction adds; rules and texts.
+
+    Without an estimate where the interval of what it lacks is not above 0: there may be nothing to give back.
+    """
     estimates = {}
     for (rule, text), rows in _corrected(table, threshold).groupby(["rule", "text"], sort=False):
         own = table[table["text"] == text]
@@ -50,7 +53,11 @@ def recoveries(table: pd.DataFrame, threshold: float) -> Estimates:
         def recovered(sums: pd.DataFrame) -> pd.Series:
             return (sums["corrected"] - sums["sparse"]) / (sums["full"] - sums["sparse"])
 
-        estimates[f"{rule} on {text}"] = over_documents(sums, recovered)
+        lacks = over_documents(sums, lambda sums: sums["full"] - sums["sparse"])
+        estimate = over_documents(sums, recovered)
+        if lacks.low <= 0:
+            estimate = no_estimate("the sparse text is not clearly less likely than the full model's", len(sums))
+        estimates[f"{rule} on {text}"] = estimate
     return estimates
 
 

@@ -50,6 +50,8 @@ def test_what_is_planted_is_supported(tmp_path):
         ("advance", {"advance": 11.0}, {}, "not supported"),
         ("recovery", {"recovered": 0.1}, {}, "not supported"),
         ("recovery", {"recovered": 0.45}, {}, "inconclusive"),
+        ("recovery", {"lost": 0.0}, {}, "inconclusive"),  # nothing to give back
+        ("recovery", {"lost": -0.1}, {}, "inconclusive"),
         ("trade", {"step": -1.0}, {}, "not supported"),
         ("trade", {"step": 0.0}, {}, "inconclusive"),
         ("parts", {"part": -0.05}, {}, "not supported"),
@@ -70,10 +72,14 @@ def test_few_documents_decide_nothing(tmp_path):
     assert set(words(single).values()) == {"inconclusive"}
 
 
-def test_the_claims_are_not_on_our_own_model_nor_on_sums(tmp_path):
+def test_the_claims_are_not_on_our_own_model_nor_on_sums_nor_on_other_rules(tmp_path):
     own = correction_table(advance=5.0, recovered=0.0).assign(model="relu")
     both = found_in(tmp_path, pd.concat([correction_table(), own]))
     assert words(both)["advance"] == words(both)["recovery"] == "supported"
+    other = correction_table(advance=5.0, recovered=0.0).query("rule == 'csparse'").assign(rule="teal")
+    more = prefixes_table(disagreed=0.9).query("rule == 'csparse'").assign(rule="teal")
+    shown = found_in(tmp_path, pd.concat([correction_table(), other]), pd.concat([prefixes_table(), more]))
+    assert set(words(shown).values()) == {"supported"}  # rules that are not published are shown beside
     sums = correction_table()
     sums.loc[sums["text"] == "arithmetic", "advance"] = 1.0
     assert words(found_in(tmp_path, sums))["advance"] == "supported"

@@ -10,8 +10,8 @@ DENSITY = {"full": 1.0, "fsparse": 0.8, "csparse": 0.7}
 TOKENS = 60
 
 
-def correction_table(documents=24, advance=15.0, recovered=0.8, step=1.0, part=0.05):
-    """The sparse text lacks half a nat per token, of which correction gives back `recovered`.
+def correction_table(documents=24, advance=15.0, recovered=0.8, step=1.0, part=0.05, lost=0.5):
+    """The sparse text lacks `lost` nats per token, of which correction gives back `recovered`.
 
     From each threshold to the next AAL falls by `step` and log-likelihood rises by a hundredth of it; leaving out a
     part costs `part` nats per token.
@@ -35,13 +35,13 @@ def correction_table(documents=24, advance=15.0, recovered=0.8, step=1.0, part=0
 
         add("full", "full", 0.0)
         for rule in ("fsparse", "csparse"):
-            add(rule, "alone", 0.5)
+            add(rule, "alone", lost)
             for number, threshold in enumerate((0.02, 0.1, 0.5)):
-                aal, gap = advance + step * (1 - number), 0.5 * (1 - recovered) + 0.01 * step * (1 - number)
+                aal, gap = advance + step * (1 - number), lost * (1 - recovered) + 0.01 * step * (1 - number)
                 add(rule, "corrected", gap, threshold, aal)
             add(rule, "lossless", 0.0, aal=5.0)
         for name in ("no rewrite", "no interleaving", "no rollback"):
-            add("fsparse", name, 0.5 * (1 - recovered) + part, 0.1, 16.0)
+            add("fsparse", name, lost * (1 - recovered) + part, 0.1, 16.0)
     return pd.DataFrame(rows)
 
 
