@@ -10,7 +10,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -192,8 +192,10 @@ def drafting_speeds(subject: Subject, settings: CorrectionConfig, folder: Path) 
     def measure() -> Frames:
         return {"correction_speeds": speeds(subject.model, prompt, subject.thresholds, subject.densities, settings)}
 
-    cost = (PASS + 1) * (4 + 2 * settings.rounds) * 3 * len(subject.drafters) * settings.new_tokens
-    return _together(subject, documents, settings, folder, [(f"speeds-{settings.rounds}", cost, measure)])
+    cost = (PASS + 1) * (4 + 2 * settings.rounds) * 3 * len(subject.drafters) * settings.timed_tokens
+    return _together(
+        subject, documents, settings, folder, [(f"speeds-{settings.rounds}-{settings.timed_tokens}", cost, measure)]
+    )
 
 
 def _together(
@@ -244,8 +246,8 @@ def _pass_cost(given: Mapping[str, Any]) -> int:
 
 
 def _key(subject: Subject, documents: Documents, settings: CorrectionConfig) -> str:
-    """Digest of all that decides the numbers: weights, thresholds, token ids, settings."""
-    decides = {**asdict(settings), "model": None, "rounds": None, "version": VERSION, "batch": BATCH}
+    """Digest of all that decides the numbers of a piece of some name: weights, thresholds, token ids, settings."""
+    decides = {"version": VERSION, "batch": BATCH, "new_tokens": settings.new_tokens}
     rules = {rule: thresholds.values for rule, thresholds in subject.thresholds.items()}
     digest = hashlib.sha256(json.dumps([decides, rules], sort_keys=True).encode())
     for tensor in (*subject.model.parameters(), documents.prompts, documents.fresh):

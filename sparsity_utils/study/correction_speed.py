@@ -40,7 +40,7 @@ def speeds(
     fast: dict[str, Drafter] = {"csparse": Shrunk(model, SHARE)}
     for rule in filter(ON_KERNELS.__contains__, thresholds):
         masked[rule], fast[rule] = Masked(model, thresholds[rule]), OnKernels(model, thresholds[rule])
-    new, published = settings.new_tokens, Correction(PERIOD, THRESHOLD)
+    new, published = settings.timed_tokens, Correction(PERIOD, THRESHOLD)
     lossless = replace(published, threshold=None)
     full = greedy(model, prompt, new)[0]
     rows: dict[tuple[str, str], dict] = {("full", "full"): {"same_tokens": True, "advance": 1.0, "megabytes": 1.0}}

@@ -102,9 +102,10 @@ class CorrectionConfig:
     new_tokens: int = 48
     thresholds: tuple[float, ...] = (0.02, 0.1, 0.5)  # least probabilities of an accepted draft
     rounds: int = 5  # of each way of decoding that is timed
+    timed_tokens: int = 24  # new ones of the one prompt after which ways are timed
 
     def __post_init__(self) -> None:
-        for name, least in (("documents", 1), ("prompt", 2), ("new_tokens", 2), ("rounds", 1)):
+        for name, least in (("documents", 1), ("prompt", 2), ("new_tokens", 2), ("rounds", 1), ("timed_tokens", 2)):
             check(getattr(self, name) >= least, f"correction.{name} is {getattr(self, name)}; give {least} or more.")
         rising = list(self.thresholds) == sorted(set(self.thresholds)) and all(0 <= one <= 1 for one in self.thresholds)
         check(

@@ -22,7 +22,7 @@ from sparsity_utils.study.profiles import CorrectionConfig
 from sparsity_utils.study.study import Study
 
 TEXTS = ("english", "python", "arithmetic")
-SETTINGS = CorrectionConfig(documents=3, prompt=20, new_tokens=12, thresholds=(0.004, 0.1), rounds=1)
+SETTINGS = CorrectionConfig(documents=3, prompt=20, new_tokens=12, thresholds=(0.004, 0.1), rounds=1, timed_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,14 @@ def test_a_study_without_the_model_measures_its_own_and_says_how_to_get_it(tmp_p
     monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
     text = write_text(tmp_path / "text")
     content = profile_content(text) | {
-        "correction": {"documents": 2, "prompt": 8, "new_tokens": 6, "thresholds": [0.1], "rounds": 1}
+        "correction": {
+            "documents": 2,
+            "prompt": 8,
+            "new_tokens": 6,
+            "thresholds": [0.1],
+            "rounds": 1,
+            "timed_tokens": 6,
+        }
     }
     study = Study.open("run", write_profile(tmp_path, content), "correction", model="")
     assert study.answers("correction") and study.jobs(*CORRECTION) == []
