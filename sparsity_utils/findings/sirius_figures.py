@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
+from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, styled
 from sparsity_utils.laws.corrections import near_ties, prefix_rises
 
 RULES = {"full": "full model", "fsparse": "FSparse", "csparse": "CSparse", "teal": "TEAL, top-k", "cett": "CETT"}
@@ -55,7 +55,7 @@ def prefixes_table(prefixes: pd.DataFrame) -> pd.DataFrame:
     table["rule"] = table["rule"].map(RULES)
     table[["fresh", "repeated", "disagreed"]] *= 100
     names = {"fresh": "rise on fresh text %", "repeated": "rise on repeated text %", "disagreed": "another word %"}
-    return table.rename(columns=names).round(1)
+    return table.rename(columns=names).round(1).replace(-0.0, 0.0)
 
 
 def lossless_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -66,27 +66,33 @@ def lossless_table(table: pd.DataFrame) -> pd.DataFrame:
 
 @styled
 def trade_figure(ways: pd.DataFrame) -> ShownFigure:
-    """Left, advance against threshold, with break-even; right, quality against what is read."""
+    """Above, advance against threshold, with break-even; below, quality against reads; a column for each text."""
     rows = ways[(ways["way"] == "corrected") & (ways["text"] != "arithmetic")]
-    figure, (left, right) = side_by_side(2)
-    for number, (name, curve) in enumerate(rows.groupby(["model", "text", "rule"], sort=False)):
-        look, curve = Look(number), curve.sort_values("threshold")
-        style = {"color": look.colour, "marker": look.marker, "linestyle": look.line}
-        left.plot(curve["threshold"], curve["advance"], **style)
-        left.axhline(curve["break_even"].iloc[0], color=look.colour, linewidth=0.8, linestyle=":")
-        model, text, rule = name
+    panels, rules = list(rows.groupby(["model", "text"], sort=False)), [rule for rule in RULES if rule != "full"]
+    figure = ShownFigure(figsize=(3.2 * len(panels), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False, sharey="row", sharex="row")
+    for (upper, lower), ((model, text), curves) in zip(axes.T, panels, strict=True):
         full = ways[(ways["model"] == model) & (ways["text"] == text) & (ways["way"] == "full")]
-        lost = curve["log_likelihood"] - full["log_likelihood"].iloc[0]
-        right.plot(curve["effective_density"], lost, label=f"{model}, {text}, {RULES[rule]}", **style)
-    left.set(xscale="log", xlabel="Threshold of acceptance", ylabel="Average advance (tokens)", title="Advance")
-    right.set(xlabel="Weights read per token (full model: 1)", ylabel="Nats per token above the full model's text")
-    right.set_title("Quality against reads")
-    right.axvline(1, color="grey", linewidth=0.8)
-    right.axhline(0, color="grey", linewidth=0.8)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=7)
-    counts = rows.groupby("model")["documents"].first()
-    basis = ", ".join(f"{count} documents of each text ({model})" for model, count in counts.items())
-    return captioned(figure, f"Dotted: break-even, 15 d + 1. Points on the right are thresholds. {basis}.")
+        for number, rule in enumerate(rules):
+            look, curve = Look(number), curves[curves["rule"] == rule].sort_values("threshold")
+            if curve.empty:
+                continue
+            style = {"color": look.colour, "marker": look.marker, "linestyle": look.line, "label": RULES[rule]}
+            upper.plot(curve["threshold"], curve["advance"], **style)
+            upper.axhline(curve["break_even"].iloc[0], color=look.colour, linewidth=0.8, linestyle=":")
+            lower.plot(curve["effective_density"], curve["log_likelihood"] - full["log_likelihood"].iloc[0], **style)
+        ticks = sorted(curves["threshold"].unique())
+        upper.set(xscale="log", xlabel="Threshold of acceptance", xticks=ticks, xticklabels=[f"{t:g}" for t in ticks])
+        upper.minorticks_off()
+        upper.set_title(f"{model}, {text}: {full['documents'].iloc[0]} documents")
+        lower.set(xlabel="Weights read per token (full model: 1)")
+        lower.axvline(1, color="grey", linewidth=0.8)
+        lower.axhline(0, color="grey", linewidth=0.8)
+    axes[0, 0].set(ylabel="Average advance (tokens)")
+    axes[1, 0].set(ylabel="Log-likelihood per token,\nless the full model's (nats)")
+    found = {name: line for row in axes.flat for line, name in zip(*row.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=len(found))
+    return captioned(figure, "Dotted: break-even, 15 d + 1. A curve's points are thresholds.")
 
 
 @styled

@@ -54,10 +54,10 @@ def recoveries(table: pd.DataFrame, threshold: float) -> Estimates:
             return (sums["corrected"] - sums["sparse"]) / (sums["full"] - sums["sparse"])
 
         lacks = over_documents(sums, lambda sums: sums["full"] - sums["sparse"])
-        estimate = over_documents(sums, recovered)
+        found = over_documents(sums, recovered) if lacks.low > 0 else lacks
         if lacks.low <= 0:
-            estimate = no_estimate("the sparse text is not clearly less likely than the full model's", len(sums))
-        estimates[f"{rule} on {text}"] = estimate
+            found = no_estimate("the sparse text is not clearly less likely than the full model's", len(sums))
+        estimates[f"{rule} on {text}"] = found
     return estimates
 
 

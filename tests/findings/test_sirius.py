@@ -72,6 +72,12 @@ def test_few_documents_decide_nothing(tmp_path):
     assert set(words(single).values()) == {"inconclusive"}
 
 
+def test_texts_that_are_all_alike_have_no_quotient(tmp_path):
+    alike = sirius.verdicts(found_in(tmp_path, correction_table().assign(log_likelihood=-1.0)))
+    recovery = next(verdict for verdict in alike if verdict.claim.key == "recovery")
+    assert recovery.verdict == "inconclusive" and "not clearly less likely" in recovery.reason
+
+
 def test_the_claims_are_not_on_our_own_model_nor_on_sums_nor_on_other_rules(tmp_path):
     own = correction_table(advance=5.0, recovered=0.0).assign(model="relu")
     both = found_in(tmp_path, pd.concat([correction_table(), own]))
