@@ -235,7 +235,7 @@ def planned_pieces(subject: Subject, documents: Documents, settings: CorrectionC
             drafts = 1 if way.correction is None else 2.5 * way.correction.width  # of so many a token that stays costs
             cost = scored + round(drafts * settings.new_tokens * (PASS / 2 + len(rows)))
             plan.append((f"{place}-{way.name}", cost, partial(batch.decoded, way)))
-        plan.append((f"{place}-prefixes", 7 * scored * len(subject.drafters), batch.prefixes))
+        plan.append((f"{place}-prefixes", scored * (1 + 2 * len(subject.drafters)), batch.prefixes))
     return plan
 
 
@@ -297,12 +297,20 @@ class _Batch:
         about = {"rule": way.rule, "way": way.way, "threshold": threshold, "density": self.subject.densities[way.rule]}
         return {"correction": rows.assign(**about), **frames}
 
-    def _log_likelihoods(self, tokens: Tensor) -> list[float]:
-        """Log-likelihood of the tokens after the prompts under the full model, summed over each text, in nats."""
-        found = []
-        for prompts, own in zip(self.prompts.split(SCORED), tokens.split(SCORED), strict=True):
-            logits = self.model(input_ids=torch.cat([prompts, own], dim=1), logits_to_keep=self.new + 1).logits
-            found += (-_summed(logits[:, :-1], own)).tolist()
+    @cached_property
+    def read(self) -> list[KeptText]:
+        """The full model after all but the last token of the prompts, of SCORED documents each."""
+        return [KeptText(self.model, prompts[:, :-1]) for prompts in self.prompts.split(SCORED)]
+
+    def _log_likelihoods(self, tokens: Tensor, skipped: int = 0) -> list[float]:
+        """Log-likelihood of the tokens after the prompts under the full model, summed over each text, in nats.
+
+        skipped: that many first ones do not count.
+        """
+        found, parts = list[float](), (part.split(SCORED) for part in (self.prompts, tokens))
+        for text, prompts, own in zip(self.read, *parts, strict=True):
+            logits = _after(text, torch.cat([prompts[:, -1:], own], dim=1))
+            found += (-_summed(logits[:, skipped:], own[:, skipped:])).tolist()
         return found
 
     def _shown(self, way: Way, tokens: Tensor, kinds: Tensor) -> Frames:
@@ -316,32 +324,34 @@ class _Batch:
 
     def prefixes(self) -> Frames:
         """How sparse models do when they are fed the full model's text, fresh text, and the prompt once more."""
-        rows = [
-            self._prefixes(rule, part)
-            for rule in self.subject.drafters
-            for part in torch.arange(len(self.about)).split(SCORED)
-        ]
-        return {"correction_prefixes": pd.concat(rows).sort_index(kind="stable")}  # each text's rules side by side
+        given = {"disagreed": self.full, "fresh": self.fresh, "repeated": self.prompts}
+        dense = {name: self._log_likelihoods(given[name], skipped=1) for name in ("fresh", "repeated")}
+        tables = []
+        for rule, drafter in self.subject.drafters.items():
+            table = self.about[["text", "document"]].assign(rule=rule, tokens=self.new - 1)
+            table["predicted"] = self.fresh.shape[1] - 1
+            found: dict[str, list[float]] = {name: [] for name in given}
+            for rows in torch.arange(len(table)).split(SCORED):
+                with drafter.reading(self.prompts[rows]):
+                    text = KeptText(self.model, self.prompts[rows])
+                for name, tokens in given.items():
+                    with drafter.drafting(torch.arange(len(rows), device=tokens.device)):
+                        logits = _after(text, tokens[rows])
+                    wanted = tokens[rows, 1:]
+                    differs = (logits.argmax(-1) != wanted).sum(1)
+                    found[name] += (differs if name == "disagreed" else _summed(logits, wanted)).tolist()
+            table["disagreed"] = found["disagreed"]
+            for name, values in dense.items():
+                table[f"{name}_full"], table[f"{name}_sparse"] = [-value for value in values], found[name]
+            tables.append(table)
+        return {"correction_prefixes": pd.concat(tables).sort_index(kind="stable")}  # each text's rules side by side
 
-    def _prefixes(self, rule: str, rows: Tensor) -> pd.DataFrame:
-        drafter, prompts, full = self.subject.drafters[rule], self.prompts[rows], self.full[rows]
-        table = self.about.loc[rows.tolist(), ["text", "document"]]
-        table = table.assign(rule=rule, tokens=self.new - 1, predicted=self.fresh.shape[1] - 1)
-        sparse = self._logits(prompts, full, drafter)
-        table["disagreed"] = (sparse.argmax(-1) != full[:, 1:]).sum(1).tolist()
-        for name, text in (("fresh", self.fresh[rows]), ("repeated", prompts)):
-            table[f"{name}_full"] = _summed(self._logits(prompts, text), text[:, 1:]).tolist()
-            table[f"{name}_sparse"] = _summed(self._logits(prompts, text, drafter), text[:, 1:]).tolist()
-        return table
 
-    def _logits(self, prompts: Tensor, tokens: Tensor, drafter: Drafter | None = None) -> Tensor:
-        """Logits for all but the first of the `tokens` after `prompts`, which the full model reads."""
-        if drafter is None:
-            return KeptText(self.model, prompts).run(tokens[:, :-1])
-        with drafter.reading(prompts):
-            text = KeptText(self.model, prompts)
-        with drafter.drafting(torch.arange(len(tokens), device=tokens.device)):
-            return text.run(tokens[:, :-1])
+def _after(text: KeptText, tokens: Tensor) -> Tensor:
+    """Logits after each of the tokens, (texts, length), but the last one; they are taken back."""
+    logits = text.run(tokens[:, :-1])
+    text.drop(torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device))
+    return logits
 
 
 def _summed(logits: Tensor, tokens: Tensor) -> Tensor:
