@@ -109,7 +109,7 @@ def many_lines(tmp_path_factory):
 @pytest.mark.parametrize("path", paths.collection(), ids=lambda path: path.stem)
 def test_the_runs_of_a_notebook_are_those_that_its_cells_ask_for(path: Path, many_lines, monkeypatch):
     asked = Asked(many_lines)
-    monkeypatch.setattr(Study, "open", lambda source, profile, **settings: asked)
+    monkeypatch.setattr(Study, "open", lambda source, profile, *section, **settings: asked)
     names = {"display": print}
     for cell in notebook_checks.code_cells(nbformat.read(path, as_version=4)):
         with contextlib.suppress(Exception):
