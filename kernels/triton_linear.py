@@ -31,7 +31,7 @@ def run(linear: SparseLinear, x: Tensor) -> Tensor:
         )
     tokens, d = x.shape
     block_d = 256 // min(linear.weight_t.element_size(), 4)
-    blocks = blocks_of(linear, block_d)  # (columns, 3)
+    blocks = linear.blocks(block_d)  # (columns, 3)
     split = max(min(triton.cdiv(d, ROWS), PROGRAMS // len(blocks)), 1)
     y = torch.empty(tokens, sum(linear.widths), dtype=x.dtype, device=x.device)
     parts = torch.empty(split, *y.shape, dtype=torch.float32, device=x.device)
@@ -49,15 +49,6 @@ def run(linear: SparseLinear, x: Tensor) -> Tensor:
             BLOCK_D=block_d,
         )
     return y
-
-
-def blocks_of(linear: SparseLinear, block_d: int) -> Tensor:
-    """What each column of programs owns: map, first output, and the end of the map's outputs, (columns, 3), int32."""
-    rows, start = [], 0
-    for number, width in enumerate(linear.widths):
-        rows += [(number, first, start + width) for first in range(start, start + width, block_d)]
-        start += width
-    return torch.tensor(rows, dtype=torch.int32, device=linear.weight_t.device)
 
 
 @triton.jit(do_not_specialize=["tokens"])

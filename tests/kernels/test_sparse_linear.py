@@ -207,3 +207,20 @@ def test_what_does_not_fit_is_refused(change, says):
 def test_an_input_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"x must be \(\.\.\., 63\), float32"):
         maps()(torch.zeros(2, 62))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("rule", ["limits", "norms"])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_cuda_graph_replays_a_call_on_new_inputs(rule, tokens):
+    linear = maps(dtype=torch.bfloat16, rule=rule)
+    x, other = inputs(linear, tokens), inputs(linear, tokens, seed=2)
+    linear(x)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x)
+    for new in (x.clone(), other):
+        x.copy_(new)
+        graph.replay()
+        assert_close(y, reference(linear, new))
+        assert torch.equal(y, linear(new))
