@@ -95,8 +95,11 @@ def linear_kernel(
             terms += tl.sum(x, axis=0)[:, None] * w.to(tl.float32)
         elif w.dtype == tl.float32 or INTERPRETED:
             terms = tl.dot(x, w.to(tl.float32), terms, input_precision="ieee")
-        else:  # weights of 16 or 8 bits are exact in tf32
-            terms = tl.dot(nearest_tf32(x), w.to(tl.float32), terms, input_precision="tf32")
+        else:  # weights of 16 or 8 bits are exact in tf32, and so is x of 16 bits without a scale
+            near = nearest_tf32(x)
+            terms = tl.dot(near, w.to(tl.float32), terms, input_precision="tf32")
+            if x_ptr.dtype.element_ty == tl.float32:
+                terms = tl.dot(nearest_tf32(x - near), w.to(tl.float32), terms, input_precision="tf32")
     y = tl.sum(terms, axis=0)[None, :] if T == 1 else terms
     place, inside = row * outputs + out, (row < tokens) & (out < end)
     tl.store(parts_ptr + split * tokens * outputs + place, y, mask=inside)
