@@ -55,8 +55,8 @@ def sizes_for(ffn: SparseFFN, tokens: int) -> Sizes:
     d, d_out, kb = ffn.w_gate.shape[1], ffn.w_down_t.shape[1], 1024 // ffn.w_gate.element_size()
     longest = max(triton.next_power_of_2(d), 16)
     if tokens == 1:
-        hidden = {"t": 1, "block_n": 8, "block_k": kb, "group": 2, "up_block_k": 4 * kb, "stages": 1, "warps": 2}
-        down = {"block_d": kb // 4, "rows": 32, "row_stages": 1}
+        hidden = {"t": 1, "block_n": 16, "block_k": kb, "group": 4, "up_block_k": 4 * kb, "stages": 1, "warps": 4}
+        down = {"block_d": 64, "rows": 64, "row_stages": 1}
     else:
         hidden = {"t": 16, "block_n": 32, "block_k": kb // 4, "group": 32, "up_block_k": kb // 4}
         hidden |= {"stages": 4, "warps": 4}

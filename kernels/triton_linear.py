@@ -14,6 +14,7 @@ from kernels import naive
 from kernels.linear import SparseLinear
 from kernels.triton_ffn import INTERPRETED, PROGRAMS, nearest_tf32, sum_of_parts
 
+CHUNK = 64  # inputs that are looked at together
 ROWS = 32  # inputs whose rows are read together
 
 
@@ -32,7 +33,10 @@ def run(linear: SparseLinear, x: Tensor) -> Tensor:
     tokens, d = x.shape
     block_d = 256 // min(linear.weight_t.element_size(), 4)
     blocks = linear.blocks(block_d)  # (columns, 3)
-    split = max(min(triton.cdiv(d, ROWS), PROGRAMS // len(blocks)), 1)
+    split = max(min(triton.cdiv(d, CHUNK), PROGRAMS // len(blocks)), 1)
+    own = CHUNK * triton.cdiv(d, CHUNK * split)  # neighbouring inputs of one program
+    split = triton.cdiv(d, own)
+    active = torch.empty(len(blocks), split, own, dtype=torch.int32, device=x.device)
     y = torch.empty(tokens, sum(linear.widths), dtype=x.dtype, device=x.device)
     parts = torch.empty(split, *y.shape, dtype=torch.float32, device=x.device)
     arrived = torch.zeros(len(blocks), dtype=torch.int32, device=x.device)
@@ -42,9 +46,11 @@ def run(linear: SparseLinear, x: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
         linear_kernel[(len(blocks), split)](
             *(x, linear.weight_t, linear.bias, linear.limits, linear.norms, least, linear.scale),
-            *(blocks, arrived, parts, y, tokens, d, y.shape[1]),
+            *(blocks, active, arrived, parts, y, tokens, d, y.shape[1]),
             T=1 if tokens == 1 else 16,
             SPLIT=split,
+            OWN=own,
+            CHUNK=CHUNK,
             ROWS=ROWS,
             BLOCK_D=block_d,
         )
@@ -61,6 +67,7 @@ def linear_kernel(
     least_ptr,  # (maps, tokens), None with limits
     scale_ptr,  # (maps, d), or None
     blocks_ptr,  # (columns, 3)
+    active_ptr,  # (columns, SPLIT, OWN), int32: room for the active inputs of each program
     arrived_ptr,  # (columns,), int32, zeros
     parts_ptr,  # (SPLIT, tokens, outputs), float32
     y_ptr,  # out: (tokens, outputs)
@@ -69,6 +76,8 @@ def linear_kernel(
     outputs,
     T: tl.constexpr,
     SPLIT: tl.constexpr,
+    OWN: tl.constexpr,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -78,28 +87,38 @@ def linear_kernel(
     end = tl.load(blocks_ptr + column * 3 + 2)
     out = tl.load(blocks_ptr + column * 3 + 1) + tl.arange(0, BLOCK_D)[None, :]
     row = tl.arange(0, T)[:, None]
+    own = active_ptr + (column * SPLIT + split) * OWN
+    count = 0
+    for first in range(0, OWN, CHUNK):
+        j = split * OWN + first + tl.arange(0, CHUNK)
+        x = masked(x_ptr, limits_ptr, norms_ptr, least_ptr, number, row, j, tokens, d)  # (T, CHUNK)
+        active = tl.max((x != 0).to(tl.int32), axis=0)
+        tl.store(own + count + tl.cumsum(active) - active, j, mask=active > 0)
+        count += tl.sum(active)
+    tl.debug_barrier()
     terms = tl.zeros((ROWS if T == 1 else T, BLOCK_D), tl.float32)
-    for first in range(split * ROWS, d, SPLIT * ROWS):
-        j = first + tl.arange(0, ROWS)
+    for first in range(0, count, ROWS):
+        rank = first + tl.arange(0, ROWS)
+        j = tl.load(own + rank, mask=rank < count, other=d)
         x = masked(x_ptr, limits_ptr, norms_ptr, least_ptr, number, row, j, tokens, d)  # (T, ROWS)
-        read = (j < d) & (tl.max((x != 0).to(tl.int32), axis=0) > 0)
-        if scale_ptr is not None:
-            x *= tl.load(scale_ptr + number * d + j, mask=j < d, other=0.0)[None, :]
         w = tl.load(
             w_ptr + j.to(tl.int64)[:, None] * outputs + out,
-            mask=read[:, None] & (out < end),
+            mask=(j < d)[:, None] & (out < end),
             other=0.0,
             eviction_policy="evict_first",
         )
+        if scale_ptr is not None:
+            x *= tl.load(scale_ptr + number * d + j, mask=j < d, other=0.0)[None, :]
         if T == 1:
             terms += tl.sum(x, axis=0)[:, None] * w.to(tl.float32)
         elif w.dtype == tl.float32 or INTERPRETED:
             terms = tl.dot(x, w.to(tl.float32), terms, input_precision="ieee")
-        else:  # weights of 16 or 8 bits are exact in tf32, and so is x of 16 bits without a scale
+        elif scale_ptr is None:
+            terms = tl.dot(x.to(w.dtype), w, terms)  # x was of this dtype
+        else:  # integers are exact in tf32; x times its scale is two numbers of tf32
             near = nearest_tf32(x)
             terms = tl.dot(near, w.to(tl.float32), terms, input_precision="tf32")
-            if x_ptr.dtype.element_ty == tl.float32:
-                terms = tl.dot(nearest_tf32(x - near), w.to(tl.float32), terms, input_precision="tf32")
+            terms = tl.dot(nearest_tf32(x - near), w.to(tl.float32), terms, input_precision="tf32")
     y = tl.sum(terms, axis=0)[None, :] if T == 1 else terms
     place, inside = row * outputs + out, (row < tokens) & (out < end)
     tl.store(parts_ptr + split * tokens * outputs + place, y, mask=inside)
