@@ -269,7 +269,7 @@ def products(
             w = tl.load(w_rows + k, mask=read[:, None] & (k < d), other=0.0, eviction_policy="evict_first")
             if INTERPRETED:  # the interpreter's tl.dot takes bfloat16 for integers
                 x, w = x.to(tl.float32), w.to(tl.float32)
-            sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
+            sums = tl.dot(x, tl.trans(w), sums, input_precision="tf32x3")
     if b_ptr is not None:
         sums += tl.load(b_ptr + neuron, mask=read, other=0.0).to(tl.float32)[None, :]
     return sums
@@ -319,7 +319,7 @@ def packed_sum(
         else:
             h = tl.load(h_ptr + slot[None, :] * T + row, mask=read[None, :], other=0.0)  # (T, ROWS)
             if w.dtype == tl.float32:
-                terms = tl.dot(h, w, terms, input_precision="ieee")
+                terms = tl.dot(h, w, terms, input_precision="tf32x3")
             else:  # weights of 16 bits are exact in tf32
                 terms = tl.dot(nearest_tf32(h), w.to(tl.float32), terms, input_precision="tf32")
     return tl.sum(terms, axis=0)[None, :] if T == 1 else terms
