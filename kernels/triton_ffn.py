@@ -41,16 +41,15 @@ class Sizes:
 
 
 def sizes_for(ffn: SparseFFN, tokens: int) -> Sizes:
-    """Block sizes for an FFN of any shape. Chosen by reasoning for an H100 or H200, not yet measured on one.
+    """Block sizes for an FFN of any shape.
 
-    One token: a program of `hidden_kernel` asks for 8 kB of weights at a time. Five or more fit on a multiprocessor,
-    which keeps 40 kB in flight; latency x bandwidth asks for 25. Two warps span a row's step in 16-byte loads, so that
-    x has the layout of the weights and no step waits at a barrier. Of 8 neurons at 90% sparsity none or one is active:
-    W_up is read two rows at a time, in longer steps. `down_kernel` takes 32 rows at a time: 64 would need so many
-    registers that not all of its programs could run at once.
+    One token: the fastest of 90 on an H100 for the published 2.4B shape, half and 90% of the neurons inactive, float32
+    and bfloat16 (within 8% of the best of each case; those chosen by reasoning before were up to 32% slower). At 90%
+    they take 0.035 and 0.024 ms, where torch's dense FFN takes 0.072 and 0.041.
 
     More tokens: most neurons are active for some token, so W_up is read as W_gate is. Each program reads x again, from
-    L2, so it takes 32 neurons, and loads are pipelined.
+    L2, so it takes 32 neurons, and loads are pipelined. Chosen by reasoning: on an H100 they are 0.8 to 1.1 times as
+    fast as torch.
     """
     d, d_out, kb = ffn.w_gate.shape[1], ffn.w_down_t.shape[1], 1024 // ffn.w_gate.element_size()
     longest = max(triton.next_power_of_2(d), 16)
