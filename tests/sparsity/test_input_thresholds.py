@@ -117,7 +117,7 @@ class OneLayer:
         if linear.layer != self.layer:
             return torch.ones_like(x, dtype=torch.bool)
         z = linear.coordinates(self.seen[linear.index])
-        scores = self.rule.scores(linear, z.abs()).flatten()
+        scores = self.rule.scores(linear, z.abs()).flatten().sort().values
         value = self.rule.value(linear, min(1.0, self.sparsities[linear.role]), scores)
         return self.rule.active(linear, x.abs(), value)
 
