@@ -103,5 +103,5 @@ def check_stack(first: Tensor, second: Tensor, x: Tensor, share: float) -> Stack
 
 def counter_example() -> tuple[Tensor, Tensor, Tensor]:
     """Two diagonal maps and four vectors on which masks by |x_j| beat WINA's at k = 1: bound 0.023 against 200."""
-    signs = torch.cartesian_prod(torch.tensor([1.0, -1.0]), torch.tensor([0.9, -0.9]))
-    return torch.diag(torch.tensor([1.0, 1.2])), torch.diag(torch.tensor([10.0, 0.1])), signs.double()
+    numbers = torch.tensor([[1.0, -1.0], [0.9, -0.9], [1.0, 1.2], [10.0, 0.1]], dtype=torch.float64)
+    return numbers[2].diag(), numbers[3].diag(), torch.cartesian_prod(numbers[0], numbers[1])

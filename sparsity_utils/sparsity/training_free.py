@@ -215,6 +215,26 @@ class TrainingFree:
             calibrated_sparsity=calibrated_sparsity,
         )
 
+    def path(self, rule: str, rotate: bool = False, known: pd.DataFrame | None = None) -> pd.DataFrame:
+        """The path of `greedy_sparsities` on the allocation text up to GREEDY_TO; `known`: what this gave before."""
+        key = ("path", rule, rotate)
+        if known is not None:
+            self._known[key] = known
+        if key not in self._known:
+            batches, maps, chosen = self._texts["allocation"], self._maps(rotate), INPUT_RULES[rule]
+            self._known[key] = greedy_path(
+                self.model, batches, chosen, GREEDY_TO, self.greedy_step, maps, self.show_progress
+            )
+        return self._known[key]
+
+    def sparsities(self, rule: str, sparsity: float) -> list[float]:
+        """The sparsity of each map by greedy allocation, without rotation."""
+        return sparsities_along(self.path(rule), self._maps(False), sparsity)
+
+    def thresholds(self, rule: str, sparsity: float, *, greedy: bool = False, rotate: bool = False) -> Thresholds:
+        """Those of `at`, which sets them on the calibration text."""
+        return self._thresholds(_rule(rule, greedy, rotate), sparsity, greedy, rotate)
+
     def block_errors(self, thresholds: Sequence[Thresholds], *, rotate: bool = False) -> pd.DataFrame:
         """`input_thresholds.block_errors` on the calibration text."""
         return block_errors(self.model, self._texts["calibration"], thresholds, self._maps(rotate))
@@ -269,13 +289,7 @@ class TrainingFree:
             "allocation" in self._texts and sparsity <= GREEDY_TO,
             f"A greedy allocation needs allocation text, and goes up to a sparsity of {GREEDY_TO:g}.",
         )
-        key = ("path", rule.name, rotate)
-        if key not in self._known:
-            batches, maps = self._texts["allocation"], self._maps(rotate)
-            self._known[key] = greedy_path(
-                self.model, batches, rule, GREEDY_TO, self.greedy_step, maps, self.show_progress
-            )
-        return sparsities_along(self._known[key], self._maps(rotate), sparsity)
+        return sparsities_along(self.path(rule.name, rotate), self._maps(rotate), sparsity)
 
     def _dense(self, role: str) -> "_Scores":
         if ("dense", role) not in self._known:
