@@ -239,16 +239,14 @@ class _Work:
         """The row of a setting, and sums over its documents where they are stored."""
         try:
             report = self._report(setting)
-        except (
-            InputError
-        ) as error:  # a rise of perplexity that even the whole mask does not reach, as of random weights
+        except InputError as error:  # a rise of perplexity that no mask reaches, as of random weights
             if setting.by != "perplexity":
                 raise
-            return {"": pd.DataFrame([{**asdict(setting), "note": str(error)}])}
+            return {"training_free": pd.DataFrame([{**asdict(setting), "note": str(error)}])}
         row = {**asdict(setting), **_numbers(report, setting)}
-        frames = {"": pd.DataFrame([row])}
+        frames = {"training_free": pd.DataFrame([row])}
         if not self.decoder:
-            frames["_documents"] = report.by_document.assign(**asdict(setting))
+            frames["training_free_documents"] = report.by_document.assign(**asdict(setting))
         return frames
 
     def _report(self, setting: Setting) -> RuleReport:
