@@ -197,12 +197,11 @@ class Found:
         return self.table[~self.table["model"].isin(self.documents["model"].unique())]
 
 
-def analyse(study: Tables) -> Found | None:
-    """The tables of a study, checked; None, and a printed line, where it has none.
+def analyse(study: Tables, table: pd.DataFrame | None) -> Found | None:
+    """The tables of a study, checked, `table` being "training_free" itself; None where it has none.
 
     Raises InputError for missing columns, duplicates and NaN.
     """
-    table = study.table_or_none(QUESTION)
     if table is None:
         return None
     documents, blocks, theory = (study.table(f"{QUESTION}_{name}") for name in ("documents", "blocks", "theory"))
@@ -319,6 +318,7 @@ def _few_tokens(real: pd.DataFrame) -> str:
 
 def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """Every figure that a study has the tables for, with its name."""
-    if study.answers(QUESTION) and (found := analyse(study)) is not None:
+    if study.answers(QUESTION):
+        found = analyse(study, study.table(QUESTION))
         yield "10_pareto", pareto_figure(found)
         yield "10_down", down_figure(found)

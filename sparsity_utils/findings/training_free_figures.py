@@ -37,7 +37,7 @@ def over_seeds(decoders: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _models(found: "Found") -> list[tuple[str, pd.DataFrame]]:
+def models_of(found: "Found") -> list[tuple[str, pd.DataFrame]]:
     """A title and the rows of each kind of model that was measured."""
     parts = []
     if len(found.real):
@@ -93,6 +93,25 @@ def price_table(rows: pd.DataFrame) -> pd.DataFrame | None:
     return wide.reindex(names.unique())
 
 
+def theory_table(found: "Found") -> pd.DataFrame:
+    """What checks of the printed theory found, by kind: maps or stacks, vectors or masks tried, how often each fails."""
+    rows = []
+    for (model, check), group in found.theory.groupby(["model", "check"], sort=False):
+        counts = group[["draws", "violations", "beaten", "errs_less"]].sum()
+        rows.append({"model": model, "check": check, "maps or stacks": len(group), **counts})
+        rows[-1]["identity"] = group["identity"].max()
+    names = {"violations": "fails", "beaten": "lower bound by |x|", "errs_less": "lower error by |x|"}
+    table = pd.DataFrame(rows).rename(columns=names)
+    return table.assign(identity=[f"{worst:.0e}" if worst == worst else "" for worst in table["identity"]])
+
+
+def blocks_table(found: "Found") -> pd.DataFrame:
+    """Greedy allocation of TEAL at half sparsity: mean sparsity of each kind of map, error over uniform, in percent."""
+    roles = [role for role in ("q", "k", "v", "o", "gate", "up", "down") if role in found.blocks]
+    rows = found.blocks.assign(error=found.blocks["greedy"] / found.blocks["uniform"])
+    return (100 * rows.groupby("model", sort=False)[[*roles, "error"]].mean()).round(1)
+
+
 def down_table(rows: pd.DataFrame, level: float) -> pd.DataFrame:
     """Excess loss of masks on the down projection alone, in millinats per token: a row per score."""
     chosen = rows[rows["method"].isin(list(SCORES)) & np.isclose(rows["level"], level)]
@@ -103,7 +122,7 @@ def down_table(rows: pd.DataFrame, level: float) -> pd.DataFrame:
 def shares_table(found: "Found") -> pd.DataFrame:
     """How much of CETT's advantage over Top-k by gates is of its score, and how much of its allocation, in percent."""
     rows = []
-    for title, table in _models(found):
+    for title, table in models_of(found):
         for level in sorted(table.loc[table["method"] == "n", "level"].unique()):
             split = shares(table, level)
             if split is not None:
@@ -115,7 +134,7 @@ def shares_table(found: "Found") -> pd.DataFrame:
 @styled
 def pareto_figure(found: "Found") -> ShownFigure:
     """Excess loss against the share of the weights of all maps that a token reads, one line per method."""
-    models = _models(found)
+    models = models_of(found)
     figure, panels = side_by_side(len(models), share_y=False)
     figure.set_size_inches(4.6 * len(models), 3.9)
     for axes, (title, rows) in zip(panels, models, strict=True):
@@ -145,7 +164,7 @@ def _line(axes: Axes, curve: pd.DataFrame, across: str, name: str, number: int) 
 @styled
 def down_figure(found: "Found") -> ShownFigure:
     """Excess loss of masks on the down projection alone against its sparsity: a colour per score, a line per way."""
-    models = _models(found)
+    models = models_of(found)
     figure, panels = side_by_side(len(models))
     figure.set_size_inches(4.6 * len(models), 3.9)
     for axes, (title, rows) in zip(panels, models, strict=True):
