@@ -209,7 +209,8 @@ def analyse(study: Tables, table: pd.DataFrame | None) -> Found | None:
     model, numbers = ["model", "seed"], ["excess", "skipped", "weights_read", "accuracy", "agreement"]
     require(solved, [*model, *SETTING, *numbers], [*model, *SETTING], numbers, QUESTION)
     key, errors = ["model", *SETTING, "document"], ["uniform", "greedy"]
-    require(documents, [*key, *SUMS], key, SUMS, f"{QUESTION}_documents")
+    if len(documents):
+        require(documents, [*key, *SUMS], key, SUMS, f"{QUESTION}_documents")
     require(blocks, [*model, "layer", *errors], [*model, "layer"], errors, f"{QUESTION}_blocks")
     return Found(solved, documents, blocks, theory)
 

@@ -94,7 +94,7 @@ def price_table(rows: pd.DataFrame) -> pd.DataFrame | None:
 
 
 def theory_table(found: "Found") -> pd.DataFrame:
-    """What checks of the printed theory found, by kind: maps or stacks, vectors or masks tried, how often each fails."""
+    """What checks of the printed theory found, by kind: maps or stacks, vectors or masks tried, how often it fails."""
     rows = []
     for (model, check), group in found.theory.groupby(["model", "check"], sort=False):
         counts = group[["draws", "violations", "beaten", "errs_less"]].sum()
@@ -155,7 +155,7 @@ def pareto_figure(found: "Found") -> ShownFigure:
 
 def _line(axes: Axes, curve: pd.DataFrame, across: str, name: str, number: int) -> None:
     curve, look = curve.sort_values(across), Look(number)
-    reach = np.abs(curve[["low", "high"]].sub(curve["excess"], axis=0)).to_numpy().T
+    reach = np.abs(curve[["low", "high"]].sub(curve["excess"], axis=0)).to_numpy().T.copy()
     reach[0] = np.minimum(reach[0], 0.9 * curve["excess"])  # an interval of few tokens may reach below zero
     style = {"color": look.colour, "marker": look.marker, "linestyle": look.line, "capsize": 2, "elinewidth": 0.8}
     axes.errorbar(100 * curve[across], curve["excess"], np.nan_to_num(reach), label=name, **style)

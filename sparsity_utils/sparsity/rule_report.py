@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from sparsity_utils.console import check
+from sparsity_utils.neurons.input_rules import INPUT_RULES
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.evaluation import interval
 
@@ -39,6 +40,11 @@ class RuleReport:
     def sparsity(self) -> float:
         """Realised: share of the weights of the linear maps that a token does not read."""
         return 1 - self.maps_read / self.maps_weights
+
+    @property
+    def skipped(self) -> float:
+        """Realised: share that is skipped of what the rule judges, inputs of all maps by weight, or neurons."""
+        return skipped(self.maps, self.rule)
 
     @property
     def weights_read(self) -> float:
@@ -84,3 +90,9 @@ class RuleReport:
             self.excess / other.excess - 1 if other.excess else math.nan,
             *interval(replicates, self.documents, COVERAGE),
         )
+
+
+def skipped(maps: pd.DataFrame, rule: str) -> float:
+    """`RuleReport.skipped` of a rule, from the weights and the share read of each map."""
+    judged = maps if rule in INPUT_RULES else maps[maps["role"] == "down"]
+    return 1 - float((judged["weights"] * judged["share_read"]).sum() / judged["weights"].sum())

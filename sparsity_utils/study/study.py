@@ -229,7 +229,8 @@ class Study(Tables):
                 parts.append(training_free.measured(about, model, texts, *shares, settings, folder, decoder=True))
             for name in TRAINING_FREE:
                 frames = [part[name] for part in parts if name in part]
-                self._of_models[name] = pd.concat(frames, ignore_index=True)
+                none = pd.DataFrame(columns=training_free.DOCUMENT_COLUMNS)  # trained decoders have no sums by document
+                self._of_models[name] = pd.concat(frames, ignore_index=True) if frames else none
         return self._of_models[question]
 
     def lacking(self, question: str) -> str:

@@ -39,10 +39,18 @@ from sparsity_utils.text.windows import read_documents, split_documents
 VERSION = 1  # raise it when the same settings would measure other numbers
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # 200 MB and 3.2 GB of float32 logits at a vocabulary of 49,152
 VECTORS = 64  # that the printed theory is checked on, of each map
+BEYOND = 0.05  # of a block: how far greedy paths go beyond the largest sparsity, which top-k rules round
+QUARTER = 0.25  # sparsity of TEAL that is measured in any case, for the claims on it
 HALF = 0.5  # block sparsity at which greedy and uniform allocation are compared block by block
-TRIALS = 9  # passes over calibration text in which a sparsity is solved for a rise of perplexity, about
+TRIALS = {"perplexity": 9, "sparsity": 2}  # passes over calibration text in which a setting is solved, about
+TOP_K = [name for name, rule in INPUT_RULES.items() if rule.per_token]
 # A masked pass of SmolLM2-135M over 2,048 tokens on two quiet cores, as `Pieces` counts cost.
 SECONDS_PER_TOKEN_AND_PARAMETER = 2.5e-11
+
+DOCUMENT_COLUMNS = (  # of the table training_free_documents
+    *("document", "tokens", "loss_dense", "loss", "right_dense", "right", "agreed"),
+    *("method", "allocation", "by", "level", "rotated", "model", "seed"),
+)
 
 Texts = tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], list[dict[str, Tensor]]]  # of each role, in this order
 ROLES = ("calibration", "allocation", "evaluation")
@@ -66,7 +74,7 @@ class Setting:
 
 def settings_of(sparsities: Sequence[float], prices: Sequence[float]) -> list[Setting]:
     """All that is measured of a model; what the claims need first."""
-    found = []
+    found = [Setting("teal", "uniform", "sparsity", QUARTER)] if QUARTER not in sparsities else []
     for share in sorted(sparsities, key=lambda share: abs(share - HALF)):
         found += [Setting(rule, "uniform", "sparsity", share) for rule in (*INPUT_RULES, Cats.name)]
         found += [Setting("teal", "greedy", "sparsity", share), Setting("wina", "uniform", "weights", 1 - share, True)]
@@ -149,7 +157,8 @@ def measured(
 
     Raises InputError for a model that cannot be measured.
     """
-    return _Work(about, model, texts, settings, folder, decoder).tables(settings_of(sparsities, prices))
+    greedy_to = GREEDY_TO if prices else max(sparsities) + BEYOND
+    return _Work(about, model, texts, settings, folder, decoder, greedy_to).tables(settings_of(sparsities, prices))
 
 
 def example_table() -> pd.DataFrame:
@@ -169,8 +178,10 @@ class _Work:
         settings: TrainingFreeConfig,
         folder: Path,
         decoder: bool,
+        greedy_to: float,
     ) -> None:
-        self.about, self.model, self.settings, self.decoder = about, model, settings, decoder
+        self.about, self.model, self.settings = about, model, settings
+        self.decoder, self.greedy_to = decoder, greedy_to
         size = BATCH_TOKENS[model.device.type]
         self.texts = dict(zip(ROLES, (batched(part, size) for part in texts), strict=True))
         self.tokens = {role: part[0]["input_ids"].numel() for role, part in zip(ROLES, texts, strict=True)}
@@ -183,10 +194,9 @@ class _Work:
     @cached_property
     def judge(self) -> TrainingFree:
         """The protocol on these texts."""
-        step = self.settings.greedy_step
-        return TrainingFree(
-            self.model, self.texts["calibration"], self.texts["evaluation"], self.texts["allocation"], greedy_step=step
-        )
+        calibration, allocation, evaluation = (self.texts[role] for role in ROLES)
+        greedy = {"greedy_step": self.settings.greedy_step, "greedy_to": self.greedy_to}
+        return TrainingFree(self.model, calibration, evaluation, allocation, **greedy)
 
     @cached_property
     def calibration(self) -> list[Batch]:
@@ -223,16 +233,16 @@ class _Work:
 
     def _plan(self, settings: list[Setting]) -> list[tuple[str, int, Callable[[], Frames]]]:
         """Name, expected cost in tokens and measurement of every piece."""
-        steps = round(GREEDY_TO / self.settings.greedy_step) * 7  # trials, one for each map of a block
+        steps = round(self.greedy_to / self.settings.greedy_step) * 7  # trials, one for each map of a block
         calibration, allocation, evaluation = (self.tokens[role] for role in ROLES)
         plan: list[tuple[str, int, Callable[[], Frames]]] = [
-            ("path", steps * allocation, lambda: {"path": self.judge.path("teal")}),
+            (f"path-{self.greedy_to:g}", steps * allocation, lambda: {"path": self.judge.path("teal")}),
             ("theory", 2 * VECTORS, lambda: {"training_free_theory": self.theory()}),
             ("blocks", 3 * calibration, lambda: {"training_free_blocks": self.blocks()}),
         ]
         for setting in settings:
-            solving = TRIALS * calibration * (setting.by == "perplexity")
-            plan.append((setting.name, evaluation + solving, partial(self.reported, setting)))
+            trials = TRIALS.get(setting.by, 0)
+            plan.append((setting.name, evaluation + trials * calibration, partial(self.reported, setting)))
         return plan
 
     def reported(self, setting: Setting) -> Frames:
@@ -243,7 +253,7 @@ class _Work:
             if setting.by != "perplexity":
                 raise
             return {"training_free": pd.DataFrame([{**asdict(setting), "note": str(error)}])}
-        row = {**asdict(setting), **_numbers(report, setting)}
+        row = {**asdict(setting), **_numbers(report)}
         frames = {"training_free": pd.DataFrame([row])}
         if not self.decoder:
             frames["training_free_documents"] = report.by_document.assign(**asdict(setting))
@@ -252,18 +262,23 @@ class _Work:
     def _report(self, setting: Setting) -> RuleReport:
         method, level, judge = setting.method, setting.level, self.judge
         options = {"greedy": setting.allocation == "greedy", "rotate": setting.rotated}
-        if method in SCORES:
-            return judge.evaluated(self.down.mask(method, setting.allocation, level), calibrated_sparsity=level)
         if setting.by == "perplexity":
             return judge.at_perplexity(method, level, **options)
         if setting.by == "weights":
             return judge.at_weights_read(method, level, **options)
-        nearest = INPUT_RULES["wina"].nearest(level, self.widths)  # the same for all, so that they can be compared
-        return judge.at(method, level if method == Cats.name else nearest, **options)
+        if method in SCORES:
+            return judge.at_realised(partial(self.down.mask, method, setting.allocation), level)
+        if method in TOP_K:
+            return judge.at(method, self.nearest(level))
+        return judge.at_realised(partial(judge.thresholds, method, greedy=options["greedy"]), self.nearest(level))
+
+    def nearest(self, level: float) -> float:
+        """The sparsity nearest to `level` that top-k rules can meet in all maps: the same for all rules."""
+        return INPUT_RULES["wina"].nearest(level, self.widths)
 
     def blocks(self) -> pd.DataFrame:
         """Error of each block under the uniform and the greedy thresholds of TEAL, and the greedy sparsities."""
-        level = INPUT_RULES["wina"].nearest(HALF, self.widths)
+        level = self.nearest(HALF)
         pair = [self.judge.thresholds("teal", level, greedy=greedy) for greedy in (False, True)]
         errors = self.judge.block_errors(pair).set_axis(["uniform", "greedy"], axis=1)
         maps = find_linears(self.model)
@@ -297,16 +312,13 @@ class _Work:
         return pd.DataFrame(rows)
 
 
-def _numbers(report: RuleReport, setting: Setting) -> dict[str, object]:
+def _numbers(report: RuleReport) -> dict[str, object]:
     """The numbers of a report that are stored."""
-    read = report.maps["weights"] * report.maps["share_read"]
-    down = report.maps["role"] == "down"
-    skipped = 1 - read[down].sum() / report.maps["weights"][down].sum()
     low, high = report.excess_interval
     return {
         "calibrated_sparsity": report.calibrated_sparsity,
         "sparsity": report.sparsity,
-        "skipped": report.sparsity if setting.method in INPUT_RULES else skipped,
+        "skipped": report.skipped,
         "maps_weights": report.maps_weights,
         "maps_read": report.maps_read,
         "rotation_weights": report.rotation_weights,
