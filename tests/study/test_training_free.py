@@ -222,5 +222,5 @@ def test_a_study_measures_its_decoders_and_says_how_to_get_the_model(tmp_path, m
     assert "python -m sparsity_utils fetch smollm2 gets it" in capsys.readouterr().out
     assert set(table["model"]) == {"16x2 silu"} and set(table["seed"]) == {0, 1} and len(table) == 2 * 19
     assert set(theory["check"]) == {"stack", "lemma k", "lemma gate"} and "example" in set(theory["model"])
-    assert study.table("training_free_documents").empty
+    assert study.table("training_free_documents").empty and len(study.table("training_free_blocks")) == 4
     assert {file.stem for file in study.folder.glob("training_free*.csv")} == set(TRAINING_FREE)
