@@ -9,6 +9,7 @@ import pandas as pd
 from sparsity_utils.console import check
 from sparsity_utils.neurons.input_rules import INPUT_RULES
 from sparsity_utils.neurons.thresholds import Thresholds
+from sparsity_utils.sparsity.down_masks import DownMask
 from sparsity_utils.sparsity.evaluation import interval
 
 COVERAGE = (2.5, 97.5)  # percentiles: a 95% interval
@@ -33,7 +34,7 @@ class RuleReport:
     by_document: pd.DataFrame  # sums over each document, as `predictions.by_document` gives them
     excess_replicates: np.ndarray  # loss_sparse - loss_dense in each bootstrap replicate, (REPLICATES,)
     maps: pd.DataFrame  # one row per linear map: layer, role, weights, share read
-    thresholds: Thresholds
+    thresholds: Thresholds | DownMask
     calibrated_sparsity: float | None = None  # at which the thresholds were set; None: they were given
 
     @property

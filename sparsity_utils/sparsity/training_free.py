@@ -48,6 +48,7 @@ REALISED, CORRECTIONS = 0.001, 4  # how near a realised sparsity is brought to t
 LARGEST = 20.0  # nats: what a model with everything masked is taken to lose at most
 Batches = Iterable[Mapping[str, Tensor]]
 Mask = Thresholds | DownMask
+Counts = dict[int, Tensor | int]
 
 
 class _Counted:
@@ -55,18 +56,20 @@ class _Counted:
 
     def __init__(self, thresholds: Mask, dense_share: float) -> None:
         self.thresholds, self.values, self.dense_share = thresholds, thresholds.values, dense_share
-        self.shape, self.mask, self.tokens = (0, 0), None, 0  # (windows, length), and which are real; None: all
-        self.kept: dict[int, int] = {}  # map, or layer of an FFN -> inputs or neurons kept
-        self.nonzero: dict[int, int] = {}  # layer -> neurons with s != 0, or at dense positions
+        self.shape: tuple[int, ...] = (0, 0)  # (windows, length)
+        self.mask: Tensor | None = None  # which tokens are real; None: all
+        self.tokens = 0  # of these
+        self.kept: Counts = {}  # map, or layer of an FFN -> inputs or neurons kept
+        self.nonzero: Counts = {}  # layer -> neurons with s != 0, or at dense positions
         self.places: dict[int, int] = {}  # -> inputs or neurons, over all real tokens
 
     def begin(self, batch: Batch) -> None:
         """`batch` runs next."""
-        self.shape, self.mask = batch.inputs["input_ids"].shape, batch.mask
+        self.shape, self.mask = tuple(batch.inputs["input_ids"].shape), batch.mask
         self.tokens = batch.inputs["input_ids"].numel() if batch.mask is None else int(batch.mask.sum())
 
     def active_inputs(self, linear: LinearMap, x: Tensor) -> Tensor:
-        active = self._opened(self.thresholds.active_inputs(linear, x))
+        active = self._opened(self.thresholds.active_inputs(linear, x))  # type: ignore[union-attr]  # a rule on inputs
         self._count(self.kept, linear.index, active)
         self.places[linear.index] = self.places.get(linear.index, 0) + self.tokens * linear.inputs
         return active
@@ -83,12 +86,12 @@ class _Counted:
         positions[:, : int(self.dense_share * self.shape[1])] = True
         return active
 
-    def _count(self, counts: dict[int, int], key: int, active: Tensor) -> None:
+    def _count(self, counts: Counts, key: int, active: Tensor) -> None:
         real = active if self.mask is None else active.view(*self.shape, -1)[self.mask]
-        counts[key] = counts.get(key, 0) + int(real.count_nonzero())
+        counts[key] = counts.get(key, 0) + real.count_nonzero()  # on its device: a GPU is not waited for
 
-    def share(self, counts: dict[int, int], key: int) -> float:
-        return counts[key] / self.places[key]
+    def share(self, counts: Counts, key: int) -> float:
+        return int(counts[key]) / self.places[key]
 
 
 @dataclass(eq=False)
@@ -360,7 +363,8 @@ def _windows(batches: Sequence[Batch]) -> Iterator[tuple[int, np.ndarray]]:
 
 def _table(maps: Sequence[LinearMap], thresholds: Mask, counted: _Counted) -> pd.DataFrame:
     """One row per linear map: layer, role, weights and the share of them that a token reads."""
-    rule = INPUT_RULES.get(thresholds.rule) or RULES.get(thresholds.rule) or thresholds
+    known: dict[str, Rule] = {**INPUT_RULES, **RULES}
+    rule = thresholds if isinstance(thresholds, DownMask) else known[thresholds.rule]
     shares = []
     for linear in maps:
         if isinstance(rule, InputRule):

@@ -32,7 +32,7 @@ from sparsity_utils.sparsity.rule_report import RuleReport
 from sparsity_utils.sparsity.training_free import GREEDY_TO, TrainingFree
 from sparsity_utils.study.pieces import Frames, Pieces
 from sparsity_utils.study.pretrained import middle_windows, pinned
-from sparsity_utils.study.profiles import TrainingFreeConfig
+from sparsity_utils.study.training_free_config import TrainingFreeConfig
 from sparsity_utils.text.corpus import Corpus
 from sparsity_utils.text.windows import read_documents, split_documents
 
@@ -80,8 +80,7 @@ def settings_of(sparsities: Sequence[float], prices: Sequence[float]) -> list[Se
         found += [Setting("teal", "greedy", "sparsity", share), Setting("wina", "uniform", "weights", 1 - share, True)]
         found += [Setting(score, allocation, "sparsity", share) for score, allocation in product(SCORES, ALLOCATIONS)]
     for price in prices:
-        rules = (rule for rule in (*INPUT_RULES, Cats.name) if rule != "teal-top-k")
-        found += [Setting(rule, "uniform", "perplexity", price) for rule in rules]
+        found += [Setting(rule, "uniform", "perplexity", price) for rule in ("teal", "wina", "was", Cats.name)]
         found += [Setting("teal", "greedy", "perplexity", price), Setting("wina", "uniform", "perplexity", price, True)]
     return found
 
@@ -195,8 +194,8 @@ class _Work:
     def judge(self) -> TrainingFree:
         """The protocol on these texts."""
         calibration, allocation, evaluation = (self.texts[role] for role in ROLES)
-        greedy = {"greedy_step": self.settings.greedy_step, "greedy_to": self.greedy_to}
-        return TrainingFree(self.model, calibration, evaluation, allocation, **greedy)
+        step = self.settings.greedy_step
+        return TrainingFree(self.model, calibration, evaluation, allocation, greedy_step=step, greedy_to=self.greedy_to)
 
     @cached_property
     def calibration(self) -> list[Batch]:
@@ -218,8 +217,7 @@ class _Work:
         plan = self._plan(settings)
         found: dict[str, list[pd.DataFrame]] = {}
         total = sum(cost for _, cost, _ in plan)
-        count: Callable[[dict], int] = lambda given: given["input_ids"].numel() if "input_ids" in given else 0  # noqa: E731
-        with self.pieces.shown(self.model.base_model, total, "tok", count), evaluating(self.model):
+        with self.pieces.shown(self.model.base_model, total, "tok", _ids), evaluating(self.model):
             for place, cost, measure in plan:
                 for table, frame in self.pieces.kept(place, cost, measure).items():
                     if table == "path":
@@ -307,9 +305,14 @@ class _Work:
             if role == "down":
                 second, v = diagonalised(linear.weight)
                 first = v.mT @ plain[layer, "up"].weight.double()
-                found = check_stack(first, second, seen[layer, "ffn"], HALF)
-                rows.append({"layer": layer, "check": "stack", **found._asdict()})
+                stack = check_stack(first, second, seen[layer, "ffn"], HALF)
+                rows.append({"layer": layer, "check": "stack", **stack._asdict()})
         return pd.DataFrame(rows)
+
+
+def _ids(given: dict[str, Any]) -> int:
+    """Tokens of one pass, from the keyword arguments of the model."""
+    return given["input_ids"].numel() if "input_ids" in given else 0
 
 
 def _numbers(report: RuleReport) -> dict[str, object]:

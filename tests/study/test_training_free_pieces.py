@@ -15,8 +15,9 @@ from sparsity_utils.neurons.linears import sparse_inputs
 from sparsity_utils.sparsity.training_free import TrainingFree
 from sparsity_utils.study import training_free
 from sparsity_utils.study.plan import TRAINING_FREE, planned
-from sparsity_utils.study.profiles import TrainingFreeConfig, read_profile
+from sparsity_utils.study.profiles import read_profile
 from sparsity_utils.study.study import Study
+from sparsity_utils.study.training_free_config import TrainingFreeConfig
 
 SETTINGS = TrainingFreeConfig(
     window=32, calibration_tokens=256, allocation_tokens=64, evaluation_tokens=512, decoder_tokens=64,
@@ -125,7 +126,7 @@ def test_what_is_predicted_and_agreed_on_is_counted_token_by_token(here, texts, 
 
 def test_every_setting_has_a_row_and_equal_sparsities_are_equal(tables):
     table = tables["training_free"]
-    assert len(table) == 1 + 2 * (7 + 2 + 9) + 6 + 2 and set(table["model"]) == {"tiny"}
+    assert len(table) == 1 + 2 * (7 + 2 + 9) + 4 + 2 and set(table["model"]) == {"tiny"}
     assert not table.duplicated(["method", "allocation", "rotated", "by", "level"]).any()
     at = table[(table["by"] == "sparsity") & table["note"].isna()]
     top = at[at["method"].isin(["wina", "wina-released", "teal-top-k"])]
