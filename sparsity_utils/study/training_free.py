@@ -92,7 +92,7 @@ def read_text(tokenizer: PreTrainedTokenizerBase, english: str | None, settings:
     """
     documents = read_documents(Path(english)) if english else pinned("python-prose")
     windows = middle_windows(tokenizer, documents, settings.window)
-    return _divided(windows, settings, settings.evaluation_tokens, settings.window, "The English text")
+    return _divided(windows, settings, "evaluation_tokens", settings.window, "The English text")
 
 
 def corpus_text(corpus: Corpus, context: int, settings: TrainingFreeConfig) -> Texts:
@@ -106,20 +106,20 @@ def corpus_text(corpus: Corpus, context: int, settings: TrainingFreeConfig) -> T
                 start = row.start + (windows - 1) // 2 * context
                 yield tokens[start : start + context].astype(np.int64).tolist()
 
-    return _divided(middle(), settings, settings.decoder_tokens, context, "The validation text")
+    return _divided(middle(), settings, "decoder_tokens", context, "The validation text")
 
 
 def _divided(
-    windows: Iterable[list[int]], settings: TrainingFreeConfig, evaluation_tokens: int, length: int, about: str
+    windows: Iterable[list[int]], settings: TrainingFreeConfig, evaluation: str, length: int, about: str
 ) -> Texts:
-    sizes = (settings.calibration_tokens, settings.allocation_tokens, evaluation_tokens)
-    calibration, allocation, evaluation = (max(1, tokens // length) for tokens in sizes)
-    count = calibration + allocation + evaluation
+    sizes = (settings.calibration_tokens, settings.allocation_tokens, getattr(settings, evaluation))
+    calibration, allocation, evaluated = (max(1, tokens // length) for tokens in sizes)
+    count = calibration + allocation + evaluated
     ids = torch.tensor([window for _, window in zip(range(count), windows, strict=False)])
     check(
         len(ids) == count,
         f"{about} has {len(ids)} documents of {length} tokens, and {count} are asked for, one window of each; give "
-        f"more text, or lower training_free.evaluation_tokens.",
+        f"more text, or lower training_free.{evaluation}.",
     )
     one = [{"input_ids": ids, "documents": torch.arange(count)}]
     first, rest = split_documents(one, calibration / count)

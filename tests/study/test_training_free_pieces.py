@@ -183,6 +183,13 @@ def test_too_few_documents_are_an_input_error(here):
         training_free.read_text(opened(here)[1], str(here / "english"), many)
 
 
+def test_too_few_documents_of_the_study_itself_are_one_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
+    study = Study.from_profile(profile_with(tmp_path))
+    with pytest.raises(InputError, match=r"The validation text has 8 documents .* lower training_free\.decoder_tokens"):
+        training_free.corpus_text(study.corpus, 32, study.profile.training_free)
+
+
 def profile_with(tmp_path, **changes):
     content = profile_content(write_text(tmp_path / "text"))
     section = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(SETTINGS).items()}
