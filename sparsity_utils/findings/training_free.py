@@ -306,7 +306,9 @@ def _judged(claim: Claim, estimates: dict[str, Estimate], few: str = "") -> Verd
             scarce = few
         words[name] = INCONCLUSIVE if scarce or estimate.reason else claim.decide(estimate)
         notes[name] = scarce
-    return claim.judged_all(estimates, "units", *dict.fromkeys(filter(None, notes.values())), words=words)
+    unit = "blocks" if claim is GREEDY_ERROR else "documents"
+    unit += " or seeds" if any(name.startswith(DECODER) for name in estimates) else ""
+    return claim.judged_all(estimates, unit, *dict.fromkeys(filter(None, notes.values())), words=words)
 
 
 def _few_tokens(real: pd.DataFrame) -> str:
