@@ -34,6 +34,7 @@ from sparsity_utils.study.pieces import Frames, Pieces
 from sparsity_utils.study.pretrained import middle_windows, pinned
 from sparsity_utils.study.training_free_config import TrainingFreeConfig
 from sparsity_utils.text.corpus import Corpus
+from sparsity_utils.text.overlap import distinct
 from sparsity_utils.text.windows import read_documents, split_documents
 
 VERSION = 1  # raise it when the same settings would measure other numbers
@@ -110,12 +111,12 @@ def corpus_text(corpus: Corpus, context: int, settings: TrainingFreeConfig) -> T
 
 
 def _divided(
-    windows: Iterable[list[int]], settings: TrainingFreeConfig, evaluation: str, length: int, about: str
+    windows: Iterable[Sequence[int]], settings: TrainingFreeConfig, evaluation: str, length: int, about: str
 ) -> Texts:
     sizes = (settings.calibration_tokens, settings.allocation_tokens, getattr(settings, evaluation))
     calibration, allocation, evaluated = (max(1, tokens // length) for tokens in sizes)
     count = calibration + allocation + evaluated
-    ids = torch.tensor([window for _, window in zip(range(count), windows, strict=False)])
+    ids = torch.tensor([window for _, window in zip(range(count), distinct(windows), strict=False)])
     check(
         len(ids) == count,
         f"{about} has {len(ids)} documents of {length} tokens, and {count} are asked for, one window of each; give "
