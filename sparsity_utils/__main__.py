@@ -189,7 +189,7 @@ def _corpus(options: argparse.Namespace) -> None:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from sparsity_utils.study.plan import QUESTIONS
+    from sparsity_utils.study.plan import OF_MODELS, QUESTIONS
     from sparsity_utils.study.schedule import WHOLE, read_share, run_session, tell_costs
     from sparsity_utils.study.study import Study
 
@@ -209,7 +209,8 @@ def _study(options: argparse.Namespace) -> int:
     if share != WHOLE:
         print(f"Share {options.share} is done; once all are, the command without --share writes the tables.")
         return 0
-    for question in filter(study.answers, options.questions or QUESTIONS):
+    runs = [question for question in QUESTIONS if question not in OF_MODELS]  # those of opened models when asked for
+    for question in filter(study.answers, options.questions or runs):
         print(f"{question}: {len(study.table(question))} rows in {study.folder}")
     return 0
 

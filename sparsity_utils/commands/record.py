@@ -12,7 +12,7 @@ import pandas as pd
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
-from sparsity_utils.study.plan import PRETRAINED, QUESTIONS, SCHEMA
+from sparsity_utils.study.plan import OF_MODELS, QUESTIONS, SCHEMA
 from sparsity_utils.study.runs import RECIPE, find_run, run_with_model
 from sparsity_utils.study.study import Study
 
@@ -35,13 +35,13 @@ def record(profile: str) -> Iterator[Path]:
     left_out = [notebook.stem for notebook in paths.collection() if not _judged(notebook, verdicts.parent, judged)]
     if left_out:
         raise InputError(f"{verdicts.name} of profile {study.name} lacks {left_out[0]}; reproduce all notebooks.")
-    own = [question for question in filter(study.answers, QUESTIONS) if question not in PRETRAINED]
+    own = [question for question in filter(study.answers, QUESTIONS) if question not in OF_MODELS]
     questions = {QUESTIONS[question].file: question for question in own}
     study.complete(*questions.values())
     for file, question in sorted(questions.items()):
         study.table(question)
         yield _copy(study.folder / file, paths.RESULTS / file)
-    for left in filter(Path.exists, map(study.file, PRETRAINED)):  # as notebook 09 left them: the text is its parameter
+    for left in filter(Path.exists, map(study.file, OF_MODELS)):  # as notebooks left them: the text is a parameter
         yield _copy(left, paths.RESULTS / left.name)
     yield _copy(verdicts, paths.RESULTS / "verdicts.csv")
     yield _write(paths.RESULTS / "manifest.json", json.dumps(_manifest(study), indent=1) + "\n")

@@ -13,6 +13,9 @@ IDENTITY = ("run", "activation", "d_model", "n_layers", "seed")
 SPEEDS = {"sparse_ffn": "relu_vs_silu", "sparse_decoding": "relu_vs_silu", "depth_cost": "width_depth_ratio"}
 # Tables of one measurement, of a model that is not trained here; each names its file.
 PRETRAINED = ("pretrained", "pretrained_prices", "pretrained_positions")
+# Training-free rules on a pretrained model, and on runs of the profile that are there for other questions.
+TRAINING_FREE = ("training_free", "training_free_documents", "training_free_blocks", "training_free_theory")
+OF_MODELS = (*PRETRAINED, *TRAINING_FREE)
 
 
 class Question(NamedTuple):
@@ -41,7 +44,7 @@ QUESTIONS = {
     "sparse_ffn": Question("sparse_ffn.csv", None),
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
-    **{name: Question(f"{name}.csv", None) for name in PRETRAINED},
+    **{name: Question(f"{name}.csv", None) for name in OF_MODELS},
 }
 COVERING = (  # questions that together need every run of a profile
     *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
@@ -59,6 +62,8 @@ def planned(profile: Profile, question: str) -> list[Settings]:
     study = profile.study
     if question in SPEEDS or question in PRETRAINED:
         return []
+    if question in TRAINING_FREE:
+        return _decoders(profile)
     if question == "width_depth_ratio":
         return _unique(
             (profile.model_config(*shape, "relu"), profile.train_config(study.ratio_tokens, seed))
@@ -80,6 +85,14 @@ def ratio_shapes(profile: Profile) -> list[tuple[int, int]]:
     study, ffn_ratio = profile.study, profile.model.get("ffn_ratio", ModelConfig.ffn_ratio)
     shapes = [solve_shape(study.ratio_parameters, ratio, ffn_ratio) for ratio in study.ratios]
     return [(shape.d_model, shape.n_layers) for shape in shapes]
+
+
+def _decoders(profile: Profile) -> list[Settings]:
+    """The SiLU runs of one size of the main line: of the sizes with most seeds, the largest."""
+    sizes = profile.study.sizes
+    most = max(len(size.seeds) for size in sizes)
+    size = [size for size in sizes if len(size.seeds) == most][-1]
+    return _line(profile, (size,), ("silu",)) if "silu" in profile.study.activations else []
 
 
 def _line(profile: Profile, sizes: tuple[Size, ...], activations: tuple[str, ...]) -> list[Settings]:

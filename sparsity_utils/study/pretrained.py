@@ -6,10 +6,10 @@ of each document is read, the middle one: documents are then alike, and first to
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -17,10 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsity_utils import paths
 from sparsity_utils.console import check, short_number
 from sparsity_utils.models.fetched import SOURCES, fetched
 from sparsity_utils.models.weights import description
@@ -32,6 +30,7 @@ from sparsity_utils.sparsity.calibration import TOLERANCE, Calibration, solve_ce
 from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
 from sparsity_utils.sparsity.passes import checked
 from sparsity_utils.sparsity.predictions import by_document, document_activity, fat_thresholds, predictions
+from sparsity_utils.study.pieces import Frames, Pieces
 from sparsity_utils.study.profiles import PRICE, PretrainedConfig
 from sparsity_utils.text.windows import pinned_documents, read_documents, split_documents
 
@@ -42,8 +41,6 @@ MEGABYTES = 2.0  # of the pinned packages' text that is looked through: some 100
 BATCH_TOKENS = 1024  # 200 MB of float32 logits at a vocabulary of 49,152
 # One pass of SmolLM2-135M over 12,000 tokens took 24 s on two quiet cores; a solution takes about six of its text.
 SECONDS_PER_TOKEN_AND_PARAMETER, SOLVING = 1.5e-11, 6
-
-Frames = dict[str, pd.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -92,10 +89,10 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PretrainedConfig) -
     """Both texts, as windows of `settings.window` tokens. Raises InputError for one with too few documents."""
     count = (settings.calibration_tokens + settings.evaluation_tokens) // settings.window
     share = settings.calibration_tokens / (settings.calibration_tokens + settings.evaluation_tokens)
-    english = read_documents(Path(settings.english)) if settings.english else _pinned("python-prose")
+    english = read_documents(Path(settings.english)) if settings.english else pinned("python-prose")
     texts = []
-    for name, documents in zip(TEXTS, (english, _pinned("python-source")), strict=True):
-        ids = torch.tensor(list(islice(_middle_windows(tokenizer, documents, settings.window), count)))
+    for name, documents in zip(TEXTS, (english, pinned("python-source")), strict=True):
+        ids = torch.tensor(list(islice(middle_windows(tokenizer, documents, settings.window), count)))
         check(
             len(ids) == count,
             f"The {name} text has {len(ids)} documents of {settings.window} tokens, and {count} are asked for, one "
@@ -108,7 +105,8 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PretrainedConfig) -
     return texts
 
 
-def _pinned(source: str) -> list[str]:
+@cache
+def pinned(source: str) -> list[str]:
     """Text of the pinned packages, one document of each file: a long file comes in parts."""
     files: dict[str, str] = {}
     for document in pinned_documents(source, MEGABYTES):
@@ -116,7 +114,8 @@ def _pinned(source: str) -> list[str]:
     return list(files.values())
 
 
-def _middle_windows(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: int) -> Iterator[list[int]]:
+def middle_windows(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: int) -> Iterator[list[int]]:
+    """The middle window of each document that has one."""
     for document in documents:
         ids = tokenizer(document, verbose=False)["input_ids"]
         if windows := len(ids) // length:
@@ -160,9 +159,11 @@ class _Work:
     """The pieces of one measurement, behind one bar."""
 
     def __init__(self, model: PreTrainedModel, settings: PretrainedConfig, folder: Path) -> None:
-        self.model, self.settings, self.folder = model, settings, folder
+        self.model, self.settings = model, settings
         self.layers, self.d_ff = layer_count(find_ffns(model)), find_ffns(model)[0].d_ff
-        self.bar, self.due, self.told = tqdm(disable=True), 0, False
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        about = f"{Path(settings.model).name}, {short_number(weights)} parameters"
+        self.pieces = Pieces(folder, about, weights * SECONDS_PER_TOKEN_AND_PARAMETER)
 
     @property
     def dtype(self) -> str:
@@ -281,50 +282,17 @@ class _Work:
         return found
 
     def kept(self, name: str, cost: int, measure: Callable[[], Frames]) -> Frames:
-        """The tables of a piece, measured once. cost: tokens that are expected to pass the model."""
-        folder = self.folder / name
-        if folder.exists():
-            self.bar.total = (self.bar.total or 0) - cost
-        else:
-            self.tell()
-            frames = measure()
-            with paths.written_aside(folder) as aside:
-                aside.mkdir()
-                for part, frame in frames.items():
-                    frame.to_csv(aside / f"{part}.csv", index=False)
-            self.due += cost
-            self.bar.update(self.due - self.bar.n)
-        return {file.stem: pd.read_csv(file) for file in folder.glob("*.csv")}
+        """The tables of a piece, as `Pieces.kept`; cost: tokens that pass the model."""
+        return self.pieces.kept(name, cost, measure)
 
-    def tell(self) -> None:
-        """One line before the first piece that is measured: how long it should take."""
-        if not self.told:
-            weights = sum(parameter.numel() for parameter in self.model.parameters())
-            minutes = (self.bar.total or 0) * weights * SECONDS_PER_TOKEN_AND_PARAMETER / 60
-            print(
-                f"Measuring {Path(self.settings.model).name}, {short_number(weights)} parameters: about "
-                f"{minutes:.0f} min on two quiet cores; finished pieces are kept.",
-                flush=True,
-            )
-        self.told = True
-
-    @contextmanager
-    def shown(self, texts: list[Text]) -> Iterator[None]:
+    def shown(self, texts: list[Text]) -> AbstractContextManager:
         """Inside the block a bar counts the tokens that pass the model, whoever sends them there."""
         prices, rivals = len(self.settings.prices), 3 * sum(price >= PRICE for price in self.settings.prices)
         cost = sum(SOLVING * text.tokens[0] * prices + (6 + prices + rivals) * text.tokens[1] for text in texts)
         cost += SOLVING * texts[0].tokens[0] + 3 * texts[0].tokens[1]
-
-        def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.bar.update(kwargs["input_ids"].numel() if "input_ids" in kwargs else 0)
-
-        handle = self.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
-        try:
-            hidden = bool(os.environ.get("CI"))
-            with tqdm(total=cost, desc=self.about()["model"], unit="tok", unit_scale=True, disable=hidden) as self.bar:
-                yield
-        finally:
-            handle.remove()
+        return self.pieces.shown(
+            self.model.base_model, cost, "tok", lambda given: given["input_ids"].numel() if "input_ids" in given else 0
+        )
 
 
 def _thresholds(text: Text, price: float, cett: float, solved: Thresholds, note: str) -> pd.DataFrame:

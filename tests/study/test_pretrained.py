@@ -149,7 +149,7 @@ def test_other_settings_and_other_text_are_other_measurements(settings, texts):
 def test_one_window_of_each_document_from_its_middle(settings):
     _, tokenizer = opened(settings)
     documents = [" ".join(str(number) for number in range(start, start + 200)) for start in (0, 1000)]
-    windows = list(pretrained._middle_windows(tokenizer, [documents[0], "short", documents[1]], 32))
+    windows = list(pretrained.middle_windows(tokenizer, [documents[0], "short", documents[1]], 32))
     ids = tokenizer(documents[0])["input_ids"]
     assert len(windows) == 2 and windows[0] in [
         ids[start : start + 32] for start in range(len(ids) // 3, len(ids) // 2)
