@@ -32,42 +32,39 @@ class Expected:
     runs: int  # that the notebooks read
     left: int  # of them: not finished yet
     untrained: int  # of these: to train, not only to measure
-    pace: float | None  # times as long as the cost model says; None: runs are done elsewhere
-    shape: str  # with which that was measured
+    pace: float  # how many times as long a training step takes as the cost model says
+    shape: (
+        str  # with which that was measured; empty where it was not, because runs are done elsewhere or there are none
+    )
     run_minutes: float
     notebook_minutes: dict[str, float | None]  # by name; None: never recorded
     memory: float  # bytes
     disk: float  # bytes
 
-    @property
-    def minutes(self) -> float:
-        """Of runs and of notebooks, as far as these are known."""
-        return self.run_minutes + sum(minutes or 0.0 for minutes in self.notebook_minutes.values())
-
     def told(self) -> str:
         """The plan in lines of a terminal."""
         own = sum(minutes or 0.0 for minutes in self.notebook_minutes.values())
         unknown = [name for name, minutes in self.notebook_minutes.items() if minutes is None]
-        beside = f", and {', '.join(unknown)} for which no time is recorded" if unknown else ""
-        pace = "by the cost model; runs are done elsewhere"
-        if self.pace is not None:
-            pace = f"a training step of {self.shape} takes {self.pace:.2f} times what the cost model says, measured now"
+        runs = f"none of {self.runs} is left to train or to measure"
+        if self.left:
+            runs = f"{self.left} of {self.runs} to do, {self.untrained} of them to train: about "
+            runs += f"{_minutes(self.run_minutes)} with {self.workers} workers"
+        about = f"about {_minutes(self.run_minutes + own)} in all, {_minutes(own)} of them for notebooks"
+        about += f", and {', '.join(unknown)}, of which no time is recorded" if unknown else ""
+        pace = f"measured now: a training step of {self.shape} takes {self.pace:.2f} times what the cost model says"
         installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        free = shutil.disk_usage(next(folder for folder in (paths.build(), *paths.build().parents) if folder.exists()))
-        lines = {
-            "notebooks": ", ".join(self.notebook_minutes),
-            "runs": f"{self.left} of {self.runs} to do, {self.untrained} of them to train: about "
-            f"{self.run_minutes:.0f} min with {self.workers} workers"
-            * bool(self.left)
-            or f"none of {self.runs} is left to train or to measure",
-            "time": f"about {self.minutes:.0f} min in all, {own:.1f} of them for notebooks{beside}",
-            "": f"({pace})",
-            "memory": f"about {self.memory / 1e9:.1f} GB; this machine has {installed / 1e9:.0f}",
-            "disk": f"about {self.disk / 1e9:.2g} GB more in {paths.build()}; {free.free / 1e9:.0f} GB are free",
-            "stop": "at any time with Ctrl-C: finished runs and notebooks are kept, a run under way goes on from its",
-            " ": "last saved state; the same command continues",
-        }
-        return "\n".join(f"  {name:<10} {line}" for name, line in lines.items())
+        build = next(folder for folder in (paths.build(), *paths.build().parents) if folder.exists())
+        free = shutil.disk_usage(build).free
+        lines = [
+            ("runs", runs),
+            ("time", about),
+            *([("", pace)] if self.shape else []),
+            ("memory", f"about {self.memory / 1e9:.1f} GB; this machine has {installed / 1e9:.0f} GB"),
+            ("disk", f"about {self.disk / 1e6:,.0f} MB more in {paths.build()}; {free / 1e9:,.0f} GB are free"),
+            ("stop", "Ctrl-C at any time: finished runs and notebooks are kept, a run under way goes on from its"),
+            ("", "last saved state; the same command continues"),
+        ]
+        return "\n".join(f"  {name:<7} {line}" for name, line in lines)
 
 
 def expect(study: Study, notebooks: Iterable[Path], jobs: Sequence[Job]) -> Expected:
@@ -81,7 +78,8 @@ def expect(study: Study, notebooks: Iterable[Path], jobs: Sequence[Job]) -> Expe
     todo = [job for job in jobs if not job.done()]
     costs = [job.cost() for job in todo]
     timed = max(jobs, key=lambda job: job.config.cost(), default=None)
-    pace = measured_pace(timed, profile) if timed and profile.cluster is None else None
+    here = timed is not None and profile.cluster is None
+    pace = measured_pace(timed, profile) if here else 1.0
     seconds = max(sum(costs) / profile.side_by_side, *costs) if costs else 0.0
     configs = [job.config for job in todo if not job.trained()]
     states = sorted((state_bytes(config.model) for config in configs), reverse=True)[: profile.workers]
@@ -92,12 +90,16 @@ def expect(study: Study, notebooks: Iterable[Path], jobs: Sequence[Job]) -> Expe
         left=len(todo),
         untrained=len(configs),
         pace=pace,
-        shape=f"{timed.config.model.d_model}x{timed.config.model.n_layers}" if timed else "",
-        run_minutes=(pace or 1.0) * seconds / 60,
-        notebook_minutes=recorded_minutes(study, [notebook.stem for notebook in notebooks], pace or 1.0),
+        shape=f"{timed.config.model.d_model}x{timed.config.model.n_layers}" if here else "",
+        run_minutes=pace * seconds / 60,
+        notebook_minutes=recorded_minutes(study, [notebook.stem for notebook in notebooks], pace),
         memory=(1 + profile.workers) * peak_memory(resource.RUSAGE_SELF),
         disk=sum(map(checkpoint_bytes, configs)) + sum(states),
     )
+
+
+def _minutes(minutes: float) -> str:
+    return f"{minutes:.0f} min" if minutes >= 10 else f"{minutes:.1f} min"
 
 
 def measured_pace(job: Job, profile: Profile) -> float:

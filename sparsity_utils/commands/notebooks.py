@@ -286,12 +286,23 @@ def _last_line(text: str) -> str:
 def _verdicts(notebook: Path, folder: Path, parameters: dict[str, Any], taken: dict[str, float]) -> pd.DataFrame:
     """Execute `notebook` and read the table of verdicts that it wrote; note the minutes that it took."""
     written = folder / "verdicts" / f"{notebook.stem}.csv"
-    written.unlink(missing_ok=True)  # an earlier verdict must not stand for a failed notebook
-    taken[notebook.stem] = execute(notebook, folder / "notebooks" / notebook.name, parameters)
-    if not written.exists():
-        raise NotebookFailed(f"{notebook.name} stored no table of verdicts; call study.keep_verdicts in its last cells")
+    before = _last_written(written)
+    try:
+        taken[notebook.stem] = execute(notebook, folder / "notebooks" / notebook.name, parameters)
+        if _last_written(written) == before:
+            raise NotebookFailed(
+                f"{notebook.name} stored no table of verdicts; call study.keep_verdicts in its last cells"
+            )
+    except NotebookFailed:  # an earlier verdict must not stand for it
+        written.unlink(missing_ok=True)
+        raise
     table = pd.read_csv(written, dtype=str, keep_default_na=False)[VERDICT_COLUMNS]
     return table.assign(minutes=f"{taken[notebook.stem]:.1f}")
+
+
+def _last_written(file: Path) -> int:
+    """When a file was written; 0 where there is none."""
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def _one_row(notebook: Path, verdict: str, minutes: str) -> pd.DataFrame:

@@ -8,6 +8,7 @@ import base64
 import html
 import json
 import platform
+import resource
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime
@@ -17,13 +18,14 @@ from pathlib import Path
 import pandas as pd
 
 from sparsity_utils import paths
-from sparsity_utils.commands.expected import Expected, own_minutes
+from sparsity_utils.commands.expected import Expected, peak_memory
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 from sparsity_utils.study.plan import QUESTIONS
 from sparsity_utils.study.runs import commit
 from sparsity_utils.study.study import Study
 
 MARKS = {SUPPORTED: "✔", NOT_SUPPORTED: "✘", INCONCLUSIVE: "○"}  # a shape beside the colour
+OVERVIEW = "verdicts.png"  # the picture of all verdicts
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scipy", "statsmodels", "numba", "matplotlib")
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
@@ -57,13 +59,14 @@ def write_report(
         f"<p>{_text(study.profile.about)}.<br>Written {_text(now)}, commit <code>{_text(commit())}</code>.</p>",
         f"<p><strong>{_text(ended)}</strong></p>" if ended else "",
         f"<h2>Verdicts</h2><p>{_text(summary)}.</p>",
+        *map(_figure, filter(Path.exists, [folder / "figures" / OVERVIEW])),
         _verdict_table(found, taken),
         "<h2>What was not decided, and why</h2>",
         _undecided(study, found, failures, missing),
         "<h2>Figures</h2>",
-        *map(_figure, sorted((folder / "figures").glob("*.png"))),
+        *map(_figure, sorted((folder / "figures").glob("[0-9][0-9]_*.png"))),
         "<h2>Time</h2>",
-        _times(study, expected, taken),
+        _times(expected, taken),
         "<h2>Environment</h2>",
         _environment(study),
     ]
@@ -120,22 +123,20 @@ def _figure(file: Path) -> str:
     return f"<figure>{shown}<figcaption>{_text(name)}</figcaption></figure>"
 
 
-def _times(study: Study, expected: Expected | None, taken: Mapping[str, float]) -> str:
-    """Minutes of every step: expected before the first of them, taken now, and the last time it was executed."""
+def _times(expected: Expected | None, taken: Mapping[str, float]) -> str:
+    """Minutes of every step, expected before the first of them and taken; and the memory."""
     before = {"runs": expected.run_minutes, **expected.notebook_minutes} if expected else {}
-    last = own_minutes(study)
-    steps = list(dict.fromkeys([*taken, *before, *last]))
-    table = pd.DataFrame(
-        {
-            "expected": [before.get(step) for step in steps],
-            "taken": [taken.get(step) for step in steps],
-            "last time": [last.get(step) for step in steps],
-        },
-        index=pd.Index(steps, name="minutes"),
-        dtype=float,
-    )
+    steps = list(dict.fromkeys([*taken, *before]))
+    columns = {
+        "expected (min)": [before.get(step) for step in steps],
+        "taken (min)": [taken.get(step) for step in steps],
+    }
+    table = pd.DataFrame(columns, index=steps, dtype=float)
     table.loc["together"] = table.sum()
-    return table.to_html(float_format="{:.1f}".format, na_rep="", border=0)
+    largest = max(map(peak_memory, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    memory = f"The largest process took {largest / 1e9:.1f} GB of memory"
+    memory += f"; about {expected.memory / 1e9:.1f} GB were expected for all together" if expected else ""
+    return f"{table.to_html(float_format='{:.1f}'.format, na_rep='', border=0)}<p>{memory}.</p>"
 
 
 def _environment(study: Study) -> str:

@@ -59,7 +59,7 @@ def panel(draw: Callable[..., Iterable[Any]], **choices: Choice) -> "Widget | No
     def control(choice: Choice) -> "Widget":
         kind = Dropdown if isinstance(choice.options, Mapping) else SelectionSlider
         lazy = {} if kind is Dropdown else {"continuous_update": False}
-        shape = {"style": {"description_width": "initial"}, "layout": Layout(width="24em")}
+        shape = {"style": {"description_width": "initial"}, "layout": Layout(width="28em")}
         options = choice.options if kind is Dropdown else [(f"{value:,g}", value) for value in choice.options]
         return kind(options=options, value=choice.start, description=choice.label, **shape, **lazy)
 
@@ -93,7 +93,7 @@ def prices(
         chosen = report_figures.coloured_text(known[p].per_token.loc[passage], pieces)
         return [prices_figure(known, p), chosen]
 
-    return panel(draw, p=Choice("accepted rise of perplexity (%)", PRICES, 1.0))
+    return panel(draw, p=Choice("price p (%)", PRICES, 1.0))
 
 
 @styled
@@ -262,6 +262,7 @@ def budget_figure(models: pd.DataFrame, tokens: float) -> ShownFigure:
         return captioned(figure, "The study has too few runs for a prediction.")
     names = [ACTIVATIONS[activation] for activation in models["activation"]]
     _marks(panels[0], 100 * models[["activation_ratio", "low_activation_ratio", "high_activation_ratio"]], 0)
+    panels[0].set_ylim(0, 100)  # so that sizes can be compared
     _marks(panels[1], models[["loss", "low_loss", "high_loss"]], 0)
     _marks(panels[2], models[["sparse", "low_sparse", "high_sparse"]], 0, "skipping inactive neurons")
     panels[2].plot(range(len(models)), models["dense"], "x", color="black", markersize=8, label="reading all weights")

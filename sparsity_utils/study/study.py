@@ -157,7 +157,7 @@ class Study(Tables):
             figure.save(self.folder.parent / "figures" / name)
 
     def keep_verdicts(self, notebook: str, verdicts: pd.DataFrame) -> None:
-        """Store a notebook's verdicts and their reasons for what `make reproduce` tells; a recorded study keeps none."""
+        """Store a notebook's verdicts and their reasons for what `make reproduce` tells; a recorded study does not."""
         if self.profile is not None:
             reasons = verdicts.attrs.get("reasons", "")
             with paths.written_aside(self.folder.parent / "verdicts" / f"{notebook}.csv") as aside:
