@@ -82,6 +82,7 @@ clean:  ## delete build/ (trained runs included) and caches; .venv stays
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .venv/.installed: requirements.lock pyproject.toml
+	$(eval BEGUN := $(shell date +%s))
 	@python=; for candidate in $(PYTHON); do \
 	  if $$candidate -c '$(SUITABLE)' > /dev/null 2>&1; then python=$$candidate; break; fi; \
 	done; \
@@ -96,4 +97,4 @@ clean:  ## delete build/ (trained runs included) and caches; .venv stays
 	fi
 	.venv/bin/python -m pip install $(if $(CI),--quiet) --requirement requirements.lock
 	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
+	@touch $@; echo "The environment took $$(($$(date +%s) - $(BEGUN))) seconds."
