@@ -21,6 +21,7 @@ from nbclient.exceptions import CellControlSignal, DeadKernelError
 from sparsity_utils import paths
 from sparsity_utils.commands import verdicts
 from sparsity_utils.console import InputError, progress
+from sparsity_utils.findings import at_a_glance
 from sparsity_utils.study.engines import do_jobs
 from sparsity_utils.study.jobs import Job, longest_first, outlook
 from sparsity_utils.study.plan import QUESTIONS
@@ -127,7 +128,7 @@ def reproduce(profile: str, numbers: Iterable[str] = ()) -> int:
     All runs are done in one pool before the first notebook opens; speeds are left to the notebooks, since nothing else
     may run meanwhile. A failed run or notebook does not stop the notebooks that do not need it. The
     last thing printed is one table (question, published, here, interval, verdict, minutes of its notebook) and the
-    paths of the figures; the table is also stored as `build/<profile>/verdicts.csv`.
+    paths of the figures; the table is also stored as `build/<profile>/verdicts.csv`, and drawn as `figures/verdicts`.
     """
     study = Study.from_profile(profile)
     name, folder = study.name, study.folder.parent
@@ -264,19 +265,22 @@ def _verdicts(notebook: Path, folder: Path, parameters: dict[str, Any]) -> pd.Da
     minutes = f"{execute(notebook, folder / 'notebooks' / notebook.name, parameters):.1f}"
     if not written.exists():
         raise NotebookFailed(f"{notebook.name} stored no table of verdicts; call study.keep_verdicts in its last cells")
-    return pd.read_csv(written, dtype=str, keep_default_na=False)[VERDICT_COLUMNS].assign(minutes=minutes)
+    return pd.read_csv(written, dtype=str, keep_default_na=False)[VERDICT_COLUMNS].assign(
+        minutes=minutes, notebook=notebook.stem
+    )
 
 
 def _one_row(notebook: Path, verdict: str, minutes: str) -> pd.DataFrame:
     """The row of a notebook that gave no table of verdicts."""
-    row = dict.fromkeys(VERDICT_COLUMNS, "") | {"question": notebook.stem, "verdict": verdict, "minutes": minutes}
-    return pd.DataFrame([row])
+    about = {"question": notebook.stem, "verdict": verdict, "minutes": minutes, "notebook": notebook.stem}
+    return pd.DataFrame([dict.fromkeys(VERDICT_COLUMNS, "") | about])
 
 
 def _report(folder: Path, table: pd.DataFrame) -> None:
-    """Print the table of verdicts and the paths of the figures; store the table."""
+    """Print the table of verdicts and the paths of the figures; store the table, and draw it."""
     with paths.written_aside(folder / "verdicts.csv") as aside:
         table.to_csv(aside, index=False)
+    at_a_glance.figure(table).save(folder / "figures" / "verdicts")
     print()
     verdicts.show(table)
     for figure in sorted((folder / "figures").glob("*.png")):

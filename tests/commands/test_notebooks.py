@@ -251,14 +251,15 @@ def test_reproduce_goes_on_after_a_failure_and_ends_with_one_table(shelf, capfd)
     assert notebooks.reproduce("smoke") == 1
     out, err = capfd.readouterr()
     table = (paths.profile_output("smoke") / "verdicts.csv").read_text().splitlines()
-    assert table[0] == "question,published,here,interval,verdict,minutes"
-    assert table[1] == "01_a,,,,failed,"
+    assert table[0] == "question,published,here,interval,verdict,minutes,notebook"
+    assert table[1] == "01_a,,,,failed,,01_a"
     assert table[2].startswith("falls?,7.1%,22%,20 to 24%,supported,0.")
     assert "stale" not in out and "20 to 24%" in out
     words = ("Verdict", "failed", "supported")  # the first column
     header, failed, judged = (next(line for line in out.splitlines() if line.startswith(f" {w}")) for w in words)
     assert header.index("Claim") == failed.index("01_a") == judged.index("falls?")
-    assert out.rstrip().endswith(str(paths.profile_output("smoke") / "figures" / "b.png"))
+    figures = [str(paths.profile_output("smoke") / "figures" / name) for name in ("b.png", "verdicts.png")]
+    assert out.splitlines()[-2:] == figures
     assert err.rstrip().endswith("01_a.ipynb failed in cell [3]: ValueError: no")
 
 
