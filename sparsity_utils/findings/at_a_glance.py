@@ -19,8 +19,8 @@ FAILED: dict[str, Any] = {"marker": "s", "color": "black", "markersize": 6}  # a
 WIDTH, LINE, GAP = 11.7, 0.135, 0.06  # inches: of the figure, of a line of text, between rows
 COLUMNS = {  # heading: inches from the left, letters that fit a line
     "Claim": (0.3, 75),
-    "Published": (5.0, 36),
-    "Here": (7.3, 37),
+    "Published": (4.95, 34),
+    "Here": (7.05, 40),
     "90% interval": (9.55, 16),
 }
 STRIP, HALF = 11.05, 0.57  # inches: the middle of the drawn intervals, half their width
