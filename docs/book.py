@@ -79,7 +79,7 @@ def _bibtex(work: dict[str, Any]) -> str:
     names = [f"{{{name}}}" if "," not in name else name for name in names]  # a group is one name
     fields = {
         "title": f"{{{work['title']}}}",
-        "author": " and ".join(names),
+        "author": " and\n    ".join(names),
         "booktitle": work.get("collection-title"),
         "year": work.get("year"),
         "version": work.get("version"),

@@ -11,9 +11,9 @@ from sparsity_utils.findings.style import COLOURS, ShownFigure, styled
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
 MARKS: dict[str, dict[str, Any]] = {  # in colour; full, crossed and hollow in grey
-    SUPPORTED: {"marker": "o", "color": COLOURS[2], "markersize": 6},
-    NOT_SUPPORTED: {"marker": "X", "color": COLOURS[3], "markersize": 7},
-    INCONCLUSIVE: {"marker": "D", "color": COLOURS[0], "markersize": 5, "markerfacecolor": "white"},
+    SUPPORTED: {"marker": "o", "color": COLOURS[0], "markersize": 6},
+    NOT_SUPPORTED: {"marker": "X", "color": COLOURS[2], "markersize": 7},
+    INCONCLUSIVE: {"marker": "D", "color": COLOURS[4], "markersize": 5, "markerfacecolor": "white"},
 }
 FAILED: dict[str, Any] = {"marker": "s", "color": "black", "markersize": 6}  # any other word: a notebook that stopped
 WIDTH, LINE, GAP = 11.7, 0.135, 0.06  # inches: of the figure, of a line of text, between rows

@@ -172,6 +172,11 @@ BAD = {
         ),
         "cell [2] stores an error (KeyError)",
     ),
+    "figure without words": (last_output(**{"image/png": "aGk="}), "a figure without alternative text"),
+    "name for a heading": (
+        last_output(**{"text/html": "<thead><tr><th>d_model</th><th>a_ratio</th></tr></thead>"}),
+        "the heading a_ratio",
+    ),
     "widget": (last_output(**{"application/vnd.jupyter.widget-view+json": "{}"}), "stores a widget"),
     "widget state": (lambda content: content.metadata.update(widgets={}), "state of widgets"),
     "address": (last_output(**{"text/plain": "<Axes at 0x7f00deadbeef>"}), "an address in memory"),
