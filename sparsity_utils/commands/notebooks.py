@@ -23,6 +23,7 @@ from sparsity_utils.commands import verdicts
 from sparsity_utils.commands.expected import Expected, expect, keep_minutes
 from sparsity_utils.commands.report import write_report
 from sparsity_utils.console import UNATTENDED, InputError, progress
+from sparsity_utils.findings import at_a_glance
 from sparsity_utils.study.engines import do_jobs
 from sparsity_utils.study.jobs import Job, longest_first
 from sparsity_utils.study.plan import QUESTIONS
@@ -137,7 +138,8 @@ def reproduce(profile: str, numbers: Iterable[str] = ()) -> int:
     speeds are left to the notebooks, since nothing else may run meanwhile. A failed run or notebook does not stop the
     notebooks that do not need it. At the end, and where Ctrl-C ends it after a notebook, one table is printed
     (question, published, here, interval, verdict, minutes of its notebook) and the paths of the figures and of the
-    page on all of it, `build/<profile>/report.html`. The table is also stored as `build/<profile>/verdicts.csv`.
+    page on all of it, `build/<profile>/report.html`. The table is also stored as `build/<profile>/verdicts.csv`,
+    and drawn as `figures/verdicts`.
     """
     study = Study.from_profile(profile)
     name, folder = study.name, study.folder.parent
@@ -297,7 +299,7 @@ def _verdicts(notebook: Path, folder: Path, parameters: dict[str, Any], taken: d
         written.unlink(missing_ok=True)
         raise
     table = pd.read_csv(written, dtype=str, keep_default_na=False)[VERDICT_COLUMNS]
-    return table.assign(minutes=f"{taken[notebook.stem]:.1f}")
+    return table.assign(minutes=f"{taken[notebook.stem]:.1f}", notebook=notebook.stem)
 
 
 def _last_written(file: Path) -> int:
@@ -307,14 +309,15 @@ def _last_written(file: Path) -> int:
 
 def _one_row(notebook: Path, verdict: str, minutes: str) -> pd.DataFrame:
     """The row of a notebook that gave no table of verdicts."""
-    row = dict.fromkeys(VERDICT_COLUMNS, "") | {"question": notebook.stem, "verdict": verdict, "minutes": minutes}
-    return pd.DataFrame([row])
+    about = {"question": notebook.stem, "verdict": verdict, "minutes": minutes, "notebook": notebook.stem}
+    return pd.DataFrame([dict.fromkeys(VERDICT_COLUMNS, "") | about])
 
 
 def _report(folder: Path, table: pd.DataFrame) -> None:
-    """Print the table of verdicts and the paths of the figures; store the table."""
+    """Print the table of verdicts and the paths of the figures; store the table, and draw it."""
     with paths.written_aside(folder / "verdicts.csv") as aside:
         table.to_csv(aside, index=False)
+    at_a_glance.figure(table).save(folder / "figures" / "verdicts")
     print()
     verdicts.show(table)
     for figure in sorted((folder / "figures").glob("*.png")):

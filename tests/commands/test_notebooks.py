@@ -172,6 +172,11 @@ BAD = {
         ),
         "cell [2] stores an error (KeyError)",
     ),
+    "figure without words": (last_output(**{"image/png": "aGk="}), "a figure without alternative text"),
+    "name for a heading": (
+        last_output(**{"text/html": "<thead><tr><th>d_model</th><th>a_ratio</th></tr></thead>"}),
+        "the heading a_ratio",
+    ),
     "widget": (last_output(**{"application/vnd.jupyter.widget-view+json": "{}"}), "stores a widget"),
     "widget state": (lambda content: content.metadata.update(widgets={}), "state of widgets"),
     "address": (last_output(**{"text/plain": "<Axes at 0x7f00deadbeef>"}), "an address in memory"),
@@ -251,15 +256,16 @@ def test_reproduce_goes_on_after_a_failure_and_ends_with_one_table(shelf, capfd)
     assert notebooks.reproduce("smoke") == 1
     out, err = capfd.readouterr()
     table = (paths.profile_output("smoke") / "verdicts.csv").read_text().splitlines()
-    assert table[0] == "question,published,here,interval,verdict,minutes"
-    assert table[1] == "01_a,,,,failed,"
+    assert table[0] == "question,published,here,interval,verdict,minutes,notebook"
+    assert table[1] == "01_a,,,,failed,,01_a"
     assert table[2].startswith("falls?,7.1%,22%,20 to 24%,supported,0.")
     assert "stale" not in out and "20 to 24%" in out
     words = ("Verdict", "failed", "supported")  # the first column
     header, failed, judged = (next(line for line in out.splitlines() if line.startswith(f" {w}")) for w in words)
     assert header.index("Claim") == failed.index("01_a") == judged.index("falls?")
     folder = paths.profile_output("smoke")
-    assert out.splitlines()[-2:] == [str(folder / "figures" / "b.png"), str(folder / "report.html")]
+    figures = [str(folder / "figures" / name) for name in ("b.png", "verdicts.png")]
+    assert out.splitlines()[-3:] == [*figures, str(folder / "report.html")]
     assert err.rstrip().endswith("01_a.ipynb failed in cell [3]: ValueError: no")
 
 
