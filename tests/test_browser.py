@@ -1,8 +1,9 @@
-"""What a reader sees in a browser: notebooks that run from top to bottom in JupyterLab, panels that answer."""
+"""What a reader sees in a browser: notebooks that run in JupyterLab, panels that answer, a book that is searched."""
 
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from lab import Server, running_lab
+from make import make, targets
 from notebook_checks import code_cells
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
@@ -25,7 +27,9 @@ SETTINGS = {  # of JupyterLab: nothing is fetched, no notebook of the collection
     "docmanager-extension/plugin": {"autosave": False},
     "notebook-extension/tracker": {"windowingMode": "none"},
 }
+HARMLESS = ("Got invalid theme mode: . Resetting to auto.",)  # of the book's theme, before a reader has chosen one
 ERRORS = '[data-mime-type="application/vnd.jupyter.error"]'
+BLANK = "[...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent)"
 
 
@@ -58,7 +62,7 @@ def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
     opened.set_default_timeout(1000 * LOAD)
 
     def said(message: ConsoleMessage) -> None:
-        if message.type == "error":
+        if message.type == "error" and message.text not in HARMLESS:
             problems.append(message.text)
 
     opened.on("console", said)
@@ -114,3 +118,31 @@ def test_every_cell_of_a_notebook_runs_and_its_panel_answers(page: Page, lab: Se
         until(lambda: picture.count() and picture.get_attribute("src") != shown, LOAD)
         assert panel.locator(ERRORS).count() == 0
     assert notebook.read_bytes() == before
+
+
+# The book
+
+
+@pytest.fixture(scope="module")
+def book(browser: Browser) -> str:
+    """The address of the site's folder, as `make book` leaves it: read from the disk, without a server."""
+    if "book" not in targets():
+        pytest.skip("the Makefile has no target book")
+    done = make("book", f"PY={sys.executable}", "ENV=")
+    assert done.returncode == 0, done.stderr
+    return (paths.ROOT / "build" / "book").as_uri()
+
+
+def test_the_book_has_a_front_page_chapters_and_a_search(page: Page, book: str):
+    page.goto(f"{book}/index.html")
+    page.locator("h1").wait_for()
+    assert page.evaluate(BLANK) == []
+    page.get_by_role("link", name="Chapters").first.click()
+    page.get_by_role("link", name=re.compile("How sparse is your model")).first.click()
+    page.get_by_role("heading", level=1, name=re.compile("How sparse is your model")).wait_for()
+    assert page.evaluate(BLANK) == [] and page.locator("main img").count() > 1
+    page.goto(f"{book}/search.html?q=CETT")
+    results = page.locator("#search-results li a")
+    results.first.click()
+    page.locator("h1").wait_for()
+    assert "CETT" in page.locator("main").inner_text()
