@@ -50,7 +50,7 @@ class Expected:
             runs = f"{self.left} of {self.runs} to do, {self.untrained} of them to train: about "
             runs += f"{_minutes(self.run_minutes)} with {self.workers} workers"
         about = f"about {_minutes(self.run_minutes + own)} in all, {_minutes(own)} of them for notebooks"
-        about += f", and {', '.join(unknown)}, of which no time is recorded" if unknown else ""
+        about += f"; of {', '.join(unknown)} no time is known yet" if unknown else ""
         pace = f"measured now: a training step of {self.shape} takes {self.pace:.2f} times what the cost model says"
         installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         build = next(folder for folder in (paths.build(), *paths.build().parents) if folder.exists())

@@ -96,7 +96,7 @@ def test_the_plan_names_everything_that_is_asked_before_a_start():
     told = PLAN.told()
     for words in (
         "3 of 12 to do, 2 of them to train: about 30 min with 2 workers",
-        "about 30 min in all, 0.2 min of them for notebooks, and 02_b, of which no time is recorded",
+        "about 30 min in all, 0.2 min of them for notebooks; of 02_b no time is known yet",
         "a training step of 48x4 takes 1.25 times what the cost model says",
         "about 3.0 GB; this machine has",
         f"about 500 MB more in {paths.build()}",

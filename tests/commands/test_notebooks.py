@@ -318,7 +318,7 @@ def test_an_interrupted_notebook_stops_them_all(shelf, capfd):
     shelf("02_b.ipynb", WRITE)
     assert main(["reproduce", "--profile", "smoke"]) == 130
     out, err = capfd.readouterr()
-    assert "02_b" not in out and "Interrupted. Finished runs are kept" in err
+    assert "02_b.ipynb" not in out and "Interrupted. Finished runs are kept" in err
 
 
 def test_an_interruption_loses_no_verdict_and_tells_what_was_found(shelf, capfd):
