@@ -286,7 +286,7 @@ def test_all_runs_are_done_in_one_pool_before_the_first_notebook_opens(shelf, tm
     notebooks.reproduce(profile)
     out, err = capfd.readouterr()
     assert out.startswith("Profile tiny: 01_a, 02_b.\n")
-    plan, begun = out.index("6 of 6 to do, 6 of them to train: about 0.0 min with 2 workers"), out.index("[1/2] 01_a")
+    plan, begun = out.index("6 of 6 to do, 6 of them to train"), out.index("[1/2] 01_a")
     assert plan < begun and "failed in cell" not in err
     assert pools == [work(study.jobs("metrics", "width_depth_ratio"))]
     everything = notebooks.jobs_of(paths.collection(), study)
