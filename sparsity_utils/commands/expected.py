@@ -20,6 +20,7 @@ from sparsity_utils.study.study import Study
 
 ROUNDS = 5  # optimizer steps that are timed
 RECORD = paths.PROFILES / "minutes.csv"  # profile, notebook, minutes; of the two cores that the cost model was made on
+LIKE = "laptop"  # the profile whose notebooks those of a profile without a record are taken for
 OWN = "minutes.csv"  # likewise of a profile's own notebooks, beside its verdicts
 
 
@@ -50,7 +51,7 @@ class Expected:
             runs = f"{self.left} of {self.runs} to do, {self.untrained} of them to train: about "
             runs += f"{_minutes(self.run_minutes)} with {self.workers} workers"
         about = f"about {_minutes(self.run_minutes + own)} in all, {_minutes(own)} of them for notebooks"
-        about += f"; of {', '.join(unknown)} no time is known yet" if unknown else ""
+        about += f"; without {', '.join(unknown)}, whose time is not known yet" if unknown else ""
         pace = f"measured now: a training step of {self.shape} takes {self.pace:.2f} times what the cost model says"
         installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         build = next(folder for folder in (paths.build(), *paths.build().parents) if folder.exists())
@@ -123,8 +124,8 @@ def peak_memory(whose: int) -> float:
 
 def recorded_minutes(study: Study, names: Iterable[str], pace: float) -> dict[str, float | None]:
     """What notebooks took on this profile: here, or else where RECORD was made, times the pace of this machine."""
-    shipped = pd.read_csv(RECORD)
-    shipped = shipped[shipped["profile"] == study.name]
+    record = pd.read_csv(RECORD)
+    shipped = record[record["profile"] == (study.name if study.name in set(record["profile"]) else LIKE)]
     known = dict(zip(shipped["notebook"], pace * shipped["minutes"], strict=True)) | own_minutes(study)
     return {name: known.get(name) for name in names}
 

@@ -79,6 +79,9 @@ def test_minutes_of_a_notebook_are_those_it_took_here_or_the_shipped_ones_times_
     keep_minutes(study, "02_b", 0.5)
     found = expect(study, names, study.jobs("relu_vs_silu"))
     assert found.notebook_minutes == {"01_a": 3.0, "02_b": 0.5, "03_c": None}
+    monkeypatch.setattr(expected, "LIKE", "other")
+    shipped.assign(profile=["a", "b", "other"]).to_csv(tmp_path / "minutes.csv", index=False)
+    assert expect(study, names, []).notebook_minutes == {"01_a": None, "02_b": 0.5, "03_c": 1.5}
 
 
 def test_without_runs_nothing_is_timed(study, monkeypatch):
@@ -96,7 +99,7 @@ def test_the_plan_names_everything_that_is_asked_before_a_start():
     told = PLAN.told()
     for words in (
         "3 of 12 to do, 2 of them to train: about 30 min with 2 workers",
-        "about 30 min in all, 0.2 min of them for notebooks; of 02_b no time is known yet",
+        "about 30 min in all, 0.2 min of them for notebooks; without 02_b, whose time is not known yet",
         "a training step of 48x4 takes 1.25 times what the cost model says",
         "about 3.0 GB; this machine has",
         f"about 500 MB more in {paths.build()}",
