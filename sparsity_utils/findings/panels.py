@@ -82,14 +82,18 @@ def prices(
     """For a price p of 0.1 to 10%: activation ratio and perplexity, and a passage coloured by its activation ratio.
 
     Args:
-        measure: given p=p, the report of CETT-PPL-p% with `per_token`; called once for each price that is chosen.
+        measure: given p, the report of CETT-PPL-p% with `per_token`; called once for each price that is chosen.
         report: that of p = 1%, which is known already.
         passage: which rows of `per_token` are shown. pieces: their text, as `token_texts` gives it.
     """
+    from IPython.display import clear_output
+
     known = {1.0: report}
 
     def draw(p: float) -> list[Any]:
-        known[p] = known.get(p) or measure(p=p)
+        if p not in known:
+            known[p] = measure(p=p, show_progress=True)
+            clear_output(wait=True)  # of the bar
         chosen = report_figures.coloured_text(known[p].per_token.loc[passage], pieces)
         return [prices_figure(known, p), chosen]
 

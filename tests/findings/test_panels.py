@@ -83,7 +83,9 @@ def report(p: float) -> SimpleNamespace:
 
 def test_a_price_is_measured_once_and_only_when_it_is_chosen(person):
     asked = []
-    shown = panels.prices(lambda p: asked.append(p) or report(p), report(1.0), pd.Index([1, 2]), ["a", "b"])
+    shown = panels.prices(
+        lambda p, show_progress: asked.append(p) or report(p), report(1.0), pd.Index([1, 2]), ["a", "b"]
+    )
     (slider,) = shown.children[0].children
     assert slider.value == 1.0 and not asked
     for price in (5.0, 1.0, 5.0, 0.1):
