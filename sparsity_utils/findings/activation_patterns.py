@@ -42,7 +42,9 @@ ALIKE = 0.5  # rank correlation of two token patterns: at least this much counts
 LITTLE = 0.25  # share of the decrease of the activation ratio below which dead neurons explain little of it
 TRANSFER_FACTOR = 2.0  # thresholds that cost p% on their own domain may cost this many times p% on another
 RUN = ["run", "activation", *SIZE, "seed"]
-SHARES = ["dead_share", "dead_share_zero", "activation_ratio", "dying_ratio"]  # of a layer's neurons
+DEAD = {"dead_share": "at the CETT", "dead_share_zero": "zero threshold"}
+ACTIVE = {"activation_ratio": "all neurons", "dying_ratio": "dead at the end"}
+SHARES = [*DEAD, *ACTIVE]  # of a layer's neurons
 QUANTILES = np.linspace(0, 1, 101)  # at which a distribution is drawn
 PART_NAMES = ("all", "first", "middle", "last")
 DIFFERENCES = {"size": "sizes", "activation": "activation\nfunctions", "seed": "seeds"}  # between two models
@@ -299,17 +301,19 @@ def frequency_figure(neurons: pd.DataFrame, alike: Likeness) -> ShownFigure:
     for axes, activation in zip(panels, activations, strict=False):
         rows = neurons[neurons["activation"] == activation]
         for number, (size, models) in enumerate(rows.groupby(SIZE, sort=True)):
-            look = Look(number)
-            for index, (_, domain) in enumerate(models.groupby("domain", sort=True)):
-                values = np.quantile(relative(domain["frequency"]), QUANTILES)
-                label = None if index else size_name(size)
-                axes.plot(values, 100 * QUANTILES, look.line, color=look.colour, alpha=0.6, lw=0.9, label=label)
+            look, domains = Look(number), (domain["frequency"] for _, domain in models.groupby("domain", sort=True))
+            values = np.array([np.quantile(relative(found), QUANTILES) for found in domains])  # (domains, quantiles)
+            axes.fill_betweenx(100 * QUANTILES, values.min(axis=0), values.max(axis=0), color=look.colour, alpha=0.15)
+            axes.plot(values.mean(axis=0), 100 * QUANTILES, look.line, color=look.colour, label=size_name(size))
         axes.set(xlabel="Frequency / mean frequency", xlim=(0, 5), ylim=(0, 100), title=ACTIVATIONS[activation])
     panels[0].set_ylabel("Neurons at or below (%)")
     panels[0].legend(loc="lower right")
     _distances(panels[-1], alike)
-    domains, seeds = neurons["domain"].nunique(), seeds_name(alike.models)
-    return captioned(figure, f"One line per size and each of {domains} domains, all layers; {seeds} a size together.")
+    count, seeds = neurons["domain"].nunique(), seeds_name(alike.models)
+    about = (
+        f"Lines: mean over {count} domains, bands: from the lowest to the highest; all layers, {seeds} a size together."
+    )
+    return captioned(figure, about)
 
 
 def _distances(axes: Axes, alike: Likeness) -> None:
@@ -354,12 +358,13 @@ def _correlations(axes: Axes, activations: list[str], alike: Likeness) -> None:
     for place, part in enumerate(PARTS):
         for number, activation in enumerate(activations):
             look, at = Look(number), place - 0.15 + number * shift
-            for found, fill, nudge in ((alike.between_sizes, "full", -0.03), (alike.between_seeds, "none", 0.03)):
-                values = [value for (kind, *_), value in found[part].items() if kind == activation]
+            for found, fill, nudge in ((alike.between_sizes, "full", -0.06), (alike.between_seeds, "none", 0.06)):
+                values = sorted(value for (kind, *_), value in found[part].items() if kind == activation)
+                x = at + nudge + np.linspace(-0.04, 0.04, len(values))
                 lowest = min([lowest, *(value - 0.05 for value in values)])
-                style = {"color": look.colour, "fillstyle": fill, "linestyle": "none", "alpha": 0.8}
+                style = {"color": look.colour, "fillstyle": fill, "linestyle": "none", "alpha": 0.8, "markersize": 3.5}
                 label = ACTIVATIONS[activation] if place == 0 and fill == "full" else None
-                axes.plot([at + nudge] * len(values), values, look.marker, label=label, **style)
+                axes.plot(x, values, look.marker, label=label, **style)
     axes.set_xticks(range(len(PARTS)), PART_NAMES)
     axes.set(ylim=(lowest, 1), xlabel="Layers", title="Between sizes (hollow: seeds)")
     axes.set_ylabel("Rank correlation of token ratios")
@@ -372,22 +377,24 @@ def dead_figure(curves: pd.DataFrame) -> ShownFigure:
 
     curves: `dead_curves`.
     """
-    figure, (left, right) = side_by_side(2)
     means = 100 * curves.groupby([*SIZE, "tokens"], sort=True)[SHARES].mean()
-    for number, (size, curve) in enumerate(means.groupby(level=SIZE, sort=True)):
-        look, curve = Look(number), curve.droplevel(SIZE)
-        style = {"color": look.colour, "marker": look.marker, "markersize": 3}
-        x = curve.index / 1e6
-        left.plot(x, curve["dead_share"], "-", label=size_name(size), **style)
-        left.plot(x, curve["dead_share_zero"], ":", fillstyle="none", **style)
-        right.plot(x, curve["activation_ratio"], "-", label=size_name(size), **style)
-        right.plot(x, curve["dying_ratio"], ":", fillstyle="none", **style)
-    left.set(ylabel="Dead neurons (%)", title="Solid: at the CETT; dotted: zero threshold")
-    right.set(ylabel=AXIS, title="Solid: all neurons; dotted: those dead at the end")
-    for axes in (left, right):
-        token_axis(axes)
-        axes.set_ylim(bottom=0)
-        axes.legend()
+    sizes = list(means.groupby(level=SIZE, sort=True))
+    figure = ShownFigure(figsize=(max(2.1 * len(sizes), 5), 4.4), layout="constrained")
+    panels = figure.subplots(2, len(sizes), sharex="col", sharey="row", squeeze=False)
+    for (upper, lower), (size, curve) in zip(panels.T, sizes, strict=True):
+        x = curve.index.get_level_values("tokens") / 1e6
+        for axes, names in ((upper, DEAD), (lower, ACTIVE)):
+            for number, (name, label) in enumerate(names.items()):
+                look = Look(number)
+                style = {"color": look.colour, "marker": look.marker, "fillstyle": "none" if number else "full"}
+                axes.plot(x, curve[name], look.line, label=label, markersize=3 + 2 * number, linewidth=1, **style)
+        upper.set_title(size_name(size))
+        token_axis(lower)
+        lower.set_xlabel("Tokens (millions)")
+    for axes, name in zip(panels[:, 0], ("Dead neurons (%)", AXIS), strict=True):
+        axes.set(ylim=(-0.04 * axes.get_ylim()[1], None), ylabel=name)  # points at zero are seen whole
+    for axes in panels[:, -1]:
+        axes.legend(fontsize=7)
     about = f"ReLU, mean over {seeds_name(curves)} a size; dead: active on less than 0.1% of the evaluation tokens."
     return captioned(figure, about)
 

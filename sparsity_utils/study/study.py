@@ -168,10 +168,11 @@ class Study(Tables):
             figure.save(self.folder.parent / "figures" / name)
 
     def keep_verdicts(self, notebook: str, verdicts: pd.DataFrame) -> None:
-        """Store a notebook's verdict table for the closing table of `make reproduce`; a recorded study keeps none."""
+        """Store a notebook's verdicts and their reasons for what `make reproduce` tells; a recorded study does not."""
         if self.profile is not None:
+            reasons = verdicts.attrs.get("reasons", "")
             with paths.written_aside(self.folder.parent / "verdicts" / f"{notebook}.csv") as aside:
-                verdicts.to_csv(aside, index=False)
+                verdicts.assign(reason=reasons).to_csv(aside, index=False)
 
     def speeds(self, question: str) -> pd.DataFrame:
         """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s."""
