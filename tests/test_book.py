@@ -93,9 +93,7 @@ class Page(HTMLParser):
             self.loads.add(values["href"])
         elif values.get("src"):
             self.loads.add(values["src"])
-        if tag == "img" and (values.get("alt") or ".png").endswith(
-            (".png", ".svg")
-        ):  # else Sphinx names the file
+        if tag == "img" and (values.get("alt") or ".png").endswith((".png", ".svg")):  # else Sphinx names the file
             self.silent.append(values["src"])
 
 

@@ -233,7 +233,7 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
         list(record.record(profile))
     study = Study.from_profile(profile)
     (study.folder.parent).mkdir(parents=True)
-    (study.folder.parent / "verdicts.csv").write_text("question,published,here,interval,verdict,minutes\n")
+    (study.folder.parent / "verdicts.csv").write_text("question,published,here,interval,verdict,minutes,notebook\n")
     (shelf / "02_left_out.ipynb").touch()
     with pytest.raises(InputError, match=r"verdicts\.csv of profile tiny lacks 02_left_out; reproduce all notebooks"):
         list(record.record(profile))
@@ -250,4 +250,6 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     assert training["tokens"] > 6 * 5000 and training["run_hours"] >= 0
     monkeypatch.setattr(paths, "NOTEBOOKS", NOTEBOOKS)
     figures = {file.stem for file in draw_all(tmp_path / "results", tmp_path / "figures")}
-    assert "02_relu_vs_silu" in figures and figures == {file.stem for file in (tmp_path / "figures").iterdir()}
+    assert {"02_relu_vs_silu", "verdicts"} <= figures and figures == {
+        file.stem for file in (tmp_path / "figures").iterdir()
+    }
