@@ -18,6 +18,7 @@ from sparsity_utils.commands.measure import window_length
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import (
     activation_patterns,
+    dead_neurons,
     design_a_sparse_model,
     metrics,
     power,
@@ -122,7 +123,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
             *scale_insensitivity.verdicts(scale_insensitivity.analyse(table("scale_insensitivity"), second)),
             *activation_patterns.verdicts(
                 activation_patterns.likeness(neurons, tokens),
-                activation_patterns.dead_curves(table("dead_neurons")),
+                dead_neurons.curves_of(table("dead_neurons")),
                 table("transfer"),
             ),
             *sparse_decoding.verdicts(table("sparse_ffn"), table("sparse_decoding")),
