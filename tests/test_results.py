@@ -18,6 +18,7 @@ from sparsity_utils.commands.measure import window_length
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import (
     activation_patterns,
+    dead_neurons,
     design_a_sparse_model,
     metrics,
     power,
@@ -122,7 +123,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
             *scale_insensitivity.verdicts(scale_insensitivity.analyse(table("scale_insensitivity"), second)),
             *activation_patterns.verdicts(
                 activation_patterns.likeness(neurons, tokens),
-                activation_patterns.dead_curves(table("dead_neurons")),
+                dead_neurons.curves_of(table("dead_neurons")),
                 table("transfer"),
             ),
             *sparse_decoding.verdicts(table("sparse_ffn"), table("sparse_decoding")),
@@ -233,7 +234,7 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
         list(record.record(profile))
     study = Study.from_profile(profile)
     (study.folder.parent).mkdir(parents=True)
-    (study.folder.parent / "verdicts.csv").write_text("question,published,here,interval,verdict,minutes\n")
+    (study.folder.parent / "verdicts.csv").write_text("question,published,here,interval,verdict,minutes,notebook\n")
     (shelf / "02_left_out.ipynb").touch()
     with pytest.raises(InputError, match=r"verdicts\.csv of profile tiny lacks 02_left_out; reproduce all notebooks"):
         list(record.record(profile))
@@ -250,4 +251,6 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     assert training["tokens"] > 6 * 5000 and training["run_hours"] >= 0
     monkeypatch.setattr(paths, "NOTEBOOKS", NOTEBOOKS)
     figures = {file.stem for file in draw_all(tmp_path / "results", tmp_path / "figures")}
-    assert "02_relu_vs_silu" in figures and figures == {file.stem for file in (tmp_path / "figures").iterdir()}
+    assert {"02_relu_vs_silu", "verdicts"} <= figures and figures == {
+        file.stem for file in (tmp_path / "figures").iterdir()
+    }

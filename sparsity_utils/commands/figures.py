@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sparsity_utils.console import progress
+from sparsity_utils.console import check, progress
 from sparsity_utils.findings import at_a_glance
 from sparsity_utils.paths import collection
 from sparsity_utils.study.tables import Tables
@@ -31,8 +31,10 @@ def draw_all(tables: Path, folder: Path) -> Iterator[Path]:
 
 
 def draw_verdicts(table: Path, folder: Path) -> list[Path]:
-    """Draw all verdicts of a study in one picture."""
-    return at_a_glance.figure(pd.read_csv(table, dtype=str, keep_default_na=False)).save(folder / "verdicts")
+    """Draw all verdicts of a study in one picture. Raises InputError for a table of an earlier version."""
+    verdicts = pd.read_csv(table, dtype=str, keep_default_na=False)
+    check("notebook" in verdicts, f"{table} does not name notebooks; run make reproduce again, which does.")
+    return at_a_glance.figure(verdicts).save(folder / "verdicts")
 
 
 def draw(finding: str, study: Tables, folder: Path) -> list[Path]:
