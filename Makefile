@@ -4,12 +4,13 @@
 #   PROFILE=laptop       what `make reproduce` trains (default: gpu with a GPU, laptop without)
 #   NOTEBOOKS="02 03"    which notebooks `make reproduce` executes (default: all)
 #   FROM=build/laptop    whose tables `make figures` draws (default: the recorded study in results/)
+#   SERVE=1              `make book` shows what it made at http://127.0.0.1:8000
 #   PYTHON=python3.12    the Python that makes .venv (default: the first suitable one below)
 #   LAB="--no-browser"   further options of JupyterLab
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test figures lab bench check test-slow notebooks lock clean
+.PHONY: help env reproduce test figures book lab bench check test-slow notebooks lock clean
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
@@ -44,6 +45,12 @@ test: $(ENV) check  ## prove the collection: check, a smoke run of all notebooks
 
 figures: $(ENV)  ## redraw figures/ from results/, or FROM=build/laptop from your own run
 	$(PY) -m sparsity_utils figures $(if $(FROM),--from "$(FROM)")
+
+book: $(ENV)  ## make the collection a site, build/book/, from its stored outputs; SERVE=1 shows it
+	rm -rf build/book
+	$(PY) -m sphinx -W --keep-going -c docs . build/book
+	@echo "build/book/index.html"
+	$(if $(SERVE),$(PY) -m http.server --bind 127.0.0.1 --directory build/book)
 
 lab: $(ENV)  ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks $(LAB)
@@ -82,6 +89,7 @@ clean:  ## delete build/ (trained runs included) and caches; .venv stays
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .venv/.installed: requirements.lock pyproject.toml
+	$(eval BEGUN := $(shell date +%s))
 	@python=; for candidate in $(PYTHON); do \
 	  if $$candidate -c '$(SUITABLE)' > /dev/null 2>&1; then python=$$candidate; break; fi; \
 	done; \
@@ -96,4 +104,4 @@ clean:  ## delete build/ (trained runs included) and caches; .venv stays
 	fi
 	.venv/bin/python -m pip install $(if $(CI),--quiet) --requirement requirements.lock
 	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
+	@touch $@; echo "The environment took $$(($$(date +%s) - $(BEGUN))) seconds."

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kernels import MAX_TOKENS, SparseFFN, naive
 from kernels.bench_cases import Case, Pattern, Problem, build, random_pattern

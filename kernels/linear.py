@@ -9,6 +9,7 @@ query, key and value, are one call: at the size of a small model starting a call
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -57,11 +58,30 @@ class SparseLinear:
         return self.weight_t.shape[0]
 
     @cached_property
+    def _blocks(self) -> dict[int, Tensor]:
+        return {}
+
+    @cached_property
     def arrays(self) -> tuple:
         """The tensors as the kernel for CPUs takes them, which shares their memory."""
         from kernels.cpu_linear import arrays
 
         return arrays(self)
+
+    def blocks(self, size: int) -> Tensor:
+        """The outputs in blocks of `size`, each of one map: map, first output, end of the map's outputs, int32.
+
+        (blocks, 3). It is made once: a GPU would wait for the copy from the host, and a CUDA graph refuses it.
+        """
+        if size not in self._blocks:
+            ends = list(accumulate(self.widths))
+            rows = [
+                (number, first, end)
+                for number, (end, width) in enumerate(zip(ends, self.widths, strict=True))
+                for first in range(end - width, end, size)
+            ]
+            self._blocks[size] = torch.tensor(rows, dtype=torch.int32, device=self.weight_t.device)
+        return self._blocks[size]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The maps of `x`, (..., d), in its dtype, (..., sum of d_out).

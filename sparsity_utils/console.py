@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 Item = TypeVar("Item")
+UNATTENDED = "SPARSITY_UNATTENDED"  # set for the kernels that this project starts itself
 
 
 class InputError(ValueError):
@@ -34,6 +35,14 @@ def explained(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{what} ({reason}); {remedy}.") from error
+
+
+def unattended() -> bool:
+    """Whether a program, not a person, runs this notebook: `commands.notebooks` started its kernel, or CI is set.
+
+    nbval takes its kernels from Jupyter, so that `make test` and `.ci/run` set CI.
+    """
+    return bool(os.environ.get(UNATTENDED) or os.environ.get("CI"))
 
 
 def note(sentence: str) -> None:

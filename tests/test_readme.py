@@ -1,4 +1,4 @@
-"""README.md: every command is one that works, and blocks marked for it are executed."""
+"""README.md and the pages of docs/: every command is one that works, and blocks marked for it are executed."""
 
 import ast
 import importlib.util
@@ -17,6 +17,8 @@ from sparsity_utils.__main__ import _parser
 
 README = paths.ROOT / "README.md"
 BLOCKS = readme.read(README)
+PAGES = sorted((paths.ROOT / "docs").glob("*.md"))
+RUN = [block for file in (README, *PAGES) for block in readme.read(file) if block.run]
 CONDA = {"conda env create -f environment.yml", "conda activate activation-sparsity"}
 
 
@@ -38,6 +40,13 @@ def test_the_readme_names_the_two_commands():
     assert {"make reproduce", "make test"} <= set(commands)
 
 
+def test_the_first_screen_says_what_one_gets_what_it_costs_and_shows_it():
+    text = README.read_text(encoding="utf-8")
+    first = "\n".join(text.splitlines()[:15])
+    assert "minutes" in first and "](figures/verdicts.png)" in first and "make reproduce" in first
+    assert text.count("\n") < 150
+
+
 def test_no_placeholder_is_left():
     assert "@@" not in README.read_text(encoding="utf-8")
 
@@ -57,17 +66,20 @@ def test_block_names_what_exists(block: readme.Block):
         assert not block.run, f"a block of {block.language or 'no language'} cannot be executed"
 
 
-@pytest.mark.parametrize("page", sorted((paths.ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_a_page_exist(page: Path):
     """Those of this project; a page may show what a shell or a cluster needs around them."""
-    lines = [line.strip() for block in readme.read(page) for line in block.code.splitlines()]
-    commands = [line.partition(" &")[0] for line in lines if line.startswith("python -m sparsity_utils")]
+    blocks = readme.read(page)
+    for code in (block.code for block in blocks if block.language == "python"):
+        check_imports(code)
+    lines = [line.strip() for block in blocks for line in block.code.splitlines()]
+    commands = [line.partition(" &")[0] for line in lines if line.startswith(("python -m sparsity_utils", "make "))]
     for command in commands:
         check_command(command)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.run], ids=first_line)
+@pytest.mark.parametrize("block", RUN, ids=first_line)
 def test_block_runs(block: readme.Block, tmp_path: Path):
     if "build/smoke" in block.code and not (paths.ROOT / "build" / "smoke" / "results").exists():
         pytest.skip("there is no build/smoke; make test, which comes before make test-slow, runs the smoke profile")

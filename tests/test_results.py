@@ -13,11 +13,12 @@ from small import profile_content, write_profile, write_text
 
 from sparsity_utils import measure_sparsity, paths
 from sparsity_utils.commands import record
-from sparsity_utils.commands.figures import draw, draw_all
+from sparsity_utils.commands.figures import draw, draw_all, draw_verdicts
 from sparsity_utils.commands.measure import window_length
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import (
     activation_patterns,
+    dead_neurons,
     design_a_sparse_model,
     metrics,
     power,
@@ -122,7 +123,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
             *scale_insensitivity.verdicts(scale_insensitivity.analyse(table("scale_insensitivity"), second)),
             *activation_patterns.verdicts(
                 activation_patterns.likeness(neurons, tokens),
-                activation_patterns.dead_curves(table("dead_neurons")),
+                dead_neurons.curves_of(table("dead_neurons")),
                 table("transfer"),
             ),
             *sparse_decoding.verdicts(table("sparse_ffn"), table("sparse_decoding")),
@@ -131,7 +132,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
             *pretrained_model.verdicts(pretrained_model.analyse(study)),
         ]
     )
-    stored = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False).drop(columns="minutes")
+    stored = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False).drop(columns=["minutes", "notebook"])
     judged = found.table()
     from_tables = stored[stored["question"].isin(judged["question"])].reset_index(drop=True)
     pd.testing.assert_frame_equal(judged, from_tables)
@@ -197,6 +198,8 @@ def drawn(tmp_path_factory):
     folders = [tmp_path_factory.mktemp(f"figures{turn}") for turn in (1, 2)]
     for folder, notebook in product(folders, collection()):
         draw(notebook.stem.partition("_")[2], study, folder)
+    for folder in folders:
+        draw_verdicts(paths.RESULTS / "verdicts.csv", folder)
     return folders
 
 
@@ -231,7 +234,7 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
         list(record.record(profile))
     study = Study.from_profile(profile)
     (study.folder.parent).mkdir(parents=True)
-    (study.folder.parent / "verdicts.csv").write_text("question,published,here,interval,verdict,minutes\n")
+    (study.folder.parent / "verdicts.csv").write_text("question,published,here,interval,verdict,minutes,notebook\n")
     (shelf / "02_left_out.ipynb").touch()
     with pytest.raises(InputError, match=r"verdicts\.csv of profile tiny lacks 02_left_out; reproduce all notebooks"):
         list(record.record(profile))
@@ -248,4 +251,6 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     assert training["tokens"] > 6 * 5000 and training["run_hours"] >= 0
     monkeypatch.setattr(paths, "NOTEBOOKS", NOTEBOOKS)
     figures = {file.stem for file in draw_all(tmp_path / "results", tmp_path / "figures")}
-    assert "02_relu_vs_silu" in figures and figures == {file.stem for file in (tmp_path / "figures").iterdir()}
+    assert {"02_relu_vs_silu", "verdicts"} <= figures and figures == {
+        file.stem for file in (tmp_path / "figures").iterdir()
+    }

@@ -20,9 +20,12 @@ from nbclient.exceptions import CellControlSignal, DeadKernelError
 
 from sparsity_utils import paths
 from sparsity_utils.commands import verdicts
-from sparsity_utils.console import InputError, progress
+from sparsity_utils.commands.expected import Expected, expect, keep_minutes
+from sparsity_utils.commands.report import write_report
+from sparsity_utils.console import UNATTENDED, InputError, progress
+from sparsity_utils.findings import at_a_glance
 from sparsity_utils.study.engines import do_jobs
-from sparsity_utils.study.jobs import Job, longest_first, outlook
+from sparsity_utils.study.jobs import Job, longest_first
 from sparsity_utils.study.plan import QUESTIONS
 from sparsity_utils.study.study import Study
 
@@ -37,12 +40,19 @@ class NotebookFailed(RuntimeError):
 
 
 class OwnKernel(AsyncKernelManager):
-    """Kernels of the Python that runs this, whatever the machine has registered under the name python3."""
+    """Kernels of the Python that runs this, whatever the machine has registered under the name python3.
+
+    They are told that no person looks on, so that no interactive panel is shown or stored.
+    """
 
     transport_encryption = "auto"
 
     def _kernel_spec_manager_default(self) -> KernelSpecManager:
         return KernelSpecManager(kernel_dirs=[])
+
+    async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
+        environment = options.pop("env", None) or os.environ
+        await super().start_kernel(env={**environment, UNATTENDED: "1"}, **options)
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
@@ -124,10 +134,12 @@ def reproduce(profile: str, numbers: Iterable[str] = ()) -> int:
     """Train and measure what notebooks need, then run them with `source="run"`; return 1 if a notebook failed, else 0.
 
     `profile` is the name of a shipped profile or the path of a YAML file; `numbers` choose notebooks, as in `chosen`.
-    All runs are done in one pool before the first notebook opens; speeds are left to the notebooks, since nothing else
-    may run meanwhile. A failed run or notebook does not stop the notebooks that do not need it. The
-    last thing printed is one table (question, published, here, interval, verdict, minutes of its notebook) and the
-    paths of the figures; the table is also stored as `build/<profile>/verdicts.csv`.
+    After the text the plan is printed (`expected`). All runs are done in one pool before the first notebook opens;
+    speeds are left to the notebooks, since nothing else may run meanwhile. A failed run or notebook does not stop the
+    notebooks that do not need it. At the end, and where Ctrl-C ends it after a notebook, one table is printed
+    (question, published, here, interval, verdict, minutes of its notebook) and the paths of the figures and of the
+    page on all of it, `build/<profile>/report.html`. The table is also stored as `build/<profile>/verdicts.csv`,
+    and drawn as `figures/verdicts`.
     """
     study = Study.from_profile(profile)
     name, folder = study.name, study.folder.parent
@@ -137,30 +149,46 @@ def reproduce(profile: str, numbers: Iterable[str] = ()) -> int:
     notebooks = chosen(numbers)
     for notebook in notebooks:  # all of them before the first minute is spent
         check_parameters(notebook, parameters)
-    _train(study, notebooks)
-    tables, failures = [], []
-    for number, notebook in enumerate(notebooks, start=1):
-        print(f"[{number}/{len(notebooks)}] {notebook.name}, profile {name}", flush=True)
-        try:
-            tables.append(_verdicts(notebook, folder, parameters))
-        except NotebookFailed as failure:
-            print(failure, file=sys.stderr, flush=True)
-            failures.append(failure)
-            tables.append(_one_row(notebook, "failed", minutes=""))
-    _report(folder, pd.concat(tables, ignore_index=True))
-    for failed in failures:
+    taken: dict[str, float] = {}  # minutes of each step
+    plan, failures = _train(study, notebooks, taken), dict[str, str]()
+    tables, ended = [], "It was interrupted before the last notebook."
+    try:
+        for number, notebook in enumerate(notebooks, start=1):
+            share = plan.notebook_minutes[notebook.stem] if plan else None
+            about = "" if share is None else f", about {share:.1f} min"
+            print(f"[{number}/{len(notebooks)}] {notebook.name}, profile {name}{about}", flush=True)
+            try:
+                tables.append(_verdicts(notebook, folder, parameters, taken))
+                keep_minutes(study, notebook.stem, taken[notebook.stem])
+            except NotebookFailed as failure:
+                print(failure, file=sys.stderr, flush=True)
+                failures[notebook.stem] = str(failure)
+                tables.append(_one_row(notebook, "failed", minutes=""))
+        ended = ""
+    finally:
+        if tables:
+            _report(folder, pd.concat(tables, ignore_index=True))
+            print(write_report(study, plan, taken, failures, ended), flush=True)
+    for failed in failures.values():
         print(failed, file=sys.stderr)
     return 1 if failures else 0
 
 
-def _train(study: Study, notebooks: list[Path]) -> None:
-    """Do the runs of all `notebooks`, after a line that says how many and how long; print the first error, if any."""
+def _train(study: Study, notebooks: list[Path], taken: dict[str, float]) -> Expected | None:
+    """Do the runs of all `notebooks`, after the plan; return it. The first error, if any, is printed."""
+    names = ", ".join(notebook.stem for notebook in notebooks)
+    print(f"Profile {study.name}: {names}.\nFirst the text is put together, then the plan follows.", flush=True)
+    plan, start = None, time.perf_counter()
     try:
         jobs = jobs_of(notebooks, study)
-        print(f"Profile {study.name}. {outlook(jobs, study.profile.side_by_side)}", flush=True)
+        taken["text"] = (time.perf_counter() - start) / 60
+        plan, start = expect(study, notebooks, jobs), time.perf_counter()
+        print(plan.told(), flush=True)
         do_jobs(longest_first(jobs), study.profile)
     except Exception as error:  # whatever it is, the notebooks that need the run come upon it
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    taken["runs"] = (time.perf_counter() - start) / 60
+    return plan
 
 
 def refresh() -> None:
@@ -257,26 +285,39 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else "no message"
 
 
-def _verdicts(notebook: Path, folder: Path, parameters: dict[str, Any]) -> pd.DataFrame:
-    """Execute `notebook` and read the table of verdicts that it wrote, with the minutes that it took."""
+def _verdicts(notebook: Path, folder: Path, parameters: dict[str, Any], taken: dict[str, float]) -> pd.DataFrame:
+    """Execute `notebook` and read the table of verdicts that it wrote; note the minutes that it took."""
     written = folder / "verdicts" / f"{notebook.stem}.csv"
-    written.unlink(missing_ok=True)  # an earlier verdict must not stand for a failed notebook
-    minutes = f"{execute(notebook, folder / 'notebooks' / notebook.name, parameters):.1f}"
-    if not written.exists():
-        raise NotebookFailed(f"{notebook.name} stored no table of verdicts; call study.keep_verdicts in its last cells")
-    return pd.read_csv(written, dtype=str, keep_default_na=False)[VERDICT_COLUMNS].assign(minutes=minutes)
+    before = _last_written(written)
+    try:
+        taken[notebook.stem] = execute(notebook, folder / "notebooks" / notebook.name, parameters)
+        if _last_written(written) == before:
+            raise NotebookFailed(
+                f"{notebook.name} stored no table of verdicts; call study.keep_verdicts in its last cells"
+            )
+    except NotebookFailed:  # an earlier verdict must not stand for it
+        written.unlink(missing_ok=True)
+        raise
+    table = pd.read_csv(written, dtype=str, keep_default_na=False)[VERDICT_COLUMNS]
+    return table.assign(minutes=f"{taken[notebook.stem]:.1f}", notebook=notebook.stem)
+
+
+def _last_written(file: Path) -> int:
+    """When a file was written; 0 where there is none."""
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def _one_row(notebook: Path, verdict: str, minutes: str) -> pd.DataFrame:
     """The row of a notebook that gave no table of verdicts."""
-    row = dict.fromkeys(VERDICT_COLUMNS, "") | {"question": notebook.stem, "verdict": verdict, "minutes": minutes}
-    return pd.DataFrame([row])
+    about = {"question": notebook.stem, "verdict": verdict, "minutes": minutes, "notebook": notebook.stem}
+    return pd.DataFrame([dict.fromkeys(VERDICT_COLUMNS, "") | about])
 
 
 def _report(folder: Path, table: pd.DataFrame) -> None:
-    """Print the table of verdicts and the paths of the figures; store the table."""
+    """Print the table of verdicts and the paths of the figures; store the table, and draw it."""
     with paths.written_aside(folder / "verdicts.csv") as aside:
         table.to_csv(aside, index=False)
+    at_a_glance.figure(table).save(folder / "figures" / "verdicts")
     print()
     verdicts.show(table)
     for figure in sorted((folder / "figures").glob("*.png")):

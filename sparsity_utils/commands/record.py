@@ -41,7 +41,7 @@ def record(profile: str) -> Iterator[Path]:
     for file, question in sorted(questions.items()):
         study.table(question)
         yield _copy(study.folder / file, paths.RESULTS / file)
-    for left in filter(Path.exists, map(study.file, OF_MODELS)):  # as notebooks left them
+    for left in filter(Path.exists, map(study.file, OF_MODELS)):  # as notebooks left them: the text is a parameter
         yield _copy(left, paths.RESULTS / left.name)
     yield _copy(verdicts, paths.RESULTS / "verdicts.csv")
     yield _write(paths.RESULTS / "manifest.json", json.dumps(_manifest(study), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Notebook 05, activation patterns: which neurons and tokens are active, dead neurons, transfer of thresholds."""
+"""Notebook 05, activation patterns: which neurons and tokens are active, and transfer of thresholds."""
 
 import math
 from collections.abc import Iterator
@@ -8,16 +8,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from sparsity_utils.findings import dead_neurons
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
+from sparsity_utils.findings.dead_neurons import RUN
 from sparsity_utils.findings.style import (
-    AXIS,
     Look,
     ShownFigure,
     captioned,
     seeds_name,
     side_by_side,
     styled,
-    token_axis,
 )
 from sparsity_utils.laws.limits import require
 from sparsity_utils.laws.similarity import (
@@ -33,16 +33,13 @@ from sparsity_utils.laws.similarity import (
     size_name,
     token_patterns,
 )
-from sparsity_utils.laws.trends import mean_over_runs, run_slopes
+from sparsity_utils.laws.trends import mean_over_runs
 from sparsity_utils.models.config import ACTIVATIONS
 from sparsity_utils.study.tables import Tables
 
 OFTEN = 20  # occurrences in the measured text from which a token's mean activation ratio is compared
 ALIKE = 0.5  # rank correlation of two token patterns: at least this much counts as alike
-LITTLE = 0.25  # share of the decrease of the activation ratio below which dead neurons explain little of it
 TRANSFER_FACTOR = 2.0  # thresholds that cost p% on their own domain may cost this many times p% on another
-RUN = ["run", "activation", *SIZE, "seed"]
-SHARES = ["dead_share", "dead_share_zero", "activation_ratio", "dying_ratio"]  # of a layer's neurons
 QUANTILES = np.linspace(0, 1, 101)  # at which a distribution is drawn
 PART_NAMES = ("all", "first", "middle", "last")
 DIFFERENCES = {"size": "sizes", "activation": "activation\nfunctions", "seed": "seeds"}  # between two models
@@ -95,26 +92,7 @@ MIDDLE_ALIKE = Claim(
     "90% interval above 0 for both",
     scale=1.0,
 )
-DEAD_INCREASE = Claim(
-    "dead_increase",
-    "activation_patterns",
-    "The share of dead ReLU neurons rises with training",
-    "0.35% dead at the end (0.1B)",
-    "points more per decade of tokens",
-    "t interval over runs of each run's slope on log tokens, warm-up dropped",
-)
-DEAD_EXPLAIN_LITTLE = Claim(
-    "dead_explain_little",
-    "activation_patterns",
-    "Dead neurons explain little of the fall of the ReLU activation ratio",
-    "0.35% dead, 3.4 points fall",
-    "% of the fall",
-    "t interval over ReLU runs of the share of the fall, from the first fitted to the last stable checkpoint, that "
-    "lies in neurons dead at the end",
-    f"90% interval below {100 * LITTLE:.0f}%",
-    region=(-math.inf, LITTLE),
-)
-ALL = (TOKENS_ALIKE, NEURONS_ALIKE, MIDDLE_ALIKE, DEAD_INCREASE, DEAD_EXPLAIN_LITTLE, transfer_claim())
+ALL = (TOKENS_ALIKE, NEURONS_ALIKE, MIDDLE_ALIKE, *dead_neurons.CLAIMS, transfer_claim())
 CLAIMS = {claim.key: claim for claim in ALL}
 
 
@@ -160,36 +138,16 @@ def domains_alike(neurons: pd.DataFrame) -> pd.DataFrame:
     return table.groupby(["activation", "part"])[["spearman", "overlap"]].mean().unstack("activation")
 
 
-def dead_curves(layers: pd.DataFrame) -> pd.DataFrame:
-    """SHARES of all neurons of each ReLU run, sum(share * neurons) / sum(neurons) over layers; a row per checkpoint.
-
-    layers: the table of the question dead_neurons. Raises InputError for missing columns, duplicates and NaN.
-    """
-    numbers = ["neurons", "tokens", "fit", "dead_share", "activation_ratio", "dying_ratio"]
-    columns = [*RUN, "step", "layer", "dead_share_zero", *numbers]
-    require(layers, columns, ["run", "step", "layer"], numbers, "dead neurons")
-    relu = layers[layers["activation"] == "relu"]
-    totals = relu[SHARES].mul(relu["neurons"], axis=0).assign(neurons=relu["neurons"])
-    sums = totals.groupby([relu[name] for name in (*RUN, "step", "tokens", "fit")], sort=True).sum()
-    return sums[SHARES].div(sums["neurons"], axis=0).reset_index()
-
-
-def dead_ends(curves: pd.DataFrame) -> pd.DataFrame:
-    """Shares in percent at the first and the last checkpoint of `dead_curves`, mean over the seeds of each size."""
-    runs = curves.groupby("run")
-    ends = pd.concat({"first": runs.head(1), "last": runs.tail(1)}, names=["at", None])
-    return 100 * ends.pivot_table(["dead_share", "dead_share_zero", "activation_ratio"], SIZE, "at")
-
-
 def verdicts(alike: Likeness, dead: pd.DataFrame, transfer: pd.DataFrame) -> Verdicts:
     """One verdict per claim: on tokens and neurons across sizes, on layers, dead neurons and transfer of thresholds.
 
-    dead: `dead_curves`. transfer: the table of that question. Raises InputError for missing columns, duplicates, NaN.
+    dead: `dead_neurons.curves_of`. transfer: the table of that question. Raises InputError for missing columns,
+    duplicates and NaN.
     """
     pairs = ["calibrated_on", "applied_to"]
     require(transfer, [*RUN, *pairs, "ppl_ratio", "p"], ["run", *pairs], ["ppl_ratio", "p"], "transfer")
     across_sizes = _tokens_alike(alike), _neurons_alike(alike), _middle_alike(alike)
-    return Verdicts([*across_sizes, _dead_increase(dead), _dead_explain_little(dead), _thresholds_transfer(transfer)])
+    return Verdicts([*across_sizes, *dead_neurons.verdicts(dead), _thresholds_transfer(transfer)])
 
 
 def _tokens_alike(alike: Likeness) -> Verdict:
@@ -243,22 +201,6 @@ def _middle_alike(alike: Likeness) -> Verdict:
     return MIDDLE_ALIKE.judged_all(estimates, "tokens", f"{len(middle)} pairs of sizes")
 
 
-def _dead_increase(curves: pd.DataFrame) -> Verdict:
-    fitted, end = curves[curves["fit"].astype(bool)], curves.groupby("run")["dead_share"].last()
-    slopes = mean_over_runs(list(run_slopes(fitted["tokens"], fitted["dead_share"], fitted["run"]).values()))
-    at_end = f"{100 * end.mean():.2f}% dead at the end, {100 * end.min():.2f} to {100 * end.max():.2f}"
-    return DEAD_INCREASE.counted(slopes, "runs", at_end)
-
-
-def _dead_explain_little(curves: pd.DataFrame) -> Verdict:
-    ends = curves[curves["fit"].astype(bool)].groupby("run")[["activation_ratio", "dying_ratio"]]
-    fall = ends.first() - ends.last()
-    about = f"the ratio fell by {100 * fall['activation_ratio'].mean():.1f} points"
-    if increasing := int((fall["activation_ratio"] <= 0).sum()):
-        return DEAD_EXPLAIN_LITTLE.undecided(f"the activation ratio of {increasing} runs did not fall; {about}")
-    return DEAD_EXPLAIN_LITTLE.counted(mean_over_runs(fall["dying_ratio"] / fall["activation_ratio"]), "runs", about)
-
-
 def _thresholds_transfer(transfer: pd.DataFrame) -> Verdict:
     claim, own = transfer_claim(transfer["p"].iloc[0]), transfer["calibrated_on"] == transfer["applied_to"]
     if own.all():
@@ -286,7 +228,7 @@ def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
         yield "05_neuron_frequencies", frequency_figure(neurons, alike)
         yield "05_token_patterns", token_figure(alike)
     if study.answers("dead_neurons"):
-        yield "05_dead_neurons", dead_figure(dead_curves(study.table("dead_neurons")))
+        yield "05_dead_neurons", dead_neurons.figure(dead_neurons.curves_of(study.table("dead_neurons")))
     if study.answers("transfer"):
         yield "05_transfer", transfer_figure(study.table("transfer"))
 
@@ -299,17 +241,19 @@ def frequency_figure(neurons: pd.DataFrame, alike: Likeness) -> ShownFigure:
     for axes, activation in zip(panels, activations, strict=False):
         rows = neurons[neurons["activation"] == activation]
         for number, (size, models) in enumerate(rows.groupby(SIZE, sort=True)):
-            look = Look(number)
-            for index, (_, domain) in enumerate(models.groupby("domain", sort=True)):
-                values = np.quantile(relative(domain["frequency"]), QUANTILES)
-                label = None if index else size_name(size)
-                axes.plot(values, 100 * QUANTILES, look.line, color=look.colour, alpha=0.6, lw=0.9, label=label)
+            look, domains = Look(number), (domain["frequency"] for _, domain in models.groupby("domain", sort=True))
+            values = np.array([np.quantile(relative(found), QUANTILES) for found in domains])  # (domains, quantiles)
+            axes.fill_betweenx(100 * QUANTILES, values.min(axis=0), values.max(axis=0), color=look.colour, alpha=0.15)
+            axes.plot(values.mean(axis=0), 100 * QUANTILES, look.line, color=look.colour, label=size_name(size))
         axes.set(xlabel="Frequency / mean frequency", xlim=(0, 5), ylim=(0, 100), title=ACTIVATIONS[activation])
     panels[0].set_ylabel("Neurons at or below (%)")
     panels[0].legend(loc="lower right")
     _distances(panels[-1], alike)
-    domains, seeds = neurons["domain"].nunique(), seeds_name(alike.models)
-    return captioned(figure, f"One line per size and each of {domains} domains, all layers; {seeds} a size together.")
+    count, seeds = neurons["domain"].nunique(), seeds_name(alike.models)
+    about = (
+        f"Lines: mean over {count} domains, bands: from the lowest to the highest; all layers, {seeds} a size together."
+    )
+    return captioned(figure, about)
 
 
 def _distances(axes: Axes, alike: Likeness) -> None:
@@ -354,42 +298,17 @@ def _correlations(axes: Axes, activations: list[str], alike: Likeness) -> None:
     for place, part in enumerate(PARTS):
         for number, activation in enumerate(activations):
             look, at = Look(number), place - 0.15 + number * shift
-            for found, fill, nudge in ((alike.between_sizes, "full", -0.03), (alike.between_seeds, "none", 0.03)):
-                values = [value for (kind, *_), value in found[part].items() if kind == activation]
+            for found, fill, nudge in ((alike.between_sizes, "full", -0.06), (alike.between_seeds, "none", 0.06)):
+                values = sorted(value for (kind, *_), value in found[part].items() if kind == activation)
+                x = at + nudge + np.linspace(-0.04, 0.04, len(values))
                 lowest = min([lowest, *(value - 0.05 for value in values)])
-                style = {"color": look.colour, "fillstyle": fill, "linestyle": "none", "alpha": 0.8}
+                style = {"color": look.colour, "fillstyle": fill, "linestyle": "none", "alpha": 0.8, "markersize": 3.5}
                 label = ACTIVATIONS[activation] if place == 0 and fill == "full" else None
-                axes.plot([at + nudge] * len(values), values, look.marker, label=label, **style)
+                axes.plot(x, values, look.marker, label=label, **style)
     axes.set_xticks(range(len(PARTS)), PART_NAMES)
     axes.set(ylim=(lowest, 1), xlabel="Layers", title="Between sizes (hollow: seeds)")
     axes.set_ylabel("Rank correlation of token ratios")
     axes.legend()
-
-
-@styled
-def dead_figure(curves: pd.DataFrame) -> ShownFigure:
-    """Dead ReLU neurons against training tokens, and the activation ratio of all neurons and of those dead at the end.
-
-    curves: `dead_curves`.
-    """
-    figure, (left, right) = side_by_side(2)
-    means = 100 * curves.groupby([*SIZE, "tokens"], sort=True)[SHARES].mean()
-    for number, (size, curve) in enumerate(means.groupby(level=SIZE, sort=True)):
-        look, curve = Look(number), curve.droplevel(SIZE)
-        style = {"color": look.colour, "marker": look.marker, "markersize": 3}
-        x = curve.index / 1e6
-        left.plot(x, curve["dead_share"], "-", label=size_name(size), **style)
-        left.plot(x, curve["dead_share_zero"], ":", fillstyle="none", **style)
-        right.plot(x, curve["activation_ratio"], "-", label=size_name(size), **style)
-        right.plot(x, curve["dying_ratio"], ":", fillstyle="none", **style)
-    left.set(ylabel="Dead neurons (%)", title="Solid: at the CETT; dotted: zero threshold")
-    right.set(ylabel=AXIS, title="Solid: all neurons; dotted: those dead at the end")
-    for axes in (left, right):
-        token_axis(axes)
-        axes.set_ylim(bottom=0)
-        axes.legend()
-    about = f"ReLU, mean over {seeds_name(curves)} a size; dead: active on less than 0.1% of the evaluation tokens."
-    return captioned(figure, about)
 
 
 @styled

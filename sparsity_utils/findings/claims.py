@@ -140,7 +140,9 @@ class Verdicts(list[Verdict]):
             here = f"{_rounded(found.here)} {found.claim.unit}" if known else "none"
             interval = " to ".join(map(_rounded, found.interval)) if known else "none"
             rows.append((found.claim.claim, found.claim.published, here, interval, found.verdict))
-        return pd.DataFrame(rows, columns=["question", "published", "here", "interval", "verdict"])
+        table = pd.DataFrame(rows, columns=["question", "published", "here", "interval", "verdict"])
+        table.attrs["reasons"] = [found.reason for found in self]  # kept beside it, but told in `details`
+        return table
 
     def details(self) -> pd.DataFrame:
         """How each verdict came about: question, test, threshold, reason."""

@@ -15,6 +15,7 @@ from sparsity_utils.findings.style import (
     Look,
     ShownFigure,
     captioned,
+    dodged,
     price_name,
     seeds_name,
     side_by_side,
@@ -228,7 +229,7 @@ def figure(scale: Scale) -> ShownFigure:
     for axes in (left, right, half, beside):
         axes.legend(fontsize=7)
     fitted = "lines through the means of the sizes, slopes with 90% intervals"
-    return captioned(shown, f"One point per run, {seeds_name(checkpoints)} a size; {fitted}.")
+    return captioned(shown, f"One point per run, {seeds_name(checkpoints)} a size, side by side; {fitted}.")
 
 
 @styled
@@ -250,7 +251,7 @@ def second_line(scale: Scale) -> ShownFigure:
         axes.set_ylim(0, 1.5 * axes.dataLim.ymax)  # room for the legend
         axes.legend(fontsize=7)
     fitted = "lines through the means of the sizes, slopes with 90% intervals"
-    return captioned(shown, f"One point per run, {seeds_name(both)} a size; {fitted}.")
+    return captioned(shown, f"One point per run, {seeds_name(both)} a size, side by side; {fitted}.")
 
 
 def _against_size(axes: Axes, outcome: OverScale, line: str, name: str, look: Look) -> None:
@@ -259,16 +260,17 @@ def _against_size(axes: Axes, outcome: OverScale, line: str, name: str, look: Lo
     ends = np.array([values["parameters"].min(), values["parameters"].max()])
     slope = [100 * part for part in (found.estimate.value, found.estimate.low, found.estimate.high)]
     label = f"{name}: {slope[0]:+.1f} [{slope[1]:+.1f}, {slope[2]:+.1f}] points per decade"
-    axes.plot(values["parameters"], 100 * values["value"], look.marker, color=look.colour, alpha=0.8)
+    axes.plot(dodged(values["parameters"]), 100 * values["value"], look.marker, color=look.colour, alpha=0.8)
     axes.plot(ends, 100 * found.at(ends), look.line, color=look.colour, label=label)
 
 
 def _half_way(axes: Axes, table: pd.DataFrame) -> None:
     """Tokens per parameter at which each run has done half of its change, in the window that all runs share."""
-    for activation, rows in table.groupby("activation", sort=True):
+    table = table.sort_values("activation", kind="stable")
+    for activation, rows in table.assign(x=dodged(table["parameters"])).groupby("activation", sort=True):
         look = LOOKS[activation]
         style = {"color": look.colour, "marker": look.marker, "linestyle": "none", "label": ACTIVATIONS[activation]}
-        axes.plot(rows["parameters"], rows["halfway_per_parameter"], **style)
+        axes.plot(rows["x"], rows["halfway_per_parameter"], **style)
     first, last = table[["first", "last"]].iloc[0]
     axes.axhline(np.sqrt(first * last), color="grey", linestyle=":", label="middle of the window (log)")
     axes.set(ylim=(first, last), yscale="log", title="Half of the change is done", ylabel="Tokens per parameter")
@@ -281,7 +283,7 @@ def _beside_published(axes: Axes, values: pd.DataFrame, activation: str) -> None
     """Our values and the published limits on one axis of sizes."""
     look, name = LOOKS[activation], ACTIVATIONS[activation]
     style = {"color": look.colour, "marker": look.marker, "linestyle": "none"}
-    axes.plot(values["parameters"], 100 * values["value"], label=f"{name}, here", **style)
+    axes.plot(dodged(values["parameters"], 1.25), 100 * values["value"], label=f"{name}, here", **style)
     published = [law for law in PUBLISHED_LAWS if law.activation == activation]
     sizes = [non_embedding_parameters(law.d_model, law.n_layers) for law in published]
     limits = [100 * law.limit for law in published]

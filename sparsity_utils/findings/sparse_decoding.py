@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from kernels.shapes import DENSE
+from sparsity_utils import paths
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
 from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
 from sparsity_utils.laws.cost import DECODING_CASE, FFN_CASE, decoding_limit
@@ -203,6 +204,20 @@ def shares_of_ideal(ffns: pd.DataFrame, shape: str) -> pd.DataFrame:
     chosen = rows.assign(of_ideal=rows["strict_speedup"] / rows["ideal_speedup"], percent=100 * rows["sparsity"])
     columns = ["speedup", "strict_speedup", "ideal_speedup", "of_ideal"]
     return chosen.assign(percent=chosen["percent"].round(1)).pivot(index="percent", columns="way", values=columns)
+
+
+def on_a_gpu() -> pd.DataFrame:
+    """Strict speed-ups of single FFNs on an H100 beside the ideal ones, recorded once (results/sparse_ffn_gpu.csv).
+
+    One row for each shape, dtype and number of tokens; columns by percent of inactive neurons, random patterns.
+    """
+    ffns = pd.read_csv(paths.RESULTS / "sparse_ffn_gpu.csv").query("way == 'sparse'")
+    chosen = ffns.assign(percent=(100 * ffns["sparsity"]).round().astype(int))
+    chosen = chosen[chosen["percent"].isin([0, 50, 90, 97])]  # what most shapes have
+    named = chosen.rename(columns={"strict_speedup": "speed-up", "ideal_speedup": "ideal", "percent": "inactive %"})
+    about = ["shape", "dtype", "tokens"]
+    table = named.pivot(index=about, columns="inactive %", values=["speed-up", "ideal"])
+    return table.swaplevel(axis=1).sort_index(axis=1, level=0, sort_remaining=False)
 
 
 def undecided_rows(decoding: pd.DataFrame) -> pd.DataFrame:

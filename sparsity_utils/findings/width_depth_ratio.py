@@ -254,7 +254,7 @@ def _trends(axes: Axes, shapes: Shapes) -> None:
     """The trends that are compared, with their AICc."""
     ratios = shapes.values["width_depth_ratio"]
     grid = np.geomspace(ratios.min(), ratios.max(), 200)
-    styles = {
+    styles: dict[str, dict] = {
         "straight line": {"color": "grey", "linestyle": "--"},
         "slope, then flat": {"color": COLOURS[1], "linestyle": "-"},
         "smooth saturation": {"color": "black", "linestyle": "-.", "linewidth": 1.0},

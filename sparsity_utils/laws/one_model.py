@@ -24,7 +24,7 @@ POSITIONS = (*KINDS, "delimiter", "early", OTHER)
 Statistic = Callable[[pd.DataFrame], pd.Series]
 
 
-def over_documents(sums: pd.DataFrame, statistic: Statistic) -> Estimate:
+def over_documents(sums: pd.DataFrame, statistic: Statistic, coverage: tuple[float, float] = COVERAGE) -> Estimate:
     """`statistic` of the sums of all documents, with the percentile interval of a Poisson bootstrap over documents.
 
     In each replicate a document counts a Poisson(1) number of times, as in `sparsity.evaluation`.
@@ -32,6 +32,7 @@ def over_documents(sums: pd.DataFrame, statistic: Statistic) -> Estimate:
     Args:
         sums: one row per document, one column per summed quantity.
         statistic: makes a number of each row of such sums.
+        coverage: percentiles that the interval goes from and to.
     """
     if len(sums) < 2:
         return no_estimate(f"only {len(sums)} documents; at least 2 are needed", len(sums))
@@ -39,7 +40,7 @@ def over_documents(sums: pd.DataFrame, statistic: Statistic) -> Estimate:
     replicates = pd.DataFrame(weights @ sums.to_numpy(dtype=float), columns=sums.columns)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = statistic(replicates).to_numpy(dtype=float)
-    low, high = np.percentile(values[np.isfinite(values)], COVERAGE)
+    low, high = np.percentile(values[np.isfinite(values)], coverage)
     return Estimate(float(statistic(sums.sum().to_frame().T).iloc[0]), float(low), float(high), len(sums))
 
 

@@ -46,13 +46,13 @@ class InputRule(Rule):
         """What `active` takes to skip `sparsity` of the inputs of `linear`.
 
         Args:
-            scores: those of the map on calibration tokens, in any order, (n,). Exactly round(sparsity * n) of them are
-                not above the result, ties aside: the empirical quantile. None will do where `per_token`.
+            scores: those of the map on calibration tokens, sorted, (n,). Exactly round(sparsity * n) of them are not
+                above the result, ties aside: the empirical quantile. None will do where `per_token`.
         """
         skipped = round(sparsity * len(scores))
         if skipped == len(scores):
             return math.inf
-        return float(scores.kthvalue(skipped).values) if skipped else 0.0
+        return float(scores[skipped - 1]) if skipped else 0.0
 
     def check_value(self, value: float, d_ff: float = math.inf) -> None:
         check(0 <= value <= 1, f"sparsity is {value}; choose a share of the inputs, 0 to 1.")
@@ -78,8 +78,8 @@ class TopInputs(InputRule):
         scores = self.scores(linear, sizes)
         if value < 1:
             return scores < 0  # none
-        smallest_kept = scores.topk(min(int(value), scores.shape[-1]), dim=-1).values[..., -1:]  # (..., 1)
-        return (scores >= smallest_kept) & (scores != 0)
+        largest = scores.topk(min(int(value), scores.shape[-1]), dim=-1, sorted=False).values
+        return (scores >= largest.amin(-1, keepdim=True)) & (scores != 0)
 
     def value(self, linear: LinearMap, sparsity: float, scores: Tensor | None) -> float:
         return round((1 - sparsity) * linear.inputs)

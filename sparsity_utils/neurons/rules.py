@@ -108,8 +108,8 @@ class TopK(Rule):
     knob = Knob("k", int, "neurons kept per token and layer")
 
     def active(self, ffn: FFN, sizes: Tensor, value: float) -> Tensor:
-        smallest_kept = sizes.topk(min(int(value), ffn.d_ff), dim=-1).values[..., -1:]  # (..., 1)
-        return (sizes >= smallest_kept) & (sizes != 0)
+        largest = sizes.topk(min(int(value), ffn.d_ff), dim=-1, sorted=False).values
+        return (sizes >= largest.amin(-1, keepdim=True)) & (sizes != 0)
 
     def check_value(self, value: float, d_ff: float = math.inf) -> None:
         possible = 1 <= value <= d_ff and int(value) == value

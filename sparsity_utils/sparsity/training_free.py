@@ -5,9 +5,10 @@ percent of perplexity. Every number is of the evaluation text, on all of its pos
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,121 +25,73 @@ from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.rotations import rotated, rotation_weights
 from sparsity_utils.neurons.rules import RULES, CettPpl, Rule
 from sparsity_utils.neurons.thresholds import Thresholds
-from sparsity_utils.sparsity.evaluation import DocumentBootstrap, interval
-from sparsity_utils.sparsity.input_thresholds import STEP, Gates, KeptInputs, greedy_path, sparsities_along
+from sparsity_utils.sparsity.down_masks import DownMask
+from sparsity_utils.sparsity.evaluation import DocumentBootstrap
+from sparsity_utils.sparsity.input_thresholds import (
+    STEP,
+    Gates,
+    KeptInputs,
+    block_errors,
+    greedy_path,
+    sparsities_along,
+)
 from sparsity_utils.sparsity.inputs import predicts_next_token
 from sparsity_utils.sparsity.passes import Batch, checked
 from sparsity_utils.sparsity.predictions import token_predictions
+from sparsity_utils.sparsity.rule_report import RuleReport, skipped
 from sparsity_utils.sparsity.search import find_root
 from sparsity_utils.text.overlap import check_disjoint
 
-COVERAGE = (2.5, 97.5)  # percentiles: a 95% interval
-GREEDY_TO = 0.75  # block sparsity up to which greedy paths are followed
+GREEDY_TO = 0.75
 ROOT_SHARE, NARROWEST = 0.02, 1e-3  # a sparsity is solved to 2% of the increase of the loss, or to 0.1 points
+REALISED, CORRECTIONS = 0.001, 4  # how near a realised sparsity is brought to the wanted one, and in how many runs
 LARGEST = 20.0  # nats: what a model with everything masked is taken to lose at most
 Batches = Iterable[Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True, eq=False)
-class RuleReport:
-    """What one rule costs on the evaluation text, and what it saves. Losses are in nats per predicted token."""
-
-    rule: str
-    maps_weights: int  # weights of the linear maps of all blocks
-    maps_read: float  # of these, read per token, mean over all real tokens
-    rotation_weights: int  # read per token beside them, where vectors are rotated
-    head_weights: int  # of the output head, read per token
-    embedding_weights: int  # of one row of the embeddings, read per token
-    loss_dense: float
-    loss_sparse: float
-    accuracy_dense: float  # share of next tokens that are the most likely one
-    accuracy_sparse: float
-    tokens: int  # predicted ones
-    documents: int
-    excess_replicates: np.ndarray  # loss_sparse - loss_dense in each bootstrap replicate, (REPLICATES,)
-    maps: pd.DataFrame  # one row per linear map: layer, role, weights, share read
-    thresholds: Thresholds
-    calibrated_sparsity: float | None = None  # at which the thresholds were set; None: they were given
-
-    @property
-    def sparsity(self) -> float:
-        """Realised: share of the weights of the linear maps that a token does not read."""
-        return 1 - self.maps_read / self.maps_weights
-
-    @property
-    def weights_read(self) -> float:
-        """(maps read + rotations) / weights of the maps."""
-        return (self.maps_read + self.rotation_weights) / self.maps_weights
-
-    @property
-    def model_read(self) -> float:
-        """The same of the whole model, with the head and one row of the embeddings on both sides."""
-        others = self.head_weights + self.embedding_weights
-        return (self.maps_read + self.rotation_weights + others) / (self.maps_weights + others)
-
-    @property
-    def excess(self) -> float:
-        """loss_sparse - loss_dense."""
-        return self.loss_sparse - self.loss_dense
-
-    @property
-    def excess_interval(self) -> tuple[float, float]:
-        """95% interval of the excess, from a bootstrap over documents; NaN where there is only one."""
-        return interval(self.excess_replicates, self.documents, COVERAGE)
-
-    @property
-    def ppl_ratio(self) -> float:
-        """exp(excess)."""
-        return math.exp(min(self.excess, 700.0))
-
-    def compared(self, other: "RuleReport") -> tuple[float, float, float]:
-        """excess / excess of `other` - 1, and its 95% interval from the same resampled documents for both.
-
-        Raises `InputError` when `other` is of other text.
-        """
-        same = (self.tokens, self.documents, self.loss_dense) == (other.tokens, other.documents, other.loss_dense)
-        check(same, "The two reports are of different text or models; compare reports of one `TrainingFree`.")
-        with np.errstate(invalid="ignore", divide="ignore"):
-            replicates = self.excess_replicates / other.excess_replicates - 1
-        return (
-            self.excess / other.excess - 1 if other.excess else math.nan,
-            *interval(replicates, self.documents, COVERAGE),
-        )
+Mask = Thresholds | DownMask
+Counts = dict[int, Tensor | int]
 
 
 class _Counted:
     """A mask that keeps every input at the first positions, and counts what it keeps on real tokens."""
 
-    def __init__(self, thresholds: Thresholds, dense_share: float) -> None:
+    def __init__(self, thresholds: Mask, dense_share: float) -> None:
         self.thresholds, self.values, self.dense_share = thresholds, thresholds.values, dense_share
-        self.real: Tensor = torch.empty(0)  # of the batch that runs, (windows, length)
-        self.kept: dict[int, int] = {}  # map, or layer of an FFN -> inputs or neurons kept
-        self.nonzero: dict[int, int] = {}  # layer -> neurons with s != 0, or at dense positions
+        self.shape: tuple[int, ...] = (0, 0)  # (windows, length)
+        self.mask: Tensor | None = None  # which tokens are real; None: all
+        self.tokens = 0  # of these
+        self.kept: Counts = {}  # map, or layer of an FFN -> inputs or neurons kept
+        self.nonzero: Counts = {}  # layer -> neurons with s != 0, or at dense positions
         self.places: dict[int, int] = {}  # -> inputs or neurons, over all real tokens
 
+    def begin(self, batch: Batch) -> None:
+        """`batch` runs next."""
+        self.shape, self.mask = tuple(batch.inputs["input_ids"].shape), batch.mask
+        self.tokens = batch.inputs["input_ids"].numel() if batch.mask is None else int(batch.mask.sum())
+
     def active_inputs(self, linear: LinearMap, x: Tensor) -> Tensor:
-        active = self._opened(self.thresholds.active_inputs(linear, x))
+        active = self._opened(self.thresholds.active_inputs(linear, x))  # type: ignore[union-attr]  # a rule on inputs
         self._count(self.kept, linear.index, active)
-        self.places[linear.index] = self.places.get(linear.index, 0) + int(self.real.sum()) * linear.inputs
+        self.places[linear.index] = self.places.get(linear.index, 0) + self.tokens * linear.inputs
         return active
 
     def active(self, ffn: FFN, s: Tensor, h: Tensor) -> Tensor:
         active = self._opened(self.thresholds.active(ffn, s, h))
         self._count(self.kept, ffn.layer, active)
         self._count(self.nonzero, ffn.layer, self._opened(s != 0))
-        self.places[ffn.layer] = self.places.get(ffn.layer, 0) + int(self.real.sum()) * ffn.d_ff
+        self.places[ffn.layer] = self.places.get(ffn.layer, 0) + self.tokens * ffn.d_ff
         return active
 
     def _opened(self, active: Tensor) -> Tensor:
-        positions = active.view(*self.real.shape, -1)  # (windows, length, in)
-        positions[:, : int(self.dense_share * self.real.shape[1])] = True
+        positions = active.view(*self.shape, -1)  # (windows, length, in)
+        positions[:, : int(self.dense_share * self.shape[1])] = True
         return active
 
-    def _count(self, counts: dict[int, int], key: int, active: Tensor) -> None:
-        counts[key] = counts.get(key, 0) + int(active.view(*self.real.shape, -1)[self.real].sum())
+    def _count(self, counts: Counts, key: int, active: Tensor) -> None:
+        real = active if self.mask is None else active.view(*self.shape, -1)[self.mask]
+        counts[key] = counts.get(key, 0) + real.count_nonzero()  # on its device: a GPU is not waited for
 
-    def share(self, counts: dict[int, int], key: int) -> float:
-        return counts[key] / self.places[key]
+    def share(self, counts: Counts, key: int) -> float:
+        return int(counts[key]) / self.places[key]
 
 
 @dataclass(eq=False)
@@ -152,6 +105,8 @@ class TrainingFree:
     # Share of the positions of each window, from the first on, that stay dense, rounded down. TEAL's published
     # evaluation leaves half of them dense, WINA's one in a hundred; generation masks all.
     dense_share: float = 0.0
+    greedy_step: float = STEP  # of a block's weights
+    greedy_to: float = GREEDY_TO  # block sparsity up to which greedy paths are followed
     show_progress: bool = False
     _texts: dict[str, list[Batch]] = field(init=False, default_factory=dict)
     _known: dict = field(init=False, default_factory=dict)  # kept inputs and greedy paths
@@ -183,6 +138,22 @@ class TrainingFree:
         thresholds = self._thresholds(chosen, sparsity, greedy, rotate)
         return self.evaluated(thresholds, rotate=rotate, calibrated_sparsity=sparsity)
 
+    def at_realised(self, masks: Callable[[float], Mask], sparsity: float) -> RuleReport:
+        """The report of that of `masks`, which a sparsity is asked of, under which a sparse run skips `sparsity`.
+
+        Thresholds of a dense run skip more than was asked for, since earlier masks make what later maps see smaller:
+        52.1% of SmolLM2's inputs for 50. The sparsity asked for is corrected until the calibration text has the wanted
+        one to REALISED.
+        """
+        maps, asked = self._maps(False), sparsity
+        for _ in range(CORRECTIONS):
+            mask = masks(asked)
+            apart = skipped(_table(maps, mask, self._run("calibration", mask, maps)[1]), mask.rule) - sparsity
+            if abs(apart) <= REALISED:
+                break
+            asked = min(max(asked - apart, 0.0), 1.0)
+        return self.evaluated(mask, calibrated_sparsity=asked)
+
     def at_weights_read(self, rule: str, share: float, *, greedy: bool = False, rotate: bool = False) -> RuleReport:
         """As `at`, at the sparsity at which `share` of the weights of all maps is read, rotations included.
 
@@ -212,10 +183,10 @@ class TrainingFree:
             """Square root of the increase of the loss, which is about straight, less that of the target."""
             thresholds = self._thresholds(chosen, self._nearest(chosen, sparsity, greedy), greedy, rotate)
             sparse = self._run("calibration", thresholds, self._maps(rotate))[0]
-            increase = min(float((sparse - dense)[:, 0].sum() / dense[:, 2].sum()), LARGEST)
+            increase = min(float((sparse.sums - dense.sums)[:, 0].sum() / dense.sums[:, 2].sum()), LARGEST)
             return math.copysign(math.sqrt(abs(increase)), increase) - math.sqrt(target)
 
-        most = GREEDY_TO if greedy else 1.0
+        most = self.greedy_to if greedy else 1.0
         top = height(most)
         if top <= 0:
             raise InputError(
@@ -226,24 +197,25 @@ class TrainingFree:
         return self.at(rule, self._nearest(chosen, sparsity, greedy), greedy=greedy, rotate=rotate)
 
     def evaluated(
-        self, thresholds: Thresholds, *, rotate: bool = False, calibrated_sparsity: float | None = None
+        self, thresholds: Mask, *, rotate: bool = False, calibrated_sparsity: float | None = None
     ) -> RuleReport:
-        """The report under `thresholds` of any rule, such as those of CETT that `measure_sparsity` solved."""
+        """The report under `thresholds` of any rule, such as those of CETT that `measure_sparsity` solved, or a mask.
+
+        rotate: for rules on inputs.
+        """
         maps = self._maps(rotate)
         dense = self._dense("evaluation")
         sparse, counted = self._run("evaluation", thresholds, maps)
         table = _table(maps, thresholds, counted)
+        documents = self._by_document(dense, sparse)
         bootstrap = DocumentBootstrap(3)
-        numbers = torch.cat([batch.documents for batch in self._texts["evaluation"]]).tolist()
-        columns = torch.stack([dense[:, 0], sparse[:, 0], dense[:, 2]], dim=1).numpy()
-        for document, values in zip(numbers, columns, strict=True):
-            bootstrap.add(document, values)
+        for row in documents[["document", "loss_dense", "loss", "tokens"]].itertuples(index=False):
+            bootstrap.add(int(row[0]), np.array(row[1:]))
         sums = bootstrap.replicates
         with np.errstate(invalid="ignore", divide="ignore"):
             excess = (sums[:, 1] - sums[:, 0]) / sums[:, 2]
-        tokens = float(dense[:, 2].sum())
+        whole = documents.sum()
         head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        losses, correct = ([float(part[:, column].sum()) / tokens for part in (dense, sparse)] for column in (0, 1))
         return RuleReport(
             rule=thresholds.rule,
             maps_weights=int(table["weights"].sum()),
@@ -251,17 +223,58 @@ class TrainingFree:
             rotation_weights=rotation_weights(maps) if thresholds.rule in INPUT_RULES else 0,
             head_weights=head.weight.numel(),
             embedding_weights=embeddings.weight.shape[1],
-            loss_dense=losses[0],
-            loss_sparse=losses[1],
-            accuracy_dense=correct[0],
-            accuracy_sparse=correct[1],
-            tokens=int(tokens),
+            loss_dense=whole["loss_dense"] / whole["tokens"],
+            loss_sparse=whole["loss"] / whole["tokens"],
+            accuracy_dense=whole["right_dense"] / whole["tokens"],
+            accuracy_sparse=whole["right"] / whole["tokens"],
+            tokens=int(whole["tokens"]),
             documents=bootstrap.documents,
+            by_document=documents,
             excess_replicates=excess,
             maps=table,
             thresholds=thresholds,
             calibrated_sparsity=calibrated_sparsity,
         )
+
+    def path(self, rule: str, rotate: bool = False, known: pd.DataFrame | None = None) -> pd.DataFrame:
+        """The path of `greedy_sparsities` on the allocation text; `known`: what this gave before."""
+        key = ("path", rule, rotate)
+        if known is not None:
+            self._known[key] = known
+        if key not in self._known:
+            batches, maps, chosen = self._texts["allocation"], self._maps(rotate), INPUT_RULES[rule]
+            self._known[key] = greedy_path(
+                self.model, batches, chosen, self.greedy_to, self.greedy_step, maps, self.show_progress
+            )
+        return self._known[key]
+
+    def sparsities(self, rule: str, sparsity: float) -> list[float]:
+        """The sparsity of each map by greedy allocation, without rotation."""
+        return sparsities_along(self.path(rule), self._maps(False), sparsity)
+
+    def thresholds(self, rule: str, sparsity: float, *, greedy: bool = False, rotate: bool = False) -> Thresholds:
+        """Those of `at`, which sets them on the calibration text."""
+        return self._thresholds(_rule(rule, greedy, rotate), sparsity, greedy, rotate)
+
+    def block_errors(self, thresholds: Sequence[Thresholds], *, rotate: bool = False) -> pd.DataFrame:
+        """`input_thresholds.block_errors` on the calibration text."""
+        return block_errors(self.model, self._texts["calibration"], thresholds, self._maps(rotate))
+
+    def _by_document(self, dense: "_Scores", sparse: "_Scores") -> pd.DataFrame:
+        """Sums over each document of the evaluation text: document, and the columns of `predictions.by_document`."""
+        columns = {
+            "document": torch.cat([batch.documents for batch in self._texts["evaluation"]]),
+            "tokens": dense.sums[:, 2],
+            "loss_dense": dense.sums[:, 0],
+            "loss": sparse.sums[:, 0],
+            "right_dense": dense.sums[:, 1],
+            "right": sparse.sums[:, 1],
+            "agreed": torch.tensor(
+                [int((one == other).sum()) for one, other in zip(dense.likeliest, sparse.likeliest, strict=True)]
+            ),
+        }
+        windows = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
+        return windows.groupby("document").sum().reset_index()
 
     @cached_property
     def _widths(self) -> set[int]:
@@ -294,36 +307,43 @@ class TrainingFree:
 
     def _allocated(self, rule: InputRule, sparsity: float, rotate: bool) -> list[float]:
         check(
-            "allocation" in self._texts and sparsity <= GREEDY_TO,
-            f"A greedy allocation needs allocation text, and goes up to a sparsity of {GREEDY_TO:g}.",
+            "allocation" in self._texts and sparsity <= self.greedy_to,
+            f"A greedy allocation needs allocation text, and goes up to a sparsity of {self.greedy_to:g}.",
         )
-        key = ("path", rule.name, rotate)
-        if key not in self._known:
-            batches, maps = self._texts["allocation"], self._maps(rotate)
-            self._known[key] = greedy_path(self.model, batches, rule, GREEDY_TO, STEP, maps, self.show_progress)
-        return sparsities_along(self._known[key], self._maps(rotate), sparsity)
+        return sparsities_along(self.path(rule.name, rotate), self._maps(rotate), sparsity)
 
-    def _dense(self, role: str) -> Tensor:
+    def _dense(self, role: str) -> "_Scores":
         if ("dense", role) not in self._known:
-            self._known["dense", role] = torch.cat(list(self._predictions(role, "dense pass")))
+            self._known["dense", role] = self._scored(role, "dense pass")
         return self._known["dense", role]
 
-    def _run(self, role: str, thresholds: Thresholds, maps: Sequence[LinearMap]) -> tuple[Tensor, _Counted]:
-        """Loss, correct and predicted tokens of each window under the mask, (windows, 3), and what the mask kept."""
+    def _run(self, role: str, thresholds: Mask, maps: Sequence[LinearMap]) -> tuple["_Scores", _Counted]:
+        """What the model predicts under the mask, and what the mask kept."""
         counted = _Counted(thresholds, self.dense_share)
         on_inputs = thresholds.rule in INPUT_RULES
         block = sparse_inputs(self.model, counted, maps) if on_inputs else sparse_neurons(self.model, counted)  # type: ignore[arg-type]
         with block:
-            return torch.cat(list(self._predictions(role, "sparse pass", counted))), counted
+            return self._scored(role, "sparse pass", counted), counted
 
-    def _predictions(self, role: str, about: str, counted: _Counted | None = None) -> Iterator[Tensor]:
-        batches = self._texts[role]
+    def _scored(self, role: str, about: str, counted: _Counted | None = None) -> "_Scores":
+        batches, sums, likeliest = self._texts[role], [], []
         for batch in progress(batches, about, len(batches), self.show_progress):
             if counted is not None:
-                ids = batch.inputs["input_ids"]
-                counted.real = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
+                counted.begin(batch)
             with evaluating(self.model):
-                yield _scored(self.model, batch)
+                for one in token_predictions(self.model, batch):
+                    right = (one.likeliest == one.target).sum()
+                    sums.append(torch.stack([one.loss.double().sum(), right.double()]))
+                    likeliest.append(one.likeliest)
+        counts = torch.tensor([len(ids) for ids in likeliest])
+        return _Scores(torch.column_stack([torch.stack(sums).cpu(), counts]), likeliest)
+
+
+class _Scores(NamedTuple):
+    """What a model predicts of a text, window by window."""
+
+    sums: Tensor  # losses, correct and predicted tokens, (windows, 3) float64, on the CPU
+    likeliest: list[Tensor]  # ids
 
 
 def _rule(name: str, greedy: bool, rotate: bool) -> Rule:
@@ -341,16 +361,10 @@ def _windows(batches: Sequence[Batch]) -> Iterator[tuple[int, np.ndarray]]:
             yield document, row[mask].numpy()
 
 
-def _scored(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Sum of losses, correct and predicted tokens of each window, (windows, 3) float64, on the CPU."""
-    windows = token_predictions(model, batch)
-    sums = [(one.loss.double().sum(), (one.likeliest == one.target).sum(), len(one.target)) for one in windows]
-    return torch.tensor(sums, dtype=torch.float64)
-
-
-def _table(maps: Sequence[LinearMap], thresholds: Thresholds, counted: _Counted) -> pd.DataFrame:
+def _table(maps: Sequence[LinearMap], thresholds: Mask, counted: _Counted) -> pd.DataFrame:
     """One row per linear map: layer, role, weights and the share of them that a token reads."""
-    rule: Rule = INPUT_RULES.get(thresholds.rule) or RULES[thresholds.rule]
+    known: dict[str, Rule] = {**INPUT_RULES, **RULES}
+    rule = thresholds if isinstance(thresholds, DownMask) else known[thresholds.rule]
     shares = []
     for linear in maps:
         if isinstance(rule, InputRule):

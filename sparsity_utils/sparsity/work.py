@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from sparsity_utils.console import share_bar
 from sparsity_utils.neurons.find import find_ffns, layer_count

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from sparsity_utils.models.config import ModelConfig
 from sparsity_utils.models.memory import device_memory, stored_parameters
 from sparsity_utils.models.shapes import training_flops_per_token
 from sparsity_utils.models.training import Schedule
@@ -53,8 +54,6 @@ def device_costs(profile: Profile) -> pd.DataFrame:
                 training_flops_per_token(job.config.model) * (job.config.work() + job.measuring_tokens())
                 for job in same
             )
-            parameters = stored_parameters(config.model)
-            checkpoints = len(same) * len(Schedule(config.train).checkpoints()) * WEIGHT * parameters
             rows.append(
                 {
                     "question": question,
@@ -68,10 +67,20 @@ def device_costs(profile: Profile) -> pd.DataFrame:
                     "memory_gb": max(
                         sum(device_memory(job.config.model, job.config.train).values()) / 1e9 for job in same
                     ),
-                    "disk_gb": (checkpoints + (WEIGHT + MOMENTS) * parameters) / 1e9,
+                    "disk_gb": (len(same) * checkpoint_bytes(config) + state_bytes(config.model)) / 1e9,
                 }
             )
     return pd.DataFrame(rows)
+
+
+def checkpoint_bytes(config: RunConfig) -> float:
+    """What all checkpoints of a run take on disk."""
+    return len(Schedule(config.train).checkpoints()) * WEIGHT * stored_parameters(config.model)
+
+
+def state_bytes(model: ModelConfig) -> float:
+    """What the saved state of a run takes while it is under way: weights and the two moments of AdamW."""
+    return (WEIGHT + MOMENTS) * stored_parameters(model)
 
 
 def tell_device_costs(profile: Profile) -> str:

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from sparsity_utils.console import InputError, share_bar
 from sparsity_utils.study.jobs import Job, OutOfTime

@@ -78,13 +78,3 @@ class OutOfTime(RuntimeError):
 def longest_first(jobs: Iterable[Job]) -> list[Job]:
     """The order in which the last worker is alone for the shortest time."""
     return sorted(jobs, key=Job.cost, reverse=True)
-
-
-def outlook(jobs: Iterable[Job], workers: int) -> str:
-    """One sentence: how many runs are not done, how many of them are to train, how long `workers` should take."""
-    todo = [job for job in jobs if not job.done()]
-    if not todo:
-        return "No run is left to train or to measure."
-    costs, untrained = [job.cost() for job in todo], sum(not job.trained() for job in todo)
-    minutes = max(sum(costs) / workers, *costs) / 60
-    return f"{len(todo)} runs to do, {untrained} of them to train: about {minutes:.0f} min with {workers} workers."

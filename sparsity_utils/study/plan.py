@@ -13,10 +13,11 @@ IDENTITY = ("run", "activation", "d_model", "n_layers", "seed")
 SPEEDS = {"sparse_ffn": "relu_vs_silu", "sparse_decoding": "relu_vs_silu", "depth_cost": "width_depth_ratio"}
 # Tables of one measurement, of a model that is not trained here; each names its file.
 PRETRAINED = ("pretrained", "pretrained_prices", "pretrained_positions")
-
+# Training-free rules on a pretrained model, and on runs of the profile that are there for other questions.
+TRAINING_FREE = ("training_free", "training_free_documents", "training_free_blocks", "training_free_theory")
 # Sparse drafts that are corrected: of a pretrained model, and of the profile's own largest ReLU model.
 CORRECTION = ("correction", "correction_prefixes", "correction_speeds", "correction_text")
-OF_MODELS = (*PRETRAINED, *CORRECTION)
+OF_MODELS = (*PRETRAINED, *TRAINING_FREE, *CORRECTION)
 
 
 class Question(NamedTuple):
@@ -61,8 +62,10 @@ Settings = tuple[ModelConfig, TrainConfig]
 def planned(profile: Profile, question: str) -> list[Settings]:
     """The settings of the runs that a question needs; none where the profile leaves the question out."""
     study = profile.study
-    if question in SPEEDS or question in OF_MODELS:
+    if question in (*SPEEDS, *PRETRAINED, *CORRECTION):
         return []
+    if question in TRAINING_FREE:
+        return _decoders(profile)
     if question == "width_depth_ratio":
         return _unique(
             (profile.model_config(*shape, "relu"), profile.train_config(study.ratio_tokens, seed))
@@ -84,6 +87,14 @@ def ratio_shapes(profile: Profile) -> list[tuple[int, int]]:
     study, ffn_ratio = profile.study, profile.model.get("ffn_ratio", ModelConfig.ffn_ratio)
     shapes = [solve_shape(study.ratio_parameters, ratio, ffn_ratio) for ratio in study.ratios]
     return [(shape.d_model, shape.n_layers) for shape in shapes]
+
+
+def _decoders(profile: Profile) -> list[Settings]:
+    """The SiLU runs of one size of the main line: of the sizes with most seeds, the largest."""
+    sizes = profile.study.sizes
+    most = max(len(size.seeds) for size in sizes)
+    size = [size for size in sizes if len(size.seeds) == most][-1]
+    return _line(profile, (size,), ("silu",)) if "silu" in profile.study.activations else []
 
 
 def _line(profile: Profile, sizes: tuple[Size, ...], activations: tuple[str, ...]) -> list[Settings]:

@@ -18,6 +18,7 @@ from kernels.shapes import SHAPES
 from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
 from sparsity_utils.models.config import ACTIVATIONS, ModelConfig, TrainConfig
+from sparsity_utils.study.training_free_config import TrainingFreeConfig
 from sparsity_utils.text.config import CorpusConfig
 
 
@@ -233,6 +234,7 @@ class Profile:
     measure: MeasureConfig = MeasureConfig()
     speed: SpeedConfig = SpeedConfig()
     pretrained: PretrainedConfig = PretrainedConfig()
+    training_free: TrainingFreeConfig = field(default_factory=TrainingFreeConfig)
     correction: CorrectionConfig = CorrectionConfig()
     workers: int = 2  # runs side by side
     threads: int = 1  # torch threads of each

@@ -25,11 +25,21 @@ from sparsity_utils.models.fetched import SOURCES
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.shapes import head_count
 from sparsity_utils.sparsity.metrics import measure_sparsity
+from sparsity_utils.study import training_free
 from sparsity_utils.study.correction import Subject, corrected_drafts, drafting_speeds
 from sparsity_utils.study.engines import do_jobs
 from sparsity_utils.study.jobs import Job, longest_first
 from sparsity_utils.study.measurements import measurement
-from sparsity_utils.study.plan import CORRECTION, PRETRAINED, PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
+from sparsity_utils.study.plan import (
+    CORRECTION,
+    PRETRAINED,
+    PUBLISHED_TABLES,
+    QUESTIONS,
+    SPEEDS,
+    TRAINING_FREE,
+    Settings,
+    planned,
+)
 from sparsity_utils.study.pretrained import found_model, measured
 from sparsity_utils.study.profiles import Profile, read_profile
 from sparsity_utils.study.runs import RunConfig, find_run, run_with_model
@@ -100,8 +110,9 @@ class Study(Tables):
         """Whether this study has, or would make, the table of a question: profiles may leave some out."""
         if self.profile is None or question in PUBLISHED_TABLES:
             return super().answers(question)
-        if question in PRETRAINED:
-            return found_model(self.profile.pretrained.model) is not None
+        opened = found_model(self.profile.pretrained.model) is not None
+        if question in PRETRAINED or (question in TRAINING_FREE and opened):
+            return opened
         if question in CORRECTION:
             return True  # our own model needs no fetching
         return bool(planned(self.profile, SPEEDS.get(known(question), question)))
@@ -116,6 +127,7 @@ class Study(Tables):
         made = self.profile is not None and question not in PUBLISHED_TABLES
         if made and not (question in SPEEDS and file.exists()):
             own = {**dict.fromkeys(SPEEDS, self.speeds), **dict.fromkeys(PRETRAINED, self.pretrained)}
+            own |= dict.fromkeys(TRAINING_FREE, self.training_free)
             own |= dict.fromkeys(CORRECTION, self.correction)
             table = own.get(question, self._measured)(question)
             with paths.written_aside(file) as aside:
@@ -163,10 +175,11 @@ class Study(Tables):
             figure.save(self.folder.parent / "figures" / name)
 
     def keep_verdicts(self, notebook: str, verdicts: pd.DataFrame) -> None:
-        """Store a notebook's verdict table for the closing table of `make reproduce`; a recorded study keeps none."""
+        """Store a notebook's verdicts and their reasons for what `make reproduce` tells; a recorded study does not."""
         if self.profile is not None:
+            reasons = verdicts.attrs.get("reasons", "")
             with paths.written_aside(self.folder.parent / "verdicts" / f"{notebook}.csv") as aside:
-                verdicts.to_csv(aside, index=False)
+                verdicts.assign(reason=reasons).to_csv(aside, index=False)
 
     def speeds(self, question: str) -> pd.DataFrame:
         """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s."""
@@ -191,10 +204,41 @@ class Study(Tables):
         settings = self.profile.pretrained
         if question not in self._of_models:
             name = found_model(settings.model)
-            if name is None:
-                raise InputError(self.lacking(question))
+            check(name is not None, self.lacking(question))
             model, tokenizer = open_checkpoint(name, dtype=torch.float32)
             self._of_models |= measured(model, tokenizer, settings, self.folder.parent / "pretrained")
+        return self._of_models[question]
+
+    def training_free(self, question: str) -> pd.DataFrame:
+        """The table of a question of TRAINING_FREE: all of them are measured at the first call.
+
+        Of the pretrained model where it is here, else a line says how to get it, and of the profile's own decoders.
+        Pieces are kept beside the tables.
+        """
+        settings, folder = self.profile.training_free, self.folder.parent / "training_free"
+        if question not in self._of_models:
+            parts, name = [{"training_free_theory": training_free.example_table()}], self.profile.pretrained.model
+            if found_model(name) is None:
+                print(self.not_here(name))
+            else:
+                model, tokenizer = open_checkpoint(found_model(name), dtype=torch.float32)
+                texts = training_free.read_text(tokenizer, self.profile.pretrained.english, settings)
+                about = {"model": Path(name).name, "seed": 0}
+                shares = settings.sparsities, settings.prices
+                parts.append(training_free.measured(about, model, texts, *shares, settings, folder))
+            for config in self.configs(question):
+                run = run_with_model(config, self.corpus)
+                if run.diverged:
+                    warnings.warn(f"{run.diverged} The study goes on without it.", stacklevel=2)
+                    continue
+                texts = training_free.corpus_text(self.corpus, config.model.context, settings)
+                about = {"model": config.title.partition(" seed")[0], "seed": config.train.seed}
+                model, shares = run.load(run.last_step), (settings.decoder_sparsities, ())
+                parts.append(training_free.measured(about, model, texts, *shares, settings, folder, decoder=True))
+            for name in TRAINING_FREE:
+                frames = [part[name] for part in parts if name in part]
+                none = pd.DataFrame(columns=training_free.DOCUMENT_COLUMNS)  # trained decoders have no sums by document
+                self._of_models[name] = pd.concat(frames, ignore_index=True) if frames else none
         return self._of_models[question]
 
     def correction(self, question: str) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """Tell whether text that sets thresholds is also text that they are judged on."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -9,6 +9,7 @@ from sparsity_utils.console import InputError
 
 GRAM = 32  # tokens in a row that count as the same text when they are equal; licence headers aside, few repeat
 MOST = 0.5  # of a document: above, it is in the other text
+FEW = 0.1  # of a window, that may stand in earlier ones: several such overlaps are still less than MOST
 
 Windows = Iterable[tuple[int, np.ndarray]]  # of each window: number of its document, its tokens (length,)
 
@@ -27,6 +28,16 @@ def check_disjoint(texts: Mapping[str, Windows]) -> None:
                     f"Document {number} of the {role} text is also in the {other} text: a rule is judged on documents "
                     f"that set nothing; divide them, for instance by split_documents."
                 )
+
+
+def distinct(windows: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+    """The windows of which hardly a run of GRAM tokens is in earlier ones that were kept: they can be divided."""
+    there: set[int] = set()
+    for window in windows:
+        own = _grams([(0, np.asarray(window))])[0].tolist()
+        if sum(gram in there for gram in own) <= FEW * len(own):
+            there.update(own)
+            yield window
 
 
 def _grams(windows: Windows) -> dict[int, np.ndarray]:

@@ -172,6 +172,11 @@ BAD = {
         ),
         "cell [2] stores an error (KeyError)",
     ),
+    "figure without words": (last_output(**{"image/png": "aGk="}), "a figure without alternative text"),
+    "name for a heading": (
+        last_output(**{"text/html": "<thead><tr><th>d_model</th><th>a_ratio</th></tr></thead>"}),
+        "the heading a_ratio",
+    ),
     "widget": (last_output(**{"application/vnd.jupyter.widget-view+json": "{}"}), "stores a widget"),
     "widget state": (lambda content: content.metadata.update(widgets={}), "state of widgets"),
     "address": (last_output(**{"text/plain": "<Axes at 0x7f00deadbeef>"}), "an address in memory"),
@@ -251,14 +256,16 @@ def test_reproduce_goes_on_after_a_failure_and_ends_with_one_table(shelf, capfd)
     assert notebooks.reproduce("smoke") == 1
     out, err = capfd.readouterr()
     table = (paths.profile_output("smoke") / "verdicts.csv").read_text().splitlines()
-    assert table[0] == "question,published,here,interval,verdict,minutes"
-    assert table[1] == "01_a,,,,failed,"
+    assert table[0] == "question,published,here,interval,verdict,minutes,notebook"
+    assert table[1] == "01_a,,,,failed,,01_a"
     assert table[2].startswith("falls?,7.1%,22%,20 to 24%,supported,0.")
     assert "stale" not in out and "20 to 24%" in out
     words = ("Verdict", "failed", "supported")  # the first column
     header, failed, judged = (next(line for line in out.splitlines() if line.startswith(f" {w}")) for w in words)
     assert header.index("Claim") == failed.index("01_a") == judged.index("falls?")
-    assert out.rstrip().endswith(str(paths.profile_output("smoke") / "figures" / "b.png"))
+    folder = paths.profile_output("smoke")
+    figures = [str(folder / "figures" / name) for name in ("b.png", "verdicts.png")]
+    assert out.splitlines()[-3:] == [*figures, str(folder / "report.html")]
     assert err.rstrip().endswith("01_a.ipynb failed in cell [3]: ValueError: no")
 
 
@@ -278,11 +285,12 @@ def test_all_runs_are_done_in_one_pool_before_the_first_notebook_opens(shelf, tm
     shelf("02_b.ipynb", 'print("token_patterns")', ASKS)
     notebooks.reproduce(profile)
     out, err = capfd.readouterr()
-    assert out.startswith("Profile tiny. 6 runs to do, 6 of them to train: about 0 min with 2 workers.\n[1/2] 01_a")
-    assert "failed in cell" not in err
+    assert out.startswith("Profile tiny: 01_a, 02_b.\n")
+    plan, begun = out.index("6 of 6 to do, 6 of them to train"), out.index("[1/2] 01_a")
+    assert plan < begun and "failed in cell" not in err
     assert pools == [work(study.jobs("metrics", "width_depth_ratio"))]
     everything = notebooks.jobs_of(paths.collection(), study)
-    assert notebooks.outlook(everything, 2) == "No run is left to train or to measure."
+    assert "none of 6 is left" in notebooks.expect(study, paths.collection(), everything).told()
 
 
 STORES = """import pandas as pd
@@ -301,7 +309,7 @@ def test_a_run_that_cannot_be_trained_stops_only_the_notebooks_that_need_it(shel
     shelf("02_b.ipynb", ASKS.replace("assert", "0 and"))
     assert notebooks.reproduce(profile) == 1
     out, err = capfd.readouterr()
-    assert err.startswith("InputError: ") and "20 to 24%" in out
+    assert "\nInputError: " in f"\n{err}" and "20 to 24%" in out
     assert "02_b.ipynb failed in cell [3]: InputError" in err and "01_a.ipynb failed" not in err
 
 
@@ -310,14 +318,39 @@ def test_an_interrupted_notebook_stops_them_all(shelf, capfd):
     shelf("02_b.ipynb", WRITE)
     assert main(["reproduce", "--profile", "smoke"]) == 130
     out, err = capfd.readouterr()
-    assert "02_b" not in out and "Interrupted. Finished runs are kept" in err
+    assert "02_b.ipynb" not in out and "Interrupted. Finished runs are kept" in err
+
+
+def test_an_interruption_loses_no_verdict_and_tells_what_was_found(shelf, capfd):
+    shelf("01_a.ipynb", WRITE.replace("02_b", "01_a"))
+    shelf("02_b.ipynb", WRITE)
+    assert notebooks.reproduce("smoke") == 0
+    before = (paths.profile_output("smoke") / "verdicts" / "02_b.csv").read_bytes()
+    shelf("02_b.ipynb", "raise KeyboardInterrupt")
+    assert main(["reproduce", "--profile", "smoke"]) == 130
+    assert (paths.profile_output("smoke") / "verdicts" / "02_b.csv").read_bytes() == before
+    page = (paths.profile_output("smoke") / "report.html").read_text()
+    assert "It was interrupted before the last notebook." in page and "02_b, from an earlier time" in page
+    assert "01_a, from an earlier time" not in page
+    assert str(paths.profile_output("smoke") / "report.html") in capfd.readouterr().out
+
+
+BAR = """from sparsity_utils.console import progress
+print(sum(progress(range(3), "adding")))"""
+
+
+def test_bars_are_text_that_a_terminal_shows_and_no_widget(shelf, tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("CI")
+    notebooks.execute(shelf("01_a.ipynb", BAR), tmp_path / "out.ipynb", {})
+    assert "adding: " in capfd.readouterr().err
+    assert "widget" not in (tmp_path / "out.ipynb").read_text()
 
 
 def test_reproduce_takes_the_notebooks_that_are_named(shelf, capfd):
     shelf("01_a.ipynb", "raise ValueError('not asked for')")
     shelf("02_b.ipynb", WRITE)
     assert main(["reproduce", "--profile", "smoke", "--notebooks", "2"]) == 0
-    assert "[1/1] 02_b.ipynb, profile smoke" in capfd.readouterr().out
+    assert "[1/1] 02_b.ipynb, profile smoke\n" in capfd.readouterr().out
     assert main(["reproduce", "--profile", "smoke", "--notebooks", "02", "3"]) == 2
     assert "There is no notebook 03; choose from 01, 02." in capfd.readouterr().err
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sparsity_utils.console import InputError
-from sparsity_utils.findings import activation_patterns
+from sparsity_utils.findings import activation_patterns, dead_neurons
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
 SIZES = ((24, 2), (36, 3), (48, 4))
@@ -77,7 +77,7 @@ def judged(**changed):
     makers = {"neurons": neurons, "vocabulary": vocabulary, "dead": dead, "transfer": transfer}
     tables = {name: changed.get(name, make()) for name, make in makers.items()}
     alike = activation_patterns.likeness(tables["neurons"], tables["vocabulary"])
-    curves = activation_patterns.dead_curves(tables["dead"])
+    curves = dead_neurons.curves_of(tables["dead"])
     rows = activation_patterns.verdicts(alike, curves, tables["transfer"])
     return dict(zip(("tokens", "neurons", "middle", "increase", "little", "transfer"), rows, strict=True))
 

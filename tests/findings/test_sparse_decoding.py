@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import sparse_decoding
 from sparsity_utils.laws.cost import decoding_limit
@@ -102,6 +103,14 @@ def test_shares_of_the_ideal_stand_side_by_side():
     table = sparse_decoding.shares_of_ideal(ffns(), "2.4B")
     assert list(table.index) == [0.0, 50.0, 90.0, 93.5, 97.0]
     assert table["of_ideal", "sparse"].tolist() == pytest.approx([0.95] * 5)
+
+
+def test_the_speeds_of_the_gpu_are_those_of_the_recorded_table():
+    rows = pd.read_csv(paths.RESULTS / "sparse_ffn_gpu.csv").query("way == 'sparse' and shape == '7B'")
+    shown = sparse_decoding.on_a_gpu().loc[("7B", "bfloat16", 1)]
+    for percent, row in zip((0, 50, 90), rows.sort_values("sparsity").itertuples(), strict=True):
+        assert shown[percent, "speed-up"] == row.strict_speedup
+        assert shown[percent, "ideal"] == row.ideal_speedup == pytest.approx(3 / (3 - 2 * row.sparsity), rel=1e-3)
 
 
 def test_decoding_limits_are_bytes_over_bytes():

@@ -2,11 +2,13 @@
 
 import ast
 import copy
+import re
 from collections.abc import Iterator
 
 from nbformat import NotebookNode
 
 from sparsity_utils.commands.notebooks import output_problems, strip
+from sparsity_utils.findings.tables import TERMS
 
 MAX_LINES = 10
 
@@ -89,6 +91,24 @@ def refreshed(content: NotebookNode) -> Iterator[str]:
         yield "a code cell, an output or metadata was changed after the last refresh; run `make notebooks`"
 
 
+def figures_in_words(content: NotebookNode) -> Iterator[str]:
+    """Alternative text for every figure, as `ShownFigure` gives it."""
+    for cell in code_cells(content):
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}) and not output.metadata.get("image/png", {}).get("alt"):
+                yield f"cell [{cell.execution_count}] stores a figure without alternative text; run `make notebooks`"
+
+
+def headings_in_words(content: NotebookNode) -> Iterator[str]:
+    """Tables as `findings.tables.as_html` shows them: no name of a column in their heads."""
+    for cell in code_cells(content):
+        for output in cell.outputs:
+            html = output.get("data", {}).get("text/html", "")
+            for head in re.findall(r"<thead>.*?</thead>", "".join(html), re.DOTALL):
+                for name in sorted(set(re.findall(r">(\w+_\w+)<", head)) - set(TERMS)):
+                    yield f"cell [{cell.execution_count}] stores a table with the heading {name}; run `make notebooks`"
+
+
 def anatomy(content: NotebookNode) -> Iterator[str]:
     """A title first, and a verdict near the end."""
     first, last = content.cells[0], content.cells[len(content.cells) * 2 // 3 :]
@@ -107,5 +127,5 @@ def finished_prose(content: NotebookNode) -> Iterator[str]:
 
 ALL = (
     *(parameters, short_cells, checked_cells, kernel, executed_in_order, refreshed, anatomy, finished_prose),
-    output_problems,
+    *(figures_in_words, headings_in_words, output_problems),
 )

@@ -7,8 +7,8 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import SparseFFN, triton_ffn
+from kernels import SparseFFN, triton_ffn, triton_linear
+from kernels.linear import SparseLinear
 
 H100 = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -25,6 +26,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int8: "*i8",
 }
 SMALL, LARGE, ODD, ONE = (2304, 5760, 2304), (4096, 11008, 4096), (37, 5, 21), (1, 1, 1)  # (d, d_ff, d_out)
 CASES = [  # dtype, tokens, rule, act, gated and with biases, shape
@@ -37,21 +39,41 @@ CASES = [  # dtype, tokens, rule, act, gated and with biases, shape
     ("bfloat16", 3, "neuron", "relu", True, ODD),
     ("float16", 1, "gate", "silu", True, ONE),
 ]
+LINEARS = [  # dtype, tokens, in 8 bits, (d, outputs)
+    ("float32", 1, False, (576, 1536)),
+    ("bfloat16", 1, False, (4096, 22016)),
+    ("bfloat16", 4, False, (4096, 22016)),
+    ("bfloat16", 1, True, (4096, 22016)),
+    ("float32", 16, True, (576, 1536)),
+]
 
 
 def main() -> None:
-    for case in CASES:
-        for name, compiled in compiled_kernels(*case):
-            print(json.dumps({"case": case, "kernel": name} | figures(compiled)), flush=True)
+    for *case, shape in CASES:
+        ffn, x = tensors(getattr(torch, case[0]), *case[1:], *shape)
+        report([*case, shape], partial(triton_ffn.launch, ffn, x, triton_ffn.sizes_for(ffn, len(x))))
+    for case in LINEARS:
+        report(case, partial(triton_linear.launch, *linear_tensors(*case)))
 
 
-def compiled_kernels(dtype, tokens, rule, act, gated, shape) -> Iterator[tuple[str, object]]:
-    """Name and machine code of both kernels, as a call of such an FFN would launch them."""
-    ffn, x = tensors(getattr(torch, dtype), tokens, rule, act, gated, *shape)
+def report(case, call) -> None:
+    """Print the figures of all kernels that a call would launch."""
     with recorded_launches() as launches:
-        triton_ffn.launch(ffn, x, triton_ffn.sizes_for(ffn, tokens))
+        call()
     for kernel, args, options in launches:
-        yield kernel.__name__, compile_as_launched(kernel, args, options)
+        compiled = compile_as_launched(kernel, args, options)
+        print(json.dumps({"case": case, "kernel": kernel.__name__} | figures(compiled)), flush=True)
+
+
+def linear_tensors(dtype, tokens, eight_bits, shape):
+    """Maps of one rule by limits and x, without memory."""
+    dtype, (d, outputs) = getattr(torch, dtype), shape
+    limits = torch.empty(1, d, device="meta")
+    kinds = {"scale": limits, "dtype": dtype} if eight_bits else {}
+    weight_t = torch.empty(d, outputs, dtype=torch.int8 if eight_bits else dtype, device="meta")
+    return SparseLinear(weight_t, (outputs,), limits=limits, **kinds), torch.empty(
+        tokens, d, dtype=dtype, device="meta"
+    )
 
 
 def tensors(dtype, tokens, rule, act, gated, d, d_ff, d_out):

@@ -12,13 +12,16 @@ from kernels.linear import SparseInputFFN, SparseLinear, dense, dense_ffn, side_
 from kernels.naive import ACTIVATIONS
 
 GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 BACKENDS = {"cpu": "kernels.cpu_linear", "triton": "kernels.triton_linear"}
 WIDTHS = {"one": (1,), "odd": (70, 33, 129), "wide": (300,)}
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(params=sorted(BACKENDS))
-def run(request):
+def run(request, monkeypatch):
+    """A backend. The maps of its test lie on its device."""
+    monkeypatch.setattr(f"{__name__}.DEVICE", "cuda" if request.param == "triton" and GPU else "cpu")
     return import_module(BACKENDS[request.param]).run
 
 
@@ -31,14 +34,9 @@ def maps(widths="odd", d=63, dtype=torch.float32, rule="limits", bias=True, seed
     keep = tuple(max(d * (number + 1) // (count + 1), 1) for number in range(count))
     how |= {"keep": {"keep": keep}, "norms": {"keep": keep, "norms": torch.rand(count, d, generator=random)}}
     shift = torch.randn(sum(sizes), generator=random).to(dtype) if bias else None
-    return on_device(SparseLinear(weight_t, sizes, bias=shift, **how[rule]))
-
-
-def on_device(linear):
-    device = "cuda" if GPU else "cpu"
-    names = ("weight_t", "limits", "norms", "bias", "scale")
-    parts = {name: part.to(device) for name in names if (part := getattr(linear, name)) is not None}
-    return SparseLinear(**parts, widths=linear.widths, keep=linear.keep)
+    parts = {"weight_t": weight_t, "bias": shift} | how[rule]
+    parts = {name: part.to(DEVICE) if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
+    return SparseLinear(**parts, widths=sizes)
 
 
 def inputs(linear, tokens, seed=1):
@@ -152,7 +150,7 @@ def test_without_a_kernel_maps_run_densely_after_one_warning(monkeypatch):
         raise ImportError("No module named 'numba'")
 
     monkeypatch.setattr("kernels.ffn.import_module", missing)
-    linear = on_device(maps())
+    linear = maps()
     ffn = SparseInputFFN(SparseLinear(linear.weight_t[:, :232], (116, 116), limits=linear.limits[:2]), down(116))
     x = inputs(linear, 2)
     kernels_of.cache_clear()
@@ -207,3 +205,20 @@ def test_what_does_not_fit_is_refused(change, says):
 def test_an_input_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"x must be \(\.\.\., 63\), float32"):
         maps()(torch.zeros(2, 62))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("rule", ["limits", "norms"])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_cuda_graph_replays_a_call_on_new_inputs(rule, tokens):
+    linear = maps(dtype=torch.bfloat16, rule=rule)
+    x, other = inputs(linear, tokens), inputs(linear, tokens, seed=2)
+    linear(x)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x)
+    for new in (x.clone(), other):
+        x.copy_(new)
+        graph.replay()
+        assert_close(y, reference(linear, new))
+        assert torch.equal(y, linear(new))

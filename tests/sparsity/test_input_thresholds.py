@@ -117,7 +117,7 @@ class OneLayer:
         if linear.layer != self.layer:
             return torch.ones_like(x, dtype=torch.bool)
         z = linear.coordinates(self.seen[linear.index])
-        scores = self.rule.scores(linear, z.abs()).flatten()
+        scores = self.rule.scores(linear, z.abs()).flatten().sort().values
         value = self.rule.value(linear, min(1.0, self.sparsities[linear.role]), scores)
         return self.rule.active(linear, x.abs(), value)
 
@@ -192,3 +192,18 @@ def test_no_sparsity_needs_no_step_and_full_sparsity_skips_everything():
         hidden = model.model(input_ids=IDS).last_hidden_state
     embedded = model.model.norm(model.model.embed_tokens(IDS))
     torch.testing.assert_close(hidden, embedded.detach())
+
+
+@pytest.mark.parametrize("rule", ["teal", "wina"])
+def test_errors_of_blocks_are_those_at_which_a_greedy_path_arrives(rule):
+    """The last error of a path is that of its block alone, on the input of the dense run; so is this one."""
+    model = grouped_query()
+    maps, batches = find_linears(model), list(module.checked(model, BATCHES, "calibration"))
+    sparsities, path = greedy_sparsities(model, BATCHES, rule, 0.4, step=0.2)
+    kept = module.KeptInputs(model, batches, maps)
+    greedy = kept.thresholds(INPUT_RULES[rule], sparsities)
+    nothing = kept.thresholds(INPUT_RULES[rule], [0.0] * len(maps))
+    found = module.block_errors(model, batches, [greedy, nothing], maps)
+    expected = path.groupby("layer")["error"].last()
+    np.testing.assert_allclose(found[0], expected, rtol=1e-9)
+    assert found[1].max() < 1e-12 and left_behind(model) == []

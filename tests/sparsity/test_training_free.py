@@ -153,14 +153,13 @@ def test_more_than_a_rule_can_save_is_refused():
 
 
 @pytest.mark.parametrize(("greedy", "p"), [(False, 5.0), (True, 0.3)])
-def test_perplexity_rises_by_what_was_asked_on_the_calibration_text(greedy, p, monkeypatch):
-    monkeypatch.setattr(module, "STEP", 0.1)
+def test_perplexity_rises_by_what_was_asked_on_the_calibration_text(greedy, p):
     model = grouped_query()
     for block in model.model.layers:  # else they matter little
         block.self_attn.o_proj.weight.data *= 3
         block.mlp.down_proj.weight.data *= 3
     calibration = written(model, 1)
-    found = TrainingFree(model, calibration, written(model, 2), written(model, 3))
+    found = TrainingFree(model, calibration, written(model, 2), written(model, 3), greedy_step=0.1)
     report = found.at_perplexity("teal", p, greedy=greedy)
     dense, _, _ = literal(model, calibration)
     with sparse_inputs(model, report.thresholds):
@@ -169,11 +168,10 @@ def test_perplexity_rises_by_what_was_asked_on_the_calibration_text(greedy, p, m
     assert 0 < report.calibrated_sparsity < 1
 
 
-def test_a_greedy_report_uses_the_allocation_of_its_sparsity(monkeypatch):
-    monkeypatch.setattr(module, "STEP", 0.05)
+def test_a_greedy_report_uses_the_allocation_of_its_sparsity():
     model = grouped_query()
     maps = find_linears(model)
-    report = harness(model).at("wina", 0.3, greedy=True)
+    report = harness(model, greedy_step=0.05).at("wina", 0.3, greedy=True)
     sparsities, _ = greedy_sparsities(model, ALLOCATION, "wina", 0.3, step=0.05)
     expected = tuple(INPUT_RULES["wina"].value(one, s, None) for one, s in zip(maps, sparsities, strict=True))
     assert report.thresholds == Thresholds("wina", expected)

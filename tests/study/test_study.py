@@ -17,7 +17,7 @@ from small import one_size, profile_content, write_profile, write_text
 from sparsity_utils import paths
 from sparsity_utils.__main__ import main
 from sparsity_utils.console import InputError
-from sparsity_utils.study.plan import QUESTIONS, SPEEDS
+from sparsity_utils.study.plan import OF_MODELS, QUESTIONS, SPEEDS
 from sparsity_utils.study.schedule import run_session
 from sparsity_utils.study.study import Study
 
@@ -36,7 +36,9 @@ def built(tmp_path_factory, text):
         study = Study.from_profile(write_profile(folder, profile_content(text)))
         assert run_session(study, minutes=10) == ""  # all runs in one go
         tables = {
-            question: study.table(question) for question in set(QUESTIONS) - set(SPEEDS) if study.configs(question)
+            question: study.table(question)
+            for question in set(QUESTIONS) - {*SPEEDS, *OF_MODELS}
+            if study.configs(question)
         }
         yield study, tables
 

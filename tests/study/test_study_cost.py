@@ -74,7 +74,7 @@ def test_a_price_is_told_before_anything_starts(name, tmp_path, monkeypatch, cap
         assert words in told
     assert not (tmp_path / "build").exists() and "do not fit" not in told
     hours = device_costs(read_profile(name))["device_hours"].sum()
-    assert f"{hours:,.0f} H100 hours" in (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{hours:,.0f} H100 hours" in (paths.ROOT / "docs" / "train.md").read_text(encoding="utf-8")
 
 
 def test_text_that_no_machine_can_hold_is_refused_before_it_is_read(monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sparsity_utils.console import InputError
-from sparsity_utils.text.overlap import check_disjoint
+from sparsity_utils.text.overlap import check_disjoint, distinct
 
 
 def document(seed, size=200):
@@ -39,3 +39,13 @@ def test_short_documents_are_compared_whole():
     with pytest.raises(InputError, match="Document 0 of the allocation text is also in the evaluation text"):
         check_disjoint({"allocation": [(0, document(1, 9))], "evaluation": [(5, document(1, 9))]})
     check_disjoint({"allocation": [(0, document(1, 9))], "evaluation": [(5, document(2, 9))]})
+
+
+def test_windows_that_repeat_earlier_ones_are_left_out():
+    rng = np.random.default_rng(0)
+    first, second, third = (rng.integers(0, 500, 100).tolist() for _ in range(3))
+    copied = [*second[:60], *first[:40]]  # 29 and 9 of its 69 runs of 32 tokens stand there
+    touching = [*third[:66], *first[:34]]  # three of 69
+    assert list(distinct([first, second, list(first), copied, touching])) == [first, second, touching]
+    parts = {str(number): [(0, np.array(window))] for number, window in enumerate((first, second, touching))}
+    check_disjoint(parts)
