@@ -13,6 +13,7 @@ IDENTITY = ("run", "activation", "d_model", "n_layers", "seed")
 SPEEDS = {"sparse_ffn": "relu_vs_silu", "sparse_decoding": "relu_vs_silu", "depth_cost": "width_depth_ratio"}
 # Tables of one measurement, of a model that is not trained here; each names its file.
 PRETRAINED = ("pretrained", "pretrained_prices", "pretrained_positions")
+INPUT_SPEEDS = "input_speeds"  # of this machine and of models that need no run
 
 
 class Question(NamedTuple):
@@ -41,7 +42,7 @@ QUESTIONS = {
     "sparse_ffn": Question("sparse_ffn.csv", None),
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
-    **{name: Question(f"{name}.csv", None) for name in PRETRAINED},
+    **{name: Question(f"{name}.csv", None) for name in (*PRETRAINED, INPUT_SPEEDS)},
 }
 COVERING = (  # questions that together need every run of a profile
     *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
@@ -57,7 +58,7 @@ Settings = tuple[ModelConfig, TrainConfig]
 def planned(profile: Profile, question: str) -> list[Settings]:
     """The settings of the runs that a question needs; none where the profile leaves the question out."""
     study = profile.study
-    if question in SPEEDS or question in PRETRAINED:
+    if question in (*SPEEDS, *PRETRAINED, INPUT_SPEEDS):
         return []
     if question == "width_depth_ratio":
         return _unique(

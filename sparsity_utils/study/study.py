@@ -24,9 +24,10 @@ from sparsity_utils.models.fetched import SOURCES
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.shapes import head_count
 from sparsity_utils.study.engines import do_jobs
+from sparsity_utils.study.input_speeds import input_speeds, located
 from sparsity_utils.study.jobs import Job, longest_first
 from sparsity_utils.study.measurements import measurement
-from sparsity_utils.study.plan import PRETRAINED, PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
+from sparsity_utils.study.plan import INPUT_SPEEDS, PRETRAINED, PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
 from sparsity_utils.study.pretrained import found_model, measured
 from sparsity_utils.study.profiles import Profile, read_profile
 from sparsity_utils.study.runs import RunConfig, find_run, run_with_model
@@ -99,6 +100,8 @@ class Study(Tables):
             return super().answers(question)
         if question in PRETRAINED:
             return found_model(self.profile.pretrained.model) is not None
+        if question == INPUT_SPEEDS:
+            return all(map(located, self.profile.input_speeds.models))
         return bool(planned(self.profile, SPEEDS.get(known(question), question)))
 
     def table(self, question: str) -> pd.DataFrame:
@@ -109,8 +112,8 @@ class Study(Tables):
         """
         file = self.file(question)
         made = self.profile is not None and question not in PUBLISHED_TABLES
-        if made and not (question in SPEEDS and file.exists()):
-            own = {**dict.fromkeys(SPEEDS, self.speeds), **dict.fromkeys(PRETRAINED, self.pretrained)}
+        if made and not (question in (*SPEEDS, INPUT_SPEEDS) and file.exists()):
+            own = {**dict.fromkeys((*SPEEDS, INPUT_SPEEDS), self.speeds), **dict.fromkeys(PRETRAINED, self.pretrained)}
             table = own.get(question, self._measured)(question)
             with paths.written_aside(file) as aside:
                 table.to_csv(aside, index=False, float_format="%.8g")
@@ -163,7 +166,12 @@ class Study(Tables):
                 verdicts.to_csv(aside, index=False)
 
     def speeds(self, question: str) -> pd.DataFrame:
-        """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s."""
+        """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s.
+
+        Or that of INPUT_SPEEDS, with the models that the profile names.
+        """
+        if question == INPUT_SPEEDS:
+            return input_speeds(self.profile.input_speeds, self.profile.pretrained, self.folder.parent / question)
         if question == "depth_cost":
             return self._depth_cost()  # needs no trained model
         models = {
@@ -192,9 +200,11 @@ class Study(Tables):
         return self._pretrained[question]
 
     def lacking(self, question: str) -> str:
-        if question not in PRETRAINED or self.profile is None:
+        if question not in (*PRETRAINED, INPUT_SPEEDS) or self.profile is None:
             return super().lacking(question)
-        name = self.profile.pretrained.model
+        settings = self.profile
+        names = (settings.pretrained.model,) if question in PRETRAINED else settings.input_speeds.models
+        name = next(name for name in names if located(name) is None)
         about = SOURCES[name].about
         return f"{name} is not here, so nothing is measured: python -m sparsity_utils fetch {name} gets it ({about})."
 

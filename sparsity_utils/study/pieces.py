@@ -1,0 +1,68 @@
+"""A long measurement of one model, cut into pieces that are kept as they finish: a killed one goes on where it was."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+from tqdm.auto import tqdm
+
+from sparsity_utils import paths
+
+Frames = dict[str, pd.DataFrame]
+
+
+class Pieces:
+    """The pieces of one measurement in a folder of its own, behind one bar."""
+
+    def __init__(self, folder: Path, about: str, seconds: float) -> None:
+        """about: what is measured. seconds: that one unit of cost takes."""
+        self.folder, self.about, self.seconds = folder, about, seconds
+        self.bar, self.due, self.told = tqdm(disable=True), 0, False
+
+    def kept(self, name: str, cost: int, measure: Callable[[], Frames]) -> Frames:
+        """The tables of a piece, measured once. cost: units that are expected to pass the model."""
+        folder = self.folder / name
+        if folder.exists():
+            self.bar.total = (self.bar.total or 0) - cost
+        else:
+            self._tell()
+            frames = measure()
+            with paths.written_aside(folder) as aside:
+                aside.mkdir()
+                for part, frame in frames.items():
+                    frame.to_csv(aside / f"{part}.csv", index=False)
+            self.due += cost
+            self.bar.update(self.due - self.bar.n)
+        return {file.stem: pd.read_csv(file) for file in folder.glob("*.csv")}
+
+    def _tell(self) -> None:
+        """One line before the first piece that is measured: how long it should take."""
+        if not self.told:
+            minutes = (self.bar.total or 0) * self.seconds / 60
+            print(
+                f"Measuring {self.about}: about {minutes:.0f} min on two quiet cores; finished pieces are kept.",
+                flush=True,
+            )
+        self.told = True
+
+    @contextmanager
+    def shown(self, model: nn.Module, cost: int, unit: str, count: Callable[[dict[str, Any]], int]) -> Iterator[None]:
+        """Inside the block a bar counts what passes `model`, whoever sends it there.
+
+        cost: units of all pieces. count: units of one pass, from the keyword arguments of the model.
+        """
+
+        def seen(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.bar.update(count(kwargs))
+
+        handle = model.register_forward_pre_hook(seen, with_kwargs=True)
+        try:
+            hidden, name = bool(os.environ.get("CI")), self.about.partition(",")[0]
+            with tqdm(total=cost, desc=name, unit=unit, unit_scale=True, disable=hidden) as self.bar:
+                yield
+        finally:
+            handle.remove()
