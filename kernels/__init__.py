@@ -13,6 +13,7 @@ reading                    which bytes a call needs, counted by its rule
 shapes                     the shapes of published FFNs
 timing                     several ways of one job, timed in turn
 bench                      speeds compared with dense FFNs and with memory, on the FFNs of `bench_cases`
+linear_bench               speeds of linear maps compared with those that skip nothing
 """
 
 from typing import Any

@@ -72,7 +72,7 @@ def input_speeds(settings: InputSpeedConfig, pretrained: PretrainedConfig, folde
     return pd.concat(tables, ignore_index=True).assign(**machine(default_device().type))
 
 
-def _itself(model: PreTrainedModel, *others: object) -> PreTrainedModel:
+def _itself(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
@@ -130,7 +130,7 @@ class _Work:
         whole = Setting(WHOLE, "", Thresholds("teal", (0.0,) * len(self.maps)), 0.0, 1.0)
         half = copy.deepcopy(self.model).to(torch.bfloat16)
         for model, weights in ((self.model, "float32"), (half, "bfloat16")):
-            text = self.masked(f"{WHOLE} {weights}", whole.thresholds, partial(_itself, model))
+            text = self.masked(whole, weights, partial(_itself, model))
             yield self.way(whole, None, text, ("transformers", weights, "full"), model)
         heads = {"full": None} if self.certified is None else {"full": None, "certified": 1}
         for setting in (whole, *Calibrated(self.model, self.text, self.settings, self.pieces)):
@@ -140,22 +140,27 @@ class _Work:
                     head: ready_kernels(self.model, setting.thresholds, self.stored, eight_bits=bits, likeliest=k)
                     for head, k in heads.items()
                 }
-                model = partial(with_rounded_weights if bits else _itself, self.model, made["full"])
-                text = self.masked(f"{setting.rule} {setting.setting} {weights}", setting.thresholds, model)
+                model = partial(self.rounded, made["full"]) if bits else partial(_itself, self.model)
+                text = self.masked(setting, weights, model)
                 for head, kernels in made.items():
                     yield self.way(setting, kernels, text, ("kernels", weights, head), self.model)
 
-    def masked(self, name: str, thresholds: Thresholds, model: Callable[[], PreTrainedModel]) -> MaskedText:
+    def rounded(self, kernels: ReadyKernels) -> PreTrainedModel:
+        """The model with the weights of kernels in 8 bits."""
+        return self.stored.once("rounded", partial(with_rounded_weights, self.model, kernels))
+
+    def masked(self, setting: Setting, weights: str, model: Callable[[], PreTrainedModel]) -> MaskedText:
         """The text that the masked `model` writes, kept as a piece."""
         words = self.settings.new_tokens
 
         def frames() -> Frames:
-            text = masked_text(model(), CountedMask(self.model, thresholds), self.prompt, words, self.certified)
+            text = masked_text(model(), CountedMask(self.model, setting.thresholds), self.prompt, words, self.certified)
             columns = {"word": text.words.tolist(), "second": text.second.tolist(), "gap": text.gaps.tolist()}
             about = pd.DataFrame([{"rounding": text.rounding, "undecided": text.undecided}])
             return {"words": pd.DataFrame(columns), "about": about, "read": pd.DataFrame({"share": text.read})}
 
-        found = self.pieces.kept(f"text {self.device.type} {name}".replace(" ", "-"), words, frames)
+        name = " ".join(["text", self.device.type, setting.rule, setting.setting, weights])
+        found = self.pieces.kept("-".join(name.split()), words, frames)
         word, second, gap = (
             torch.tensor(column.to_numpy(), device=self.device) for _, column in found["words"].items()
         )

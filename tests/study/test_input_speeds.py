@@ -2,13 +2,9 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
-import torch
 from small import write_text
 
-from sparsity_utils import paths
-from sparsity_utils.console import InputError
 from sparsity_utils.study import input_speeds
 from sparsity_utils.study.profiles import InputSpeedConfig, PretrainedConfig
 
