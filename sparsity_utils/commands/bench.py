@@ -1,6 +1,5 @@
-"""`make bench`: speeds of sparse FFNs and linear maps, of decoding, of training (beside transformers.Trainer, and several
-runs at
-once), and what a measurement of sparsity costs.
+"""`make bench`: speeds of sparse FFNs and linear maps, of decoding, of training (beside transformers.Trainer, and
+several runs at once), and what a measurement of sparsity costs.
 
 Each comparison alternates its sides in one process and quotes medians over rounds with their range. Training is also
 compared with the measured rate of a large matrix product. Before a speed of training is printed, both sides must reach
