@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.bench import AGREE, WEIGHTS, every_copy
 from kernels.linear import SparseLinear, dense
+from kernels.pages import LargePages
 from kernels.timing import alternate, machine, speedups, timed
 
 MAPS = {  # inputs, and outputs of each map of one call; SmolLM2-135M, then the FFN of MiniCPM's 2.4B shape
@@ -54,14 +55,15 @@ def _rows(name: str, d: int, widths: tuple[int, ...], size: int, rounds: int, de
     wide = SparseLinear(weight_t, widths, torch.full((len(widths), d), -1.0, device=device))
     for weights, whole in (("float32", wide), ("8 bits", wide.quantised())):
         count = max(1, size // whole.weight_t.nbytes)
-        copies = [replace(whole, weight_t=whole.weight_t.clone()) for _ in range(count)]
+        pages = LargePages()
+        copies = [replace(whole, weight_t=pages.copied(whole.weight_t)) for _ in range(count)]
         ways: dict[str, tuple[Callable, list]] = {"all rows": (lambda linear: linear(x), copies)}
         if weights == "float32":
             stored = [[part.T.contiguous() for part in one.weight_t.split(widths, dim=1)] for one in copies]
             ways["dense"] = (lambda parts: [F.linear(x, part) for part in parts], stored)
         for sparsity in SPARSITIES:
             skipped = round(sparsity * d)
-            limits = torch.full_like(whole.limits, float(x.abs().flatten().kthvalue(skipped).values))
+            limits = x.abs().flatten().kthvalue(skipped).values.expand(len(widths), d)
             ways[f"{sparsity:g}"] = (lambda linear: linear(x), [replace(one, limits=limits) for one in copies])
         for way, (run, given) in ways.items():
             if way != "dense":

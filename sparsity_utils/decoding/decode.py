@@ -175,12 +175,13 @@ def kernel_of(
     ffn: FFN, thresholds: Thresholds | None, certified: bool = False, stored: Stored | None = None
 ) -> SparseFFN:
     """The kernel that computes `ffn` under `thresholds`. Raises `InputError` where there is none."""
+    stored = stored or Stored()
     try:
         rule, threshold = kernel_rule(ffn, thresholds)
         kernel = SparseFFN(
             w_gate=ffn.gate.weight,
             w_up=None if ffn.up is None else ffn.up.weight,
-            w_down_t=(stored or Stored()).once(("down", ffn.layer), ffn.down_weight.t().contiguous),
+            w_down_t=stored.once(("down", ffn.name), lambda: stored.pages.copied(ffn.down_weight.t())),
             threshold=threshold,
             act=activation_name(ffn.activation),
             rule=rule,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.linear import SparseInputFFN, SparseLinear, side_by_side
+from kernels.pages import LargePages
 from sparsity_utils.console import InputError
 from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import FFN
@@ -39,6 +40,7 @@ class Stored:
     """What kernels keep of a model's weights in another order or in fewer bits: made once, then shared."""
 
     def __init__(self) -> None:
+        self.pages = LargePages()
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -57,12 +59,13 @@ def linear_kernel(
 
     Raises `InputError` for maps in a basis of their own and for weights that no kernel takes.
     """
+    stored = stored or Stored()
     key = (tuple(linear.index for linear in maps), eight_bits)
-    whole = (stored or Stored()).once(key, lambda: _skips_nothing(maps, eight_bits))
+    whole = stored.once(key, lambda: _skips_nothing(maps, eight_bits, stored.pages))
     return replace(whole, **{"limits": None, **_rule(maps, thresholds)})
 
 
-def _skips_nothing(maps: Sequence[LinearMap], eight_bits: bool) -> SparseLinear:
+def _skips_nothing(maps: Sequence[LinearMap], eight_bits: bool, pages: LargePages) -> SparseLinear:
     if any(linear.basis is not None for linear in maps):
         raise InputError(f"{maps[0].name} is rotated, and no kernel takes rotated maps: use sparse_inputs.")
     weight_t, widths = side_by_side([linear.weight for linear in maps])
@@ -73,7 +76,8 @@ def _skips_nothing(maps: Sequence[LinearMap], eight_bits: bool) -> SparseLinear:
         kernel = SparseLinear(weight_t, widths, limits, bias=bias)
     except ValueError as error:
         raise InputError(f"{maps[0].name} cannot run on a sparse kernel: {error}") from error
-    return kernel.quantised() if eight_bits else kernel
+    kernel = kernel.quantised() if eight_bits else kernel
+    return replace(kernel, weight_t=pages.copied(kernel.weight_t))
 
 
 def _bias(linear: LinearMap) -> Tensor | None:

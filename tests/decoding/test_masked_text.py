@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def teal(model):
-    return Thresholds("teal", (0.4,) * len(find_linears(model)))
+    return Thresholds("teal", (0.15,) * len(find_linears(model)))
 
 
 def test_it_is_the_greedy_text_of_the_masked_model(model, teal):
@@ -45,7 +45,7 @@ def test_what_a_token_reads_is_counted(model, teal):
 
     def keep(readers, x):
         for linear in readers:
-            counts[linear.index].append((x.abs() > 0.4).float().mean())
+            counts[linear.index].append((x.abs() > 0.15).float().mean())
 
     with torch.no_grad(), sparse_inputs(model, teal), observe_inputs(model, keep):
         decoded(model, PROMPT, WORDS)

@@ -58,8 +58,8 @@ def test_bytes_are_those_of_the_weights_that_are_read(table):
     )
     half = rows.loc[("transformers", WHOLE, "", "bfloat16", "full"), "megabytes"]
     assert half == pytest.approx(2 * (every + word) / 1e6, rel=1e-3)
-    wina = rows.loc["kernels", "wina", "40%"]
-    assert wina["read_share"].unique() == pytest.approx(0.625)  # the nearest that 48 and 128 inputs can meet
+    wina = rows.sort_index().loc["kernels", "wina", "40%"]
+    assert set(wina["read_share"]) == {19 / 32}  # the nearest that all widths can meet
     certified, full = wina.loc[("float32", "certified"), "megabytes"], wina.loc[("float32", "full"), "megabytes"]
     assert certified < full < rows.loc[("kernels", WHOLE, "", "float32", "full"), "megabytes"]
 
