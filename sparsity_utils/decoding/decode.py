@@ -175,13 +175,13 @@ def kernel_of(
     ffn: FFN, thresholds: Thresholds | None, certified: bool = False, stored: Stored | None = None
 ) -> SparseFFN:
     """The kernel that computes `ffn` under `thresholds`. Raises `InputError` where there is none."""
-    stored = stored or Stored()
+    down = ffn.down_weight.t()
     try:
         rule, threshold = kernel_rule(ffn, thresholds)
         kernel = SparseFFN(
             w_gate=ffn.gate.weight,
             w_up=None if ffn.up is None else ffn.up.weight,
-            w_down_t=stored.once(("down", ffn.name), lambda: stored.pages.copied(ffn.down_weight.t())),
+            w_down_t=down if stored is None else stored.once(("down", ffn.name), lambda: stored.pages.copied(down)),
             threshold=threshold,
             act=activation_name(ffn.activation),
             rule=rule,
