@@ -106,6 +106,7 @@ def break_even(table: pd.DataFrame, model: str = MODEL) -> pd.DataFrame:
     }
     beside = others().query("model == @model")
     rivals |= {f"{row.engine}, {row.weights}": row.tokens_per_second for row in beside.itertuples()}
+    rivals = {name: speed for name, speed in rivals.items() if speed > 0}  # NaN: no median is recorded
     found = {}
     for (rule, weights, head), curve in rows[rows["rule"] != WHOLE].groupby(["rule", "weights", "head"], sort=False):
         start = whole[(whole["engine"] == "kernels") & (whole["weights"] == weights) & (whole["head"] == head)]
@@ -170,7 +171,7 @@ def _lines(axes: Axes, own: pd.DataFrame) -> None:
 
 def _dense(axes: Axes, rows: pd.DataFrame, model: str) -> None:
     beside = pd.concat([rows[rows["engine"] == "transformers"], others().query("model == @model")])
-    for number, row in enumerate(beside.itertuples()):
+    for number, row in enumerate(beside.dropna(subset="tokens_per_second").itertuples()):
         axes.axhline(row.tokens_per_second, color=COLOURS[-1 - number], linewidth=0.9, linestyle="-.")
         name = f"{row.engine}, {row.weights}"
         axes.annotate(
