@@ -16,6 +16,7 @@ PRETRAINED = ("pretrained", "pretrained_prices", "pretrained_positions")
 # Training-free rules on a pretrained model, and on runs of the profile that are there for other questions.
 TRAINING_FREE = ("training_free", "training_free_documents", "training_free_blocks", "training_free_theory")
 OF_MODELS = (*PRETRAINED, *TRAINING_FREE)
+INPUT_SPEEDS = "input_speeds"  # of this machine and of models that need no run
 
 
 class Question(NamedTuple):
@@ -44,7 +45,7 @@ QUESTIONS = {
     "sparse_ffn": Question("sparse_ffn.csv", None),
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
-    **{name: Question(f"{name}.csv", None) for name in OF_MODELS},
+    **{name: Question(f"{name}.csv", None) for name in (*OF_MODELS, INPUT_SPEEDS)},
 }
 COVERING = (  # questions that together need every run of a profile
     *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
@@ -60,7 +61,7 @@ Settings = tuple[ModelConfig, TrainConfig]
 def planned(profile: Profile, question: str) -> list[Settings]:
     """The settings of the runs that a question needs; none where the profile leaves the question out."""
     study = profile.study
-    if question in SPEEDS or question in PRETRAINED:
+    if question in (*SPEEDS, *PRETRAINED, INPUT_SPEEDS):
         return []
     if question in TRAINING_FREE:
         return _decoders(profile)
