@@ -9,10 +9,12 @@ head, cpu_head             an output head that reads the full rows of words that
 eight_bits                 a matrix in 8 bits, with a proven bound on its products
 certified                  the gate in 8 bits, which proves neurons inactive (CPU)
 cpu_threads                threads of the kernels for CPUs
+pages                      weights in memory of large pages
 reading                    which bytes a call needs, counted by its rule
 shapes                     the shapes of published FFNs
 timing                     several ways of one job, timed in turn
 bench                      speeds compared with dense FFNs and with memory, on the FFNs of `bench_cases`
+linear_bench               speeds of linear maps compared with those that skip nothing
 """
 
 from typing import Any

@@ -126,7 +126,7 @@ def _case_rows(
         ways["certified"] = sparse, [replace(problem, ffn=problem.ffn.certified()) for problem in problems]
     for name, (way, given) in ways.items():
         _check(case, name, way(given[0]), given[0])
-    works = {name: _pass(way, given, device) for name, (way, given) in ways.items()}
+    works = {name: every_copy(way, given, device) for name, (way, given) in ways.items()}
     works |= {name: work for name, (work, _) in memory.items()}
     if device == "cpu":  # on a GPU a part of the first launch
         works["index"] = _index_work(first)
@@ -148,7 +148,7 @@ def _index_work(problem: Problem) -> Callable[[], object]:
     return lambda: indices(chosen)
 
 
-def _pass(way: Way, problems: list[Problem], device: str) -> Callable[[], object]:
+def every_copy(way: Way, problems: list[Problem], device: str) -> Callable[[], object]:
     """A job that computes every copy once; on a GPU it replays one CUDA graph, so that no launch is waited for."""
 
     def run() -> None:

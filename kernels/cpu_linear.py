@@ -17,7 +17,9 @@ from kernels.cpu_ffn import ACTIVATIONS, MATH, activated, array, fetch, vector, 
 from kernels.cpu_threads import alone, forked, on_threads
 from kernels.linear import SparseInputFFN, SparseLinear, dense, dense_ffn
 
-PIECE = 64  # outputs that are added at a time; 256 took 1.1 times as long, 1,024 1.4 times, at 576 x 960 half inactive
+# Bytes of each row that are added at a time. With half of 576 x 3072 inactive one thread took 119, 164 and 170
+# microseconds for 256, 512 and 1,024 in float32, and in 8 bits 130, 96 and 87 for 64, 128 and 256.
+PIECE = 256
 # Tokens of one call up to which the kernel is faster than a masked dense product, with half of the inputs active for
 # each: 576 x 3072 in float32 took 385, 571 and 774 microseconds for 2, 3 and 4 tokens, torch 950, 1,139 and 643; in
 # bfloat16 83 and 372 for 1 and 2, torch 158 and 160. Of more tokens nearly every input is active for some.
@@ -167,11 +169,12 @@ def fetch_pieces(weight, rows, first, end):
 @njit(fastmath=MATH, cache=True)
 def add_for_one(x, weight, start, stop, rows, y):
     """y[start:stop] += sum of x[j] weight[j, start:stop] over the given rows j; x (d,), y (outputs,)."""
+    piece = PIECE // weight.itemsize
     for k in range(0, len(rows), 4):
         four, following = four_rows(rows, k), four_rows(rows, k + 4)
         values = four_values(x, four, len(rows) - k)
-        for first in range(start, stop, PIECE):
-            end = min(first + PIECE, stop)
+        for first in range(start, stop, piece):
+            end = min(first + piece, stop)
             fetch_pieces(weight, following, first, end)
             wa, wb, wc, wd = (
                 weight[four[0], first:end], weight[four[1], first:end],
@@ -183,11 +186,12 @@ def add_for_one(x, weight, start, stop, rows, y):
 @njit(fastmath=MATH, cache=True)
 def add_for_many(x, weight, start, stop, rows, y):
     """The same for several tokens, which share the reading of a piece: x (tokens, d), y (tokens, outputs)."""
-    pieces = np.empty((4, PIECE), np.float32)
+    piece = PIECE // weight.itemsize
+    pieces = np.empty((4, piece), np.float32)
     for k in range(0, len(rows), 4):
         four, following = four_rows(rows, k), four_rows(rows, k + 4)
-        for first in range(start, stop, PIECE):
-            end = min(first + PIECE, stop)
+        for first in range(start, stop, piece):
+            end = min(first + piece, stop)
             fetch_pieces(weight, following, first, end)
             for place in range(4):
                 widen(weight[four[place], first:end], pieces[place])

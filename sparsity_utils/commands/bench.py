@@ -1,5 +1,5 @@
-"""`make bench`: speeds of sparse FFNs, of decoding, of training (beside transformers.Trainer, and several runs at
-once), and what a measurement of sparsity costs.
+"""`make bench`: speeds of sparse FFNs and linear maps, of decoding, of training (beside transformers.Trainer, and
+several runs at once), and what a measurement of sparsity costs.
 
 Each comparison alternates its sides in one process and quotes medians over rounds with their range. Training is also
 compared with the measured rate of a large matrix product. Before a speed of training is printed, both sides must reach
@@ -26,6 +26,7 @@ import torch
 import transformers
 from torch import nn
 
+from kernels.linear_bench import linear_speeds
 from kernels.timing import alternate, timed
 from sparsity_utils import paths
 from sparsity_utils.models.config import ModelConfig, TrainConfig
@@ -52,6 +53,10 @@ SPEED_COLUMNS = {
         *("speedup", "ffn_time", "attention_time", "head_time", "megabytes"),
     ],
 }  # what is printed of the wide tables
+LINEAR_COLUMNS = [
+    *("maps", "d", "outputs", "weights", "sparsity", "milliseconds", "dense_milliseconds", "all_rows_milliseconds"),
+    *("ideal_speedup", "strict_speedup", "of_ideal"),
+]
 ROUNDS = 3  # of what takes minutes
 LOOP_ROUNDS, LOOP_STEPS = 5, 30  # of the two training loops: optimizer steps of one round, before the decay
 WIDE = ((512, 10), 65536)  # shape and batch: products large enough to fill a GPU; minutes per step on a CPU core
@@ -70,6 +75,9 @@ def main() -> int:
     )
     for name, shown in SPEED_COLUMNS.items():  # on all cores
         _keep(name, study.speeds(name), about, shown)
+    speed, device = study.profile.speed, default_device().type
+    linear = linear_speeds(rounds=speed.rounds, megabytes=speed.megabytes, device=device)
+    _keep("sparse_linear", linear, about, LINEAR_COLUMNS)
     torch.set_num_threads(study.profile.threads)
     for name, measured in (("training", training), ("packing", packing), ("search", search), ("memory", memory)):
         _keep(name, measured(study), about)

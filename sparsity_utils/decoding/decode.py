@@ -8,6 +8,7 @@ for every model whose FFNs `find_ffns` finds as modules of their own.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from kernels import MAX_TOKENS, SparseFFN
 from kernels.head import CertifiedHead
+from kernels.linear import SparseLinear
 from sparsity_utils.console import InputError, check
-from sparsity_utils.decoding.input_kernels import checked_maps, ffn_kernel, replace_attention
+from sparsity_utils.decoding.input_kernels import Stored, checked_maps, ffn_kernel, linear_kernel, replace_maps
 from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import (
     FFN,
@@ -28,6 +30,7 @@ from sparsity_utils.neurons.find import (
 )
 from sparsity_utils.neurons.hooks import check_layers
 from sparsity_utils.neurons.input_rules import INPUT_RULES
+from sparsity_utils.neurons.linears import LinearMap, by_vector
 from sparsity_utils.neurons.modes import evaluating, forward_replaced, unchanged
 from sparsity_utils.neurons.rules import RULES
 from sparsity_utils.neurons.thresholds import Thresholds
@@ -75,30 +78,72 @@ def sparse_kernels(
     `eight_bits` or `likeliest` is asked for where it cannot work; and inside the block when the model is in training
     mode or should give gradients.
     """
+    kernels = ready_kernels(model, thresholds, Stored(), inputs, certified, eight_bits, likeliest)
+    with running(model, kernels):
+        yield kernels.all()
+
+
+@dataclass(frozen=True, eq=False)
+class ReadyKernels:
+    """Kernels of one model, made and checked, which `running` puts to use."""
+
+    ffns: list[FFN]
+    of_ffns: Sequence[Kernel]  # one each
+    attention: list[tuple[list[LinearMap], SparseLinear]]  # maps of one vector and their kernel; none: the model's own
+    head: CertifiedHead | None
+
+    def all(self) -> list[Kernel]:
+        """One per FFN, then those of attention and of the head."""
+        others = [kernel for _, kernel in self.attention] + ([] if self.head is None else [self.head])
+        return [*self.of_ffns, *others]
+
+
+def ready_kernels(
+    model: nn.Module,
+    thresholds: Thresholds | None,
+    stored: Stored,
+    inputs: Inputs | None = None,
+    certified: bool = False,
+    eight_bits: bool = False,
+    likeliest: int | None = None,
+) -> ReadyKernels:
+    """The kernels of a `sparse_kernels` block; raises what it raises.
+
+    stored: shared by the kernels of several blocks of one model, so that its weights are checked and copied once.
+    """
     check_not_bypassed(model)
     ffns = replaceable_ffns(model, inputs)
     on_inputs = thresholds is not None and thresholds.rule in INPUT_RULES
     check(on_inputs or not eight_bits, "eight_bits is for thresholds of a rule on the inputs of linear maps.")
-    _check_outputs(model, ffns, inputs)
-    head = None if likeliest is None else head_kernel(model, likeliest)
+    stored.once("checked", lambda: _check_outputs(model, ffns, inputs))
+    head = None if likeliest is None else stored.once(("head", likeliest), lambda: head_kernel(model, likeliest))
+    if not on_inputs:
+        if thresholds is not None:
+            check_layers(thresholds, ffns)
+        return ReadyKernels(ffns, [kernel_of(ffn, thresholds, certified, stored) for ffn in ffns], [], head)
+    check(not certified, "certified is for thresholds of a rule on neurons.")
+    maps = checked_maps(model, thresholds)
+
+    def kernel(own: Sequence[LinearMap]) -> SparseLinear:
+        return linear_kernel(own, thresholds, eight_bits, stored)
+
+    blocks = [[linear for linear in maps if linear.layer == ffn.layer] for ffn in ffns]
+    of_ffns = [ffn_kernel(ffn, block, kernel) for ffn, block in zip(ffns, blocks, strict=True)]
+    attention = by_vector([linear for linear in maps if linear.vector in ("attention", "o")])
+    return ReadyKernels(ffns, of_ffns, [(readers, kernel(readers)) for readers in attention], head)
+
+
+@contextmanager
+def running(model: nn.Module, kernels: ReadyKernels) -> Iterator[None]:
+    """Inside the block `model` computes with `kernels`, made for it. Raises `InputError` in a block of others."""
+    check_not_bypassed(model)
     with ExitStack() as stack:
-        if on_inputs:
-            check(not certified, "certified is for thresholds of a rule on neurons.")
-            maps = checked_maps(model, thresholds)
-            blocks = [[linear for linear in maps if linear.layer == ffn.layer] for ffn in ffns]
-            kernels: list[Kernel] = [
-                ffn_kernel(ffn, block, thresholds, eight_bits) for ffn, block in zip(ffns, blocks, strict=True)
-            ]
-            stack.enter_context(_bypass(model, ffns, kernels))
-            kernels = [*kernels, *replace_attention(stack, maps, thresholds, eight_bits)]
-        else:
-            if thresholds is not None:
-                check_layers(thresholds, ffns)
-            kernels = [kernel_of(ffn, thresholds, certified) for ffn in ffns]
-            stack.enter_context(_bypass(model, ffns, kernels))
-        if head is not None:
-            stack.enter_context(forward_replaced(head_module(model), head))
-        yield kernels if head is None else [*kernels, head]
+        stack.enter_context(_bypass(model, kernels.ffns, kernels.of_ffns))
+        for readers, kernel in kernels.attention:
+            replace_maps(stack, readers, kernel)
+        if kernels.head is not None:
+            stack.enter_context(forward_replaced(head_module(model), kernels.head))
+        yield
 
 
 def head_module(model: Any) -> nn.Linear:
@@ -126,14 +171,17 @@ def replaceable_ffns(model: nn.Module, inputs: Inputs | None = None) -> list[FFN
     return ffns
 
 
-def kernel_of(ffn: FFN, thresholds: Thresholds | None, certified: bool = False) -> SparseFFN:
+def kernel_of(
+    ffn: FFN, thresholds: Thresholds | None, certified: bool = False, stored: Stored | None = None
+) -> SparseFFN:
     """The kernel that computes `ffn` under `thresholds`. Raises `InputError` where there is none."""
+    down = ffn.down_weight.t()
     try:
         rule, threshold = kernel_rule(ffn, thresholds)
         kernel = SparseFFN(
             w_gate=ffn.gate.weight,
             w_up=None if ffn.up is None else ffn.up.weight,
-            w_down_t=ffn.down_weight.t(),
+            w_down_t=down if stored is None else stored.once(("down", ffn.name), lambda: stored.pages.copied(down)),
             threshold=threshold,
             act=activation_name(ffn.activation),
             rule=rule,
@@ -251,6 +299,7 @@ def _bypass(model: nn.Module, ffns: list[FFN], kernels: Sequence[Kernel]) -> Ite
 
 def _bypass_one(stack: ExitStack, ffn: FFN, kernel: Kernel) -> None:
     outputs, own_last = threading.local(), ffn.down.forward  # one output per thread that runs the model
+    widths = {part: _outputs(part) for part in (ffn.gate, ffn.up) if part is not None}
 
     def first(x: Tensor) -> Tensor:
         if ffn.gate.module.training or (torch.is_grad_enabled() and x.requires_grad):
@@ -261,7 +310,7 @@ def _bypass_one(stack: ExitStack, ffn: FFN, kernel: Kernel) -> None:
         return zeros(x, ffn.gate)
 
     def zeros(x: Tensor, part: Projection) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], _outputs(part))
+        return x.new_zeros(*x.shape[:-1], widths[part])
 
     def last(h: Tensor) -> Tensor:
         y, outputs.y = getattr(outputs, "y", None), None

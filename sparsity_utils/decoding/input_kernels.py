@@ -6,19 +6,21 @@ computes all of it, the others return their part. No module is replaced.
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.linear import SparseInputFFN, SparseLinear, side_by_side
+from kernels.pages import LargePages
 from sparsity_utils.console import InputError
 from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import FFN
 from sparsity_utils.neurons.input_rules import INPUT_RULES, InputRule, TopInputs
-from sparsity_utils.neurons.linears import LinearMap, by_vector, find_linears
+from sparsity_utils.neurons.linears import LinearMap, find_linears
 from sparsity_utils.neurons.modes import forward_replaced
 from sparsity_utils.neurons.thresholds import Thresholds
 
@@ -34,23 +36,48 @@ def checked_maps(model: nn.Module, thresholds: Thresholds) -> list[LinearMap]:
     return maps
 
 
-def linear_kernel(maps: Sequence[LinearMap], thresholds: Thresholds, eight_bits: bool = False) -> SparseLinear:
+class Stored:
+    """What kernels keep of a model's weights in another order or in fewer bits: made once, then shared."""
+
+    def __init__(self) -> None:
+        self.pages = LargePages()
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned at the first call with this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def linear_kernel(
+    maps: Sequence[LinearMap], thresholds: Thresholds, eight_bits: bool = False, stored: Stored | None = None
+) -> SparseLinear:
     """The kernel that computes maps of one vector under `thresholds`, their outputs side by side.
 
     eight_bits: keep the weights as integers with a scale for each map and input (`SparseLinear.quantised`).
 
     Raises `InputError` for maps in a basis of their own and for weights that no kernel takes.
     """
+    stored = stored or Stored()
+    key = (tuple(linear.index for linear in maps), eight_bits)
+    whole = stored.once(key, lambda: _skips_nothing(maps, eight_bits, stored.pages))
+    return replace(whole, **{"limits": None, **_rule(maps, thresholds)})
+
+
+def _skips_nothing(maps: Sequence[LinearMap], eight_bits: bool, pages: LargePages) -> SparseLinear:
     if any(linear.basis is not None for linear in maps):
         raise InputError(f"{maps[0].name} is rotated, and no kernel takes rotated maps: use sparse_inputs.")
     weight_t, widths = side_by_side([linear.weight for linear in maps])
     biases = [_bias(linear) for linear in maps]
     bias = None if biases[0] is None else torch.cat(biases)
+    limits = torch.full((len(maps), len(weight_t)), -1.0, device=weight_t.device)
     try:
-        kernel = SparseLinear(weight_t, widths, bias=bias, **_rule(maps, thresholds))
+        kernel = SparseLinear(weight_t, widths, limits, bias=bias)
     except ValueError as error:
         raise InputError(f"{maps[0].name} cannot run on a sparse kernel: {error}") from error
-    return kernel.quantised() if eight_bits else kernel
+    kernel = kernel.quantised() if eight_bits else kernel
+    return replace(kernel, weight_t=pages.copied(kernel.weight_t))
 
 
 def _bias(linear: LinearMap) -> Tensor | None:
@@ -76,31 +103,25 @@ def _refuse(maps: Sequence[LinearMap], values: list[float]) -> dict[str, Any]:
     raise InputError(f"{maps[0].name} keeps {values} inputs; a kernel takes none of all its maps, or one at least.")
 
 
-def ffn_kernel(ffn: FFN, maps: Sequence[LinearMap], thresholds: Thresholds, eight_bits: bool) -> SparseInputFFN:
-    """The kernel of a gated FFN whose three maps are `maps`. Raises `InputError` where there is none."""
+def ffn_kernel(
+    ffn: FFN, maps: Sequence[LinearMap], kernel: Callable[[Sequence[LinearMap]], SparseLinear]
+) -> SparseInputFFN:
+    """The kernel of a gated FFN among whose block's `maps` are its three. Raises `InputError` where there is none.
+
+    kernel: makes that of maps of one vector.
+    """
     roles = {linear.role: linear for linear in maps}
     if "up" not in roles:
         raise InputError(f"{ffn.name} is a plain FFN; the kernels of rules on inputs are of gated ones.")
-    first = linear_kernel([roles["gate"], roles["up"]], thresholds, eight_bits)
-    return SparseInputFFN(
-        first, linear_kernel([roles["down"]], thresholds, eight_bits), activation_name(ffn.activation)
-    )
+    first, last = kernel([roles["gate"], roles["up"]]), kernel([roles["down"]])
+    return SparseInputFFN(first, last, activation_name(ffn.activation))
 
 
-def replace_attention(
-    stack: ExitStack, maps: Sequence[LinearMap], thresholds: Thresholds, eight_bits: bool
-) -> list[SparseLinear]:
-    """Inside the stack, q, k, v and o of every block run on kernels. Returns them, two for each block."""
-    attention = [linear for linear in maps if linear.vector in ("attention", "o")]
-    kernels = []
-    for readers in by_vector(attention):
-        kernels.append(linear_kernel(readers, thresholds, eight_bits))
-        _replace(stack, readers, kernels[-1])
-    return kernels
+def replace_maps(stack: ExitStack, readers: list[LinearMap], kernel: SparseLinear) -> None:
+    """Inside the stack, the maps that read one vector run on their kernel.
 
-
-def _replace(stack: ExitStack, readers: list[LinearMap], kernel: SparseLinear) -> None:
-    """The first module that is given a vector computes all maps that read it; each module returns its own."""
+    The first module that is given the vector computes all of them; each module returns its own.
+    """
     kept = threading.local()  # of each thread that runs the model: the vector, its outputs, and who has not had them
     modules = {linear.module for linear in readers}
     for module in modules:

@@ -83,18 +83,41 @@ def decode_speeds(
     return pd.DataFrame(rows).assign(**about, **machine(prompts.device.type))
 
 
-@torch.no_grad()
 def greedy(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> tuple[Tensor, float]:
     """The likeliest tokens after `prompts`, (sequences, new_tokens), and the seconds of all but the first."""
+    tokens, _, seconds = decoded(model, prompts, new_tokens)
+    return tokens, seconds
+
+
+@torch.no_grad()
+def decoded(
+    model: PreTrainedModel,
+    prompts: Tensor,
+    new_tokens: int,
+    text: Tensor | None = None,
+    keep: Callable[[Tensor], object] = lambda logits: None,
+) -> tuple[Tensor, float, float]:
+    """The likeliest token at each place after `prompts`, (sequences, length), one place after the other.
+
+    Args:
+        text: what the model is given there, (sequences, new_tokens), in place of its own tokens.
+        keep: is given the logits of each place, (sequences, 1, vocabulary).
+
+    Returns: tokens, (sequences, new_tokens), the seconds of the prompt, and those of all tokens but the first.
+    """
+    started = time.perf_counter()
     out = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
+    keep(out.logits)
     tokens = [out.logits[:, -1:].argmax(dim=-1)]
     wait(prompts)
-    started = time.perf_counter()
-    for _ in range(new_tokens - 1):
-        out = model(input_ids=tokens[-1], past_key_values=out.past_key_values, use_cache=True)
+    began = time.perf_counter()
+    for place in range(new_tokens - 1):
+        given = tokens[-1] if text is None else text[:, place : place + 1]
+        out = model(input_ids=given, past_key_values=out.past_key_values, use_cache=True)
+        keep(out.logits)
         tokens.append(out.logits[:, -1:].argmax(dim=-1))
     wait(prompts)
-    return torch.cat(tokens, dim=1), time.perf_counter() - started
+    return torch.cat(tokens, dim=1), began - started, time.perf_counter() - began
 
 
 def _can_certify(model: nn.Module, thresholds: Thresholds) -> bool:

@@ -18,6 +18,7 @@ TRAINING_FREE = ("training_free", "training_free_documents", "training_free_bloc
 # Sparse drafts that are corrected: of a pretrained model, and of the profile's own largest ReLU model.
 CORRECTION = ("correction", "correction_prefixes", "correction_speeds", "correction_text")
 OF_MODELS = (*PRETRAINED, *TRAINING_FREE, *CORRECTION)
+INPUT_SPEEDS = "input_speeds"  # of this machine and of models that need no run
 
 
 class Question(NamedTuple):
@@ -46,7 +47,7 @@ QUESTIONS = {
     "sparse_ffn": Question("sparse_ffn.csv", None),
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
-    **{name: Question(f"{name}.csv", None) for name in OF_MODELS},
+    **{name: Question(f"{name}.csv", None) for name in (*OF_MODELS, INPUT_SPEEDS)},
 }
 COVERING = (  # questions that together need every run of a profile
     *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
@@ -62,7 +63,7 @@ Settings = tuple[ModelConfig, TrainConfig]
 def planned(profile: Profile, question: str) -> list[Settings]:
     """The settings of the runs that a question needs; none where the profile leaves the question out."""
     study = profile.study
-    if question in (*SPEEDS, *PRETRAINED, *CORRECTION):
+    if question in (*SPEEDS, *PRETRAINED, *CORRECTION, INPUT_SPEEDS):
         return []
     if question in TRAINING_FREE:
         return _decoders(profile)

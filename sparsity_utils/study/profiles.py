@@ -18,6 +18,7 @@ from kernels.shapes import SHAPES
 from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
 from sparsity_utils.models.config import ACTIVATIONS, ModelConfig, TrainConfig
+from sparsity_utils.neurons.input_rules import TRAINING_FREE
 from sparsity_utils.study.training_free_config import TrainingFreeConfig
 from sparsity_utils.text.config import CorpusConfig
 
@@ -113,6 +114,32 @@ class CorrectionConfig:
             rising and 0.1 in self.thresholds,
             f"correction.thresholds is {list(self.thresholds)}; choose rising probabilities, 0.1 among them.",
         )
+
+
+@dataclass(frozen=True)
+class InputSpeedConfig:
+    """How fast models decode whose linear maps skip inputs: the table input_speeds. Its text is as in `pretrained`."""
+
+    models: tuple[str, ...] = ("smollm2", "silu")  # as pretrained.model, or of a folder of results/models
+    rules: tuple[str, ...] = ("teal", "wina", "cats", "cett")  # of neurons.input_rules, and cett
+    sparsities: tuple[float, ...] = (0.25, 0.4, 0.5)  # of the inputs of each map; of cats of its neurons
+    prices: tuple[float, ...] = (1.0, 5.0)  # percent of perplexity
+    window: int = 256  # tokens; one of each document
+    calibration_tokens: int = 1024  # on which thresholds are solved
+    evaluation_tokens: int = 1024  # on which what they cost is measured
+    prompt: int = 32  # tokens
+    new_tokens: int = 32
+    rounds: int = 5  # of each way; medians are quoted
+
+    def __post_init__(self) -> None:
+        known = (*TRAINING_FREE, "cett")
+        for rule in self.rules:
+            check(rule in known, f"input_speeds.rules has {rule!r}; choose from {', '.join(known)}.")
+        check(all(0 < share < 1 for share in self.sparsities), "input_speeds.sparsities are shares above 0, below 1.")
+        check(all(0 < price <= 100 for price in self.prices), "input_speeds.prices are percentages up to 100.")
+        for name, least in (("prompt", 1), ("new_tokens", 2), ("rounds", 1)):
+            value = getattr(self, name)
+            check(value >= least, f"input_speeds.{name} is {value}; at least {least} is needed.")
 
 
 @dataclass(frozen=True)
@@ -235,6 +262,7 @@ class Profile:
     speed: SpeedConfig = SpeedConfig()
     pretrained: PretrainedConfig = PretrainedConfig()
     training_free: TrainingFreeConfig = field(default_factory=TrainingFreeConfig)
+    input_speeds: InputSpeedConfig = InputSpeedConfig()
     correction: CorrectionConfig = CorrectionConfig()
     workers: int = 2  # runs side by side
     threads: int = 1  # torch threads of each

@@ -28,10 +28,12 @@ from sparsity_utils.sparsity.metrics import measure_sparsity
 from sparsity_utils.study import training_free
 from sparsity_utils.study.correction import Subject, corrected_drafts, drafting_speeds
 from sparsity_utils.study.engines import do_jobs
+from sparsity_utils.study.input_speeds import input_speeds, located
 from sparsity_utils.study.jobs import Job, longest_first
 from sparsity_utils.study.measurements import measurement
 from sparsity_utils.study.plan import (
     CORRECTION,
+    INPUT_SPEEDS,
     PRETRAINED,
     PUBLISHED_TABLES,
     QUESTIONS,
@@ -113,6 +115,8 @@ class Study(Tables):
         opened = found_model(self.profile.pretrained.model) is not None
         if question in PRETRAINED or (question in TRAINING_FREE and opened):
             return opened
+        if question == INPUT_SPEEDS:
+            return all(map(located, self.profile.input_speeds.models))
         if question in CORRECTION:
             return True  # our own model needs no fetching
         return bool(planned(self.profile, SPEEDS.get(known(question), question)))
@@ -125,8 +129,8 @@ class Study(Tables):
         """
         file = self.file(question)
         made = self.profile is not None and question not in PUBLISHED_TABLES
-        if made and not (question in SPEEDS and file.exists()):
-            own = {**dict.fromkeys(SPEEDS, self.speeds), **dict.fromkeys(PRETRAINED, self.pretrained)}
+        if made and not (question in (*SPEEDS, INPUT_SPEEDS) and file.exists()):
+            own = {**dict.fromkeys((*SPEEDS, INPUT_SPEEDS), self.speeds), **dict.fromkeys(PRETRAINED, self.pretrained)}
             own |= dict.fromkeys(TRAINING_FREE, self.training_free)
             own |= dict.fromkeys(CORRECTION, self.correction)
             table = own.get(question, self._measured)(question)
@@ -182,7 +186,12 @@ class Study(Tables):
                 verdicts.assign(reason=reasons).to_csv(aside, index=False)
 
     def speeds(self, question: str) -> pd.DataFrame:
-        """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s."""
+        """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s.
+
+        Or that of INPUT_SPEEDS, with the models that the profile names.
+        """
+        if question == INPUT_SPEEDS:
+            return input_speeds(self.profile.input_speeds, self.profile.pretrained, self.folder.parent / question)
         if question == "depth_cost":
             return self._depth_cost()  # needs no trained model
         models = {
@@ -275,9 +284,11 @@ class Study(Tables):
         return [*found, Subject("relu", model, tokenizer, ("python",), cett)]
 
     def lacking(self, question: str) -> str:
-        if question not in PRETRAINED or self.profile is None:
+        if question not in (*PRETRAINED, INPUT_SPEEDS) or self.profile is None:
             return super().lacking(question)
-        return self.not_here(self.profile.pretrained.model)
+        settings = self.profile
+        names = (settings.pretrained.model,) if question in PRETRAINED else settings.input_speeds.models
+        return self.not_here(next(name for name in names if located(name) is None))
 
     @staticmethod
     def not_here(name: str) -> str:

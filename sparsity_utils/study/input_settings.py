@@ -1,0 +1,70 @@
+"""Thresholds of training-free rules at a sparsity or a price, solved on one text and judged on another, as pieces."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+from transformers import PreTrainedModel
+
+from sparsity_utils.neurons.input_rules import INPUT_RULES
+from sparsity_utils.neurons.linears import find_linears
+from sparsity_utils.neurons.thresholds import Thresholds
+from sparsity_utils.sparsity.metrics import measure_sparsity
+from sparsity_utils.sparsity.training_free import RuleReport, TrainingFree
+from sparsity_utils.study.pieces import Frames, Pieces
+from sparsity_utils.study.pretrained import Text
+from sparsity_utils.study.profiles import InputSpeedConfig
+
+SOLVING = 8  # passes over the calibration text that a price takes; a sparsity takes one
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Thresholds of one rule, and what they cost on the evaluation text."""
+
+    rule: str
+    setting: str  # a sparsity, "50%", or a price, "1% of perplexity"
+    thresholds: Thresholds
+    sparsity: float  # share of the weights of the linear maps that a token does not read
+    ppl_ratio: float
+
+
+class Calibrated:
+    """The settings of one model, solved on its calibration text and kept as pieces."""
+
+    def __init__(self, model: PreTrainedModel, text: Text, settings: InputSpeedConfig, pieces: Pieces) -> None:
+        self.model, self.text, self.settings, self.pieces = model, text, settings, pieces
+        self.report = TrainingFree(model, text.calibration, text.evaluation)
+
+    def __iter__(self) -> Iterator[Setting]:
+        for rule in self.settings.rules:
+            for sparsity in self.settings.sparsities if rule != "cett" else ():
+                yield self._kept(rule, f"{100 * sparsity:g}%", partial(self._at, rule, sparsity))
+            for price in self.settings.prices:
+                name = f"{price:g}% of perplexity"
+                yield self._kept(rule, name, partial(self._at_price, rule, price))
+
+    def _at(self, rule: str, sparsity: float) -> RuleReport:
+        if rule in INPUT_RULES:  # top-k rules keep whole numbers of inputs
+            sparsity = INPUT_RULES[rule].nearest(sparsity, {linear.inputs for linear in find_linears(self.model)})
+        return self.report.at(rule, sparsity)
+
+    def _at_price(self, rule: str, price: float) -> RuleReport:
+        if rule != "cett":
+            return self.report.at_perplexity(rule, price)
+        found = measure_sparsity(self.model, self.text.evaluation, "cett-ppl", price, self.text.calibration)
+        return self.report.evaluated(found.thresholds)
+
+    def _kept(self, rule: str, setting: str, measure: Callable[[], RuleReport]) -> Setting:
+        def frames() -> Frames:
+            report = measure()
+            about = {"rule": report.thresholds.rule, "sparsity": report.sparsity, "ppl_ratio": report.ppl_ratio}
+            return {"thresholds": pd.DataFrame({"value": report.thresholds.values}), "report": pd.DataFrame([about])}
+
+        calibration, evaluation = self.text.tokens
+        cost = (SOLVING if "perplexity" in setting else 1) * calibration + evaluation
+        kept = self.pieces.kept(f"thresholds {rule} {setting}".replace(" ", "-"), cost, frames)
+        about = kept["report"].iloc[0]
+        thresholds = Thresholds(about["rule"], tuple(map(float, kept["thresholds"]["value"])))
+        return Setting(rule, setting, thresholds, float(about["sparsity"]), float(about["ppl_ratio"]))
