@@ -28,6 +28,7 @@ from sparsity_utils.findings import (
     relu_vs_silu,
     scale_insensitivity,
     sparse_decoding,
+    training_free,
     width_depth_ratio,
 )
 from sparsity_utils.findings.claims import Verdicts
@@ -130,6 +131,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
             *published_curves.verdicts(*map(table, PUBLISHED_TABLES)),
             *design_a_sparse_model.verdicts(held),
             *pretrained_model.verdicts(pretrained_model.analyse(study)),
+            *training_free.verdicts(training_free.analyse(study, table("training_free"))),
         ]
     )
     stored = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False).drop(columns=["minutes", "notebook"])

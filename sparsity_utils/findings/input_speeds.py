@@ -86,7 +86,7 @@ def speeds(table: pd.DataFrame, model: str = MODEL) -> pd.DataFrame:
 
 def _ranged(rows: pd.DataFrame, column: str) -> pd.Series:
     """`24.1 (23.9 to 24.3)`."""
-    parts = [rows[name].map("{:.1f}".format) for name in (column, f"low_{column}", f"high_{column}")]
+    parts = [rows[name].map("{:.1f}".format).astype(str) for name in (column, f"low_{column}", f"high_{column}")]
     return parts[0] + " (" + parts[1] + " to " + parts[2] + ")"
 
 
@@ -132,7 +132,7 @@ def _crossing(skipped: np.ndarray, gain: np.ndarray) -> float:
 def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """The figure, if a study has the table."""
     if study.answers("input_speeds"):
-        yield "10_input_speeds", figure(study.table("input_speeds"))
+        yield "10_speed", figure(study.table("input_speeds"))
 
 
 @styled
