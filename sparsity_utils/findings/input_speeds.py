@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from sparsity_utils import paths
 from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
@@ -30,7 +31,6 @@ from sparsity_utils.study.tables import Tables
 WHOLE = "nothing skipped"
 CASE = ["model", "engine", "rule", "setting", "weights", "head"]
 NAMES = {**{name: rule.label for name, rule in TRAINING_FREE.items()}, "cett": "CETT"}
-LOOKS = {name: Look(number) for number, name in enumerate(NAMES)}
 MODEL = "smollm2"
 
 
@@ -146,21 +146,25 @@ def figure(table: pd.DataFrame, model: str = MODEL) -> ShownFigure:
         head = "certified" if (own["head"] == "certified").any() else "full"  # certified heads are for CPUs
         _lines(axes, own[own["head"] == head])
         _dense(axes, rows, model)
-        axes.set(xlabel="Weights of linear maps skipped (%)", title=f"{weights} weights, {head} head")
-    panels[0].set(ylabel="Tokens per second", ylim=(0, None))
+        axes.set(xlabel="Weights of linear maps skipped (%)", title=f"Weights in {weights}, {head} head", yscale="log")
+        axes.set_xlim(right=95)  # room for the names of the lines across
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.minorticks_off()
+    panels[0].set_ylabel("Tokens per second")
     panels[0].legend(fontsize=7, loc="upper left")
     first = rows.iloc[0]
     return captioned(
         drawn,
         f"{model}, one sequence, {first['rounds']} rounds, {first['device']}, {first['threads']} threads, "
-        f"{first['date']}. Dashed: what reading its bytes at memory's rate would allow. Bars: 90% interval.",
+        f"{first['date']}.\nDashed: what reading its bytes at memory's rate would allow. Bars: 90% interval.",
     )
 
 
 def _lines(axes: Axes, own: pd.DataFrame) -> None:
     whole, skipping = own[own["rule"] == WHOLE], own[own["rule"] != WHOLE]
-    for rule, curve in skipping.groupby("rule", sort=False):
-        points, look = pd.concat([whole, curve]).sort_values("skipped"), LOOKS[str(rule)]
+    for number, (rule, curve) in enumerate(skipping.groupby("rule", sort=False)):
+        points, look = pd.concat([whole, curve]).sort_values("skipped"), Look(number)
         y = points["tokens_per_second"]
         reach = [y - points["low_tokens_per_second"], points["high_tokens_per_second"] - y]
         style = {"color": look.colour, "marker": look.marker, "linestyle": "-", "label": NAMES[str(rule)]}
