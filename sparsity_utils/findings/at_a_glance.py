@@ -19,7 +19,7 @@ FAILED: dict[str, Any] = {"marker": "s", "color": "black", "markersize": 6}  # a
 WIDTH, LINE, GAP = 11.7, 0.135, 0.06  # inches: of the figure, of a line of text, between rows
 COLUMNS = {  # heading: inches from the left, letters that fit a line
     "Claim": (0.3, 75),
-    "Published": (4.95, 34),
+    "Published": (4.95, 32),
     "Here": (7.05, 40),
     "90% interval": (9.55, 16),
 }
