@@ -31,7 +31,6 @@ from sparsity_utils.study.tables import Tables
 WHOLE = "nothing skipped"
 CASE = ["model", "engine", "rule", "setting", "weights", "head"]
 NAMES = {**{name: rule.label for name, rule in TRAINING_FREE.items()}, "cett": "CETT"}
-MODEL = "smollm2"
 
 
 def checked(table: pd.DataFrame) -> pd.DataFrame:
@@ -40,18 +39,24 @@ def checked(table: pd.DataFrame) -> pd.DataFrame:
     return table.fillna({"setting": ""}).assign(skipped=1 - table["read_share"])
 
 
+def _rows_of(table: pd.DataFrame, model: str | None) -> pd.DataFrame:
+    """The rows of one model; None: the first of the table."""
+    rows = checked(table)
+    return rows[rows["model"] == (rows["model"].iloc[0] if model is None else model)]
+
+
 def others() -> pd.DataFrame:
     """The recorded rows of programs that the project does not depend on; columns are in results/columns.csv."""
     return pd.read_csv(paths.PUBLISHED / "llama_cpp.csv")
 
 
-def speeds(table: pd.DataFrame, model: str = MODEL) -> pd.DataFrame:
+def speeds(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
     """The rows of one model for reading, llama.cpp last. Speeds are medians with their 90% interval.
 
     NaN where the kernels chose a word that the masked model could not have chosen: no speed is reported then.
     """
-    rows = checked(table)
-    rows = rows[rows["model"] == model]
+    rows = _rows_of(table, model)
+    model = rows["model"].iloc[0]
     dense = rows.query("engine == 'transformers' and weights == 'bfloat16'")["tokens_per_second"]
     shown = pd.DataFrame(
         {
@@ -90,14 +95,14 @@ def _ranged(rows: pd.DataFrame, column: str) -> pd.Series:
     return parts[0] + " (" + parts[1] + " to " + parts[2] + ")"
 
 
-def break_even(table: pd.DataFrame, model: str = MODEL) -> pd.DataFrame:
+def break_even(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
     """Percent of the maps' weights that must be skipped to be as fast as each way that skips nothing.
 
     One row for each rule, weights and head; 0 where it is as fast with nothing skipped, NaN where no measured setting
     is. Between two settings the log of the speed is interpolated linearly.
     """
-    rows = checked(table)
-    rows = rows[rows["model"] == model]
+    rows = _rows_of(table, model)
+    model = rows["model"].iloc[0]
     whole = rows[rows["rule"] == WHOLE]
     rivals = {
         f"{row.engine}, {row.weights}, {row.head} head": row.tokens_per_second
@@ -136,10 +141,10 @@ def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
 
 
 @styled
-def figure(table: pd.DataFrame, model: str = MODEL) -> ShownFigure:
+def figure(table: pd.DataFrame, model: str | None = None) -> ShownFigure:
     """Tokens per second against the share of weights skipped: float32 and 8 bits, each with its limit by bytes."""
-    rows = checked(table)
-    rows = rows[rows["model"] == model]
+    rows = _rows_of(table, model)
+    model = rows["model"].iloc[0]
     drawn, panels = side_by_side(2, share_y=True)
     for axes, weights in zip(panels, ("float32", "8 bits"), strict=True):
         own = rows[(rows["engine"] == "kernels") & (rows["weights"] == weights)]
