@@ -211,7 +211,8 @@ def test_installed_with_the_core_group_alone_it_measures_and_decodes(tmp_path):
     model, text = paths.RECORDED_MODELS / "relu", paths.ROOT / "README.md"
     run([*python, "measure", model, "--text", text], cwd=folder, env=environment)
     assert (folder / "build" / "measure" / "relu" / "heatmap.png").exists()
-    (decode,) = [block.code for block in readme.read(text) if "sparse_kernels" in block.code]
+    pages = readme.read(paths.ROOT / "docs" / "decode.md")
+    (decode,) = [block.code for block in pages if "sparse_kernels" in block.code]
     code = decode.replace('paths.RECORDED_MODELS / "relu"', repr(str(model)))
     run([sys.executable, "-c", f"{code}\nassert paths.ROOT.name == 'installed'"], cwd=folder, env=environment)
     done = subprocess.run([*python, "notebooks"], cwd=folder, env=environment, capture_output=True, text=True)
