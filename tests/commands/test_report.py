@@ -68,8 +68,8 @@ def test_the_page_is_whole_and_fetches_nothing(study):
 def test_verdicts_are_told_by_shape_and_word_and_earlier_ones_are_marked(study):
     text = page(study).text
     assert "1 supported, 1 not supported, 1 inconclusive." in text
-    assert "✔ supportedRises & stays <so>?rises5.00 points (4.00 to 6.00)" in text
-    assert "✘ not supportedRises & stays <so>?" in text and "○ inconclusiveIs it open?" in text
+    assert "● supportedRises & stays <so>?rises5.00 points (4.00 to 6.00)" in text
+    assert "✖ not supportedRises & stays <so>?" in text and "◇ inconclusiveIs it open?" in text
     assert f"{NAMES[1]}, from an earlier time" in text and f"{NAMES[0]}, from" not in text
 
 
