@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from sparsity_utils import paths
 from sparsity_utils.commands.expected import Expected, peak_memory
@@ -117,10 +118,11 @@ def _undecided(
 
 
 def _figure(file: Path) -> str:
-    """A figure within the page."""
+    """A figure within the page, with the words that its file holds."""
     name = file.stem.replace("_", " ")
+    words = Image.open(file).info.get("Description", f"Figure {name}")
     image = base64.b64encode(file.read_bytes()).decode()
-    shown = f'<img alt="Figure {_text(name)}" src="data:image/png;base64,{image}">'
+    shown = f'<img alt="{_text(words)}" src="data:image/png;base64,{image}">'
     return f"<figure>{shown}<figcaption>{_text(name)}</figcaption></figure>"
 
 

@@ -40,6 +40,10 @@ def figure(verdicts: pd.DataFrame) -> ShownFigure:
     verdicts: question, published, here, interval, verdict and notebook, all of text, as in results/verdicts.csv.
     """
     shown = ShownFigure()
+    counts = ", ".join(f"{count} {word}" for word, count in verdicts["verdict"].value_counts().items())
+    shown.about = (
+        f"{len(verdicts)} claims, each with its published value, the value found here and its interval: {counts}."
+    )
     axes = shown.add_axes((0, 0, 1, 1))
     y = _header(axes, verdicts["verdict"])
     for notebook, rows in verdicts.groupby("notebook", sort=False):
