@@ -28,6 +28,7 @@ from sparsity_utils.findings import (
     relu_vs_silu,
     scale_insensitivity,
     sparse_decoding,
+    training_free,
     width_depth_ratio,
 )
 from sparsity_utils.findings.claims import Verdicts
@@ -39,7 +40,7 @@ from sparsity_utils.laws.published import PUBLISHED_LAWS
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.paths import collection
-from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SCHEMA, planned
+from sparsity_utils.study.plan import OF_MODELS, PUBLISHED_TABLES, QUESTIONS, SCHEMA, planned
 from sparsity_utils.study.profiles import read_profile
 from sparsity_utils.study.runs import RunConfig
 from sparsity_utils.study.study import Study
@@ -130,6 +131,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
             *published_curves.verdicts(*map(table, PUBLISHED_TABLES)),
             *design_a_sparse_model.verdicts(held),
             *pretrained_model.verdicts(pretrained_model.analyse(study)),
+            *training_free.verdicts(training_free.analyse(study, table("training_free"))),
         ]
     )
     stored = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False).drop(columns=["minutes", "notebook"])
@@ -243,7 +245,8 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     models = {
         f"models/{a}/{f}" for a in ("relu", "silu") for f in ("config.json", "model.safetensors", "tokenizer.json")
     }
-    tables = {QUESTIONS[question].file for question in QUESTIONS if study.answers(question)}
+    own = [question for question in QUESTIONS if study.answers(question) and question not in OF_MODELS]
+    tables = {QUESTIONS[question].file for question in own}  # of models: what a notebook left, and none ran here
     assert written == {*tables, "verdicts.csv", "manifest.json"} | models
     assert load_weights(paths.RECORDED_MODELS / "silu").config.hidden_size == 16  # the largest
     training = json.loads((paths.RESULTS / "manifest.json").read_text())["training"]

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from sparsity_utils import paths
 from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
@@ -30,8 +31,6 @@ from sparsity_utils.study.tables import Tables
 WHOLE = "nothing skipped"
 CASE = ["model", "engine", "rule", "setting", "weights", "head"]
 NAMES = {**{name: rule.label for name, rule in TRAINING_FREE.items()}, "cett": "CETT"}
-LOOKS = {name: Look(number) for number, name in enumerate(NAMES)}
-MODEL = "smollm2"
 
 
 def checked(table: pd.DataFrame) -> pd.DataFrame:
@@ -40,18 +39,24 @@ def checked(table: pd.DataFrame) -> pd.DataFrame:
     return table.fillna({"setting": ""}).assign(skipped=1 - table["read_share"])
 
 
+def _rows_of(table: pd.DataFrame, model: str | None) -> pd.DataFrame:
+    """The rows of one model; None: the first of the table."""
+    rows = checked(table)
+    return rows[rows["model"] == (rows["model"].iloc[0] if model is None else model)]
+
+
 def others() -> pd.DataFrame:
     """The recorded rows of programs that the project does not depend on; columns are in results/columns.csv."""
     return pd.read_csv(paths.PUBLISHED / "llama_cpp.csv")
 
 
-def speeds(table: pd.DataFrame, model: str = MODEL) -> pd.DataFrame:
+def speeds(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
     """The rows of one model for reading, llama.cpp last. Speeds are medians with their 90% interval.
 
     NaN where the kernels chose a word that the masked model could not have chosen: no speed is reported then.
     """
-    rows = checked(table)
-    rows = rows[rows["model"] == model]
+    rows = _rows_of(table, model)
+    model = rows["model"].iloc[0]
     dense = rows.query("engine == 'transformers' and weights == 'bfloat16'")["tokens_per_second"]
     shown = pd.DataFrame(
         {
@@ -86,18 +91,18 @@ def speeds(table: pd.DataFrame, model: str = MODEL) -> pd.DataFrame:
 
 def _ranged(rows: pd.DataFrame, column: str) -> pd.Series:
     """`24.1 (23.9 to 24.3)`."""
-    parts = [rows[name].map("{:.1f}".format) for name in (column, f"low_{column}", f"high_{column}")]
+    parts = [rows[name].map("{:.1f}".format).astype(str) for name in (column, f"low_{column}", f"high_{column}")]
     return parts[0] + " (" + parts[1] + " to " + parts[2] + ")"
 
 
-def break_even(table: pd.DataFrame, model: str = MODEL) -> pd.DataFrame:
+def break_even(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
     """Percent of the maps' weights that must be skipped to be as fast as each way that skips nothing.
 
     One row for each rule, weights and head; 0 where it is as fast with nothing skipped, NaN where no measured setting
     is. Between two settings the log of the speed is interpolated linearly.
     """
-    rows = checked(table)
-    rows = rows[rows["model"] == model]
+    rows = _rows_of(table, model)
+    model = rows["model"].iloc[0]
     whole = rows[rows["rule"] == WHOLE]
     rivals = {
         f"{row.engine}, {row.weights}, {row.head} head": row.tokens_per_second
@@ -132,35 +137,39 @@ def _crossing(skipped: np.ndarray, gain: np.ndarray) -> float:
 def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
     """The figure, if a study has the table."""
     if study.answers("input_speeds"):
-        yield "10_input_speeds", figure(study.table("input_speeds"))
+        yield "10_speed", figure(study.table("input_speeds"))
 
 
 @styled
-def figure(table: pd.DataFrame, model: str = MODEL) -> ShownFigure:
+def figure(table: pd.DataFrame, model: str | None = None) -> ShownFigure:
     """Tokens per second against the share of weights skipped: float32 and 8 bits, each with its limit by bytes."""
-    rows = checked(table)
-    rows = rows[rows["model"] == model]
+    rows = _rows_of(table, model)
+    model = rows["model"].iloc[0]
     drawn, panels = side_by_side(2, share_y=True)
     for axes, weights in zip(panels, ("float32", "8 bits"), strict=True):
         own = rows[(rows["engine"] == "kernels") & (rows["weights"] == weights)]
         head = "certified" if (own["head"] == "certified").any() else "full"  # certified heads are for CPUs
         _lines(axes, own[own["head"] == head])
         _dense(axes, rows, model)
-        axes.set(xlabel="Weights of linear maps skipped (%)", title=f"{weights} weights, {head} head")
-    panels[0].set(ylabel="Tokens per second", ylim=(0, None))
+        axes.set(xlabel="Weights of linear maps skipped (%)", title=f"Weights in {weights}, {head} head", yscale="log")
+        axes.set_xlim(right=95)  # room for the names of the lines across
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.minorticks_off()
+    panels[0].set_ylabel("Tokens per second")
     panels[0].legend(fontsize=7, loc="upper left")
     first = rows.iloc[0]
     return captioned(
         drawn,
         f"{model}, one sequence, {first['rounds']} rounds, {first['device']}, {first['threads']} threads, "
-        f"{first['date']}. Dashed: what reading its bytes at memory's rate would allow. Bars: 90% interval.",
+        f"{first['date']}.\nDashed: what reading its bytes at memory's rate would allow. Bars: 90% interval.",
     )
 
 
 def _lines(axes: Axes, own: pd.DataFrame) -> None:
     whole, skipping = own[own["rule"] == WHOLE], own[own["rule"] != WHOLE]
-    for rule, curve in skipping.groupby("rule", sort=False):
-        points, look = pd.concat([whole, curve]).sort_values("skipped"), LOOKS[str(rule)]
+    for number, (rule, curve) in enumerate(skipping.groupby("rule", sort=False)):
+        points, look = pd.concat([whole, curve]).sort_values("skipped"), Look(number)
         y = points["tokens_per_second"]
         reach = [y - points["low_tokens_per_second"], points["high_tokens_per_second"] - y]
         style = {"color": look.colour, "marker": look.marker, "linestyle": "-", "label": NAMES[str(rule)]}

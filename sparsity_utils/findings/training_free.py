@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from sparsity_utils.findings import input_speeds
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
 from sparsity_utils.findings.style import ShownFigure
 from sparsity_utils.findings.training_free_figures import down_figure, pareto_figure
@@ -325,3 +326,4 @@ def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
         found = analyse(study, study.table(QUESTION))
         yield "10_pareto", pareto_figure(found)
         yield "10_down", down_figure(found)
+    yield from input_speeds.figures(study)

@@ -134,10 +134,10 @@ def shares_table(found: "Found") -> pd.DataFrame:
 @styled
 def pareto_figure(found: "Found") -> ShownFigure:
     """Excess loss against the share of the weights of all maps that a token reads, one line per method."""
-    models = models_of(found)
-    figure, panels = side_by_side(len(models), share_y=False)
-    figure.set_size_inches(4.6 * len(models), 3.9)
-    for axes, (title, rows) in zip(panels, models, strict=True):
+    models = [part for part in models_of(found) if _levels(part[1]) > 1]
+    figure, panels = side_by_side(max(1, len(models)), share_y=False)
+    figure.set_size_inches(4.6 * max(1, len(models)), 3.9)
+    for axes, (title, rows) in zip(panels, models, strict=False):
         whole = rows[~rows["method"].isin(list(SCORES)) & (rows["by"] != "perplexity") & (rows["excess"] > 0)]
         names = whole.apply(label, axis=1) if len(whole) else []
         for number, (name, curve) in enumerate(whole.groupby(names, sort=False)):
@@ -148,9 +148,14 @@ def pareto_figure(found: "Found") -> ShownFigure:
     panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return captioned(
         figure,
-        "Bars: 95% intervals, over documents (left) or seeds. Rotations are counted as read; embeddings and head, "
-        "which all methods read alike, are not.",
+        "Bars: 95% intervals, over documents of a pretrained model, or over seeds.\n"
+        "Rotations are counted as read; embeddings and head, which all methods read alike, are not.",
     )
+
+
+def _levels(rows: pd.DataFrame) -> int:
+    """At how many sparsities TEAL was measured: a model with one has no lines."""
+    return rows.query("method == 'teal' and allocation == 'uniform' and by == 'sparsity'")["level"].nunique()
 
 
 def _line(axes: Axes, curve: pd.DataFrame, across: str, name: str, number: int) -> None:
@@ -164,10 +169,10 @@ def _line(axes: Axes, curve: pd.DataFrame, across: str, name: str, number: int) 
 @styled
 def down_figure(found: "Found") -> ShownFigure:
     """Excess loss of masks on the down projection alone against its sparsity: a colour per score, a line per way."""
-    models = models_of(found)
-    figure, panels = side_by_side(len(models))
-    figure.set_size_inches(4.6 * len(models), 3.9)
-    for axes, (title, rows) in zip(panels, models, strict=True):
+    models = [part for part in models_of(found) if part[1]["method"].isin(list(SCORES)).any()]
+    figure, panels = side_by_side(max(1, len(models)))
+    figure.set_size_inches(4.6 * max(1, len(models)), 3.9)
+    for axes, (title, rows) in zip(panels, models, strict=False):
         for number, score in enumerate(SCORES):
             for place, allocation in enumerate(ALLOCATIONS):
                 chosen = (rows["method"] == score) & (rows["allocation"] == allocation) & (rows["excess"] > 0)

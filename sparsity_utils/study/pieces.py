@@ -40,13 +40,11 @@ class Pieces:
         return {file.stem: pd.read_csv(file) for file in folder.glob("*.csv")}
 
     def _tell(self) -> None:
-        """One line before the first piece that is measured: how long it should take."""
+        """One line before the first piece that is measured: how long it should take, where a bar counts it."""
+        left = self.bar.total or 0  # below zero where pieces were found and nothing is `shown`
+        minutes = f"about {left * self.seconds / 60:.0f} min on two quiet cores; " if left > 0 else ""
         if not self.told:
-            minutes = (self.bar.total or 0) * self.seconds / 60
-            print(
-                f"Measuring {self.about}: about {minutes:.0f} min on two quiet cores; finished pieces are kept.",
-                flush=True,
-            )
+            print(f"Measuring {self.about}: {minutes}finished pieces are kept.", flush=True)
         self.told = True
 
     @contextmanager

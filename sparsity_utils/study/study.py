@@ -213,7 +213,8 @@ class Study(Tables):
         settings = self.profile.pretrained
         if question not in self._of_models:
             name = found_model(settings.model)
-            check(name is not None, self.lacking(question))
+            if name is None:
+                raise InputError(self.lacking(question))
             model, tokenizer = open_checkpoint(name, dtype=torch.float32)
             self._of_models |= measured(model, tokenizer, settings, self.folder.parent / "pretrained")
         return self._of_models[question]

@@ -130,7 +130,7 @@ def test_one_text_per_row_is_needed(draw, tokens):
 @pytest.mark.filterwarnings("error")  # a glyph that the font lacks is a warning
 def test_the_same_numbers_give_the_same_bytes(draw):
     assert png(draw()) == png(draw())
-    assert draw()._repr_png_().startswith(b"\x89PNG")
+    assert draw()._repr_png_()[0].startswith(b"\x89PNG")
     assert not plt.get_fignums()
 
 

@@ -109,7 +109,7 @@ def test_tables_and_figures_show_what_was_found(tmp_path):
     assert shown.blocks_table(found).loc["planted", "error"] == pytest.approx(90, abs=0.3)
     drawn = dict(training_free.figures(Tables("planted", tmp_path)))
     assert {name: len(figure.axes) for name, figure in drawn.items()} == {"10_pareto": 2, "10_down": 2}
-    assert all(len(figure._repr_png_()) > 5_000 for figure in drawn.values())
+    assert all(len(figure._repr_png_()[0]) > 5_000 for figure in drawn.values())
 
 
 def test_an_unusable_table_is_an_input_error(tmp_path):

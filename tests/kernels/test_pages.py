@@ -1,6 +1,7 @@
 """Copies in large pages hold the numbers, apart from each other, and outlive what made them."""
 
 import mmap
+import os
 
 import pytest
 import torch
@@ -36,7 +37,29 @@ def test_a_chunk_begins_with_a_page():
     assert LargePages().copied(torch.ones(8)).data_ptr() % PAGE == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_does_not_write_into_the_copies():
+    made = LargePages()
+    copies = [made.copied(torch.ones(8))]
+    child = os.fork()
+    if not child:
+        copies[0].zero_()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0 and copies[0].tolist() == [1] * 8
+
+
 def test_without_such_pages_the_tensor_is_kept(monkeypatch):
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    weight = torch.ones(8)
-    assert LargePages().copied(weight) is weight
+    weight = torch.ones(8, 2)
+    assert LargePages().copied(weight) is weight and LargePages().copied(weight.T).is_contiguous()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs Linux")
+def test_a_system_that_refuses_large_pages_gives_small_ones(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *given):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert LargePages().copied(torch.ones(8)).tolist() == [1] * 8
