@@ -32,7 +32,7 @@ from sparsity_utils.sparsity.rule_report import RuleReport
 from sparsity_utils.sparsity.training_free import GREEDY_TO, TrainingFree
 from sparsity_utils.study.pieces import Frames, Pieces
 from sparsity_utils.study.pretrained import middle_windows, pinned
-from sparsity_utils.study.training_free_config import TrainingFreeConfig
+from sparsity_utils.study.profiles import TrainingFreeConfig
 from sparsity_utils.text.corpus import Corpus
 from sparsity_utils.text.overlap import distinct
 from sparsity_utils.text.windows import read_documents, split_documents

@@ -15,9 +15,8 @@ from sparsity_utils.neurons.linears import sparse_inputs
 from sparsity_utils.sparsity.training_free import TrainingFree
 from sparsity_utils.study import training_free
 from sparsity_utils.study.plan import TRAINING_FREE, planned
-from sparsity_utils.study.profiles import read_profile
+from sparsity_utils.study.profiles import TrainingFreeConfig, read_profile
 from sparsity_utils.study.study import Study
-from sparsity_utils.study.training_free_config import TrainingFreeConfig
 
 SETTINGS = TrainingFreeConfig(
     window=32, calibration_tokens=256, allocation_tokens=64, evaluation_tokens=512, decoder_tokens=64,
