@@ -34,7 +34,7 @@ from sparsity_utils.study.plan import (
     PUBLISHED_TABLES,
     QUESTIONS,
     SPEEDS,
-    TRAINING_FREE,
+    TRAINING_FREE_TABLES,
     Settings,
     planned,
 )
@@ -109,7 +109,7 @@ class Study(Tables):
         if self.profile is None or question in PUBLISHED_TABLES:
             return super().answers(question)
         opened = found_model(self.profile.pretrained.model) is not None
-        if question in PRETRAINED or (question in TRAINING_FREE and opened):
+        if question in PRETRAINED or (question in TRAINING_FREE_TABLES and opened):
             return opened
         if question == INPUT_SPEEDS:
             return all(map(located, self.profile.input_speeds.models))
@@ -125,7 +125,7 @@ class Study(Tables):
         made = self.profile is not None and question not in PUBLISHED_TABLES
         if made and not (question in (*SPEEDS, INPUT_SPEEDS) and file.exists()):
             own = {**dict.fromkeys((*SPEEDS, INPUT_SPEEDS), self.speeds), **dict.fromkeys(PRETRAINED, self.pretrained)}
-            own |= dict.fromkeys(TRAINING_FREE, self.training_free)
+            own |= dict.fromkeys(TRAINING_FREE_TABLES, self.training_free)
             table = own.get(question, self._measured)(question)
             with paths.written_aside(file) as aside:
                 table.to_csv(aside, index=False, float_format="%.8g")
@@ -213,7 +213,7 @@ class Study(Tables):
         return self._of_models[question]
 
     def training_free(self, question: str) -> pd.DataFrame:
-        """The table of a question of TRAINING_FREE: all of them are measured at the first call.
+        """The table of a question of TRAINING_FREE_TABLES: all of them are measured at the first call.
 
         Of the pretrained model where it is here, else a line says how to get it, and of the profile's own decoders.
         Pieces are kept beside the tables.
@@ -238,7 +238,7 @@ class Study(Tables):
                 about = {"model": config.title.partition(" seed")[0], "seed": config.train.seed}
                 model, shares = run.load(run.last_step), (settings.decoder_sparsities, ())
                 parts.append(training_free.measured(about, model, texts, *shares, settings, folder, decoder=True))
-            for name in TRAINING_FREE:
+            for name in TRAINING_FREE_TABLES:
                 frames = [part[name] for part in parts if name in part]
                 none = pd.DataFrame(columns=training_free.DOCUMENT_COLUMNS)  # trained decoders have no sums by document
                 self._of_models[name] = pd.concat(frames, ignore_index=True) if frames else none

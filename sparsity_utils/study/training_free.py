@@ -146,7 +146,7 @@ def measured(
     folder: Path,
     decoder: bool = False,
 ) -> Frames:
-    """The tables of `plan.TRAINING_FREE` of a model; results/columns.csv describes them.
+    """The tables of `plan.TRAINING_FREE_TABLES` of a model; results/columns.csv describes them.
 
     Pieces that are already in `folder` are not measured again; each model, text and setting has a folder of its own.
 

@@ -14,7 +14,7 @@ from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.neurons.linears import sparse_inputs
 from sparsity_utils.sparsity.training_free import TrainingFree
 from sparsity_utils.study import training_free
-from sparsity_utils.study.plan import TRAINING_FREE, planned
+from sparsity_utils.study.plan import TRAINING_FREE_TABLES, planned
 from sparsity_utils.study.profiles import TrainingFreeConfig, read_profile
 from sparsity_utils.study.study import Study
 
@@ -156,7 +156,7 @@ def test_blocks_and_theory_have_a_row_each(here, texts, tables):
 
 def test_a_stopped_measurement_goes_on_where_it_was(here, texts, tables, tmp_path):
     again = measured(here, texts)
-    for name in TRAINING_FREE:
+    for name in TRAINING_FREE_TABLES:
         pd.testing.assert_frame_equal(again[name], tables[name])
     (folder,) = (here / "pieces").iterdir()
     gone = folder / "teal-greedy-sparsity-0.5"
@@ -230,4 +230,4 @@ def test_a_study_measures_its_decoders_and_says_how_to_get_the_model(tmp_path, m
     assert set(table["model"]) == {"16x2 silu"} and set(table["seed"]) == {0, 1} and len(table) == 2 * 19
     assert set(theory["check"]) == {"stack", "lemma k", "lemma gate"} and "example" in set(theory["model"])
     assert study.table("training_free_documents").empty and len(study.table("training_free_blocks")) == 4
-    assert {file.stem for file in study.folder.glob("training_free*.csv")} == set(TRAINING_FREE)
+    assert {file.stem for file in study.folder.glob("training_free*.csv")} == set(TRAINING_FREE_TABLES)
