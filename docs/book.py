@@ -18,11 +18,11 @@ from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
 from sparsity_utils import paths
-from sparsity_utils.__main__ import _parser
-from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
+from sparsity_utils.__main__ import command_parser
+from sparsity_utils.findings.at_a_glance import SIGNS
+from sparsity_utils.findings.claims import INTERVAL
 
 PLACE = re.compile(r"<!-- book: (\w+) -->")
-SIGNS = {SUPPORTED: "●", NOT_SUPPORTED: "✖", INCONCLUSIVE: "◇"}  # as in the picture of all verdicts
 
 
 def verdicts() -> str:
@@ -32,12 +32,12 @@ def verdicts() -> str:
         chapter = f"[{row.notebook[:2]}](../notebooks/{row.notebook}.ipynb)"
         found = [row.question, row.published, row.here, row.interval]
         rows.append([chapter, f"{SIGNS[row.verdict]} {row.verdict}", *map(_escaped, found)])
-    return _table(("Chapter", "Verdict", "Claim", "Published", "Here", "90% interval"), rows)
+    return _table(("Chapter", "Verdict", "Claim", "Published", "Here", INTERVAL), rows)
 
 
 def commands() -> str:
     """Every command, from its own help."""
-    (every,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (every,) = (action for action in command_parser()._actions if isinstance(action, argparse._SubParsersAction))
     return "\n\n".join(_command(name, command) for name, command in every.choices.items())
 
 

@@ -19,7 +19,7 @@ TIME_OVER = 75  # EX_TEMPFAIL: try again
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a problem with the input is one sentence on standard error and exit status 2."""
-    options = _parser().parse_args(arguments)
+    options = command_parser().parse_args(arguments)
     try:
         if "profile" in options:
             options.profile = options.profile or default_profile()
@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m sparsity_utils`: a sub-parser for each command."""
     parser = argparse.ArgumentParser(
         prog="python -m sparsity_utils", description="Reproduce findings on activation sparsity."
     )

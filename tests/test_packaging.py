@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sparsity_utils import paths
-from sparsity_utils.__main__ import _parser
+from sparsity_utils.__main__ import command_parser
 
 LOCK_LINE = re.compile(r"[a-zA-Z0-9._-]+==[0-9][0-9a-zA-Z.]*( ; sys_platform == '(linux|darwin)')?")
 
@@ -311,7 +311,7 @@ def test_an_unusable_python_is_passed_over(copy):
 def test_targets_call_commands_that_exist(arguments, expected):
     (command,) = re.findall(r"-m sparsity_utils (\S.*)$", dry(*arguments, "ENV="), re.MULTILINE)
     assert command.strip() == expected
-    _parser().parse_args(shlex.split(command))
+    command_parser().parse_args(shlex.split(command))
 
 
 def test_test_runs_all_proofs_and_with_test_slow_every_test():

@@ -13,7 +13,7 @@ import readme
 from make import targets, variables
 
 from sparsity_utils import paths
-from sparsity_utils.__main__ import _parser
+from sparsity_utils.__main__ import command_parser
 
 README = paths.ROOT / "README.md"
 BLOCKS = readme.read(README)
@@ -30,7 +30,7 @@ def check_command(command: str) -> None:
         assert set(names) <= targets(), command
         assert {word.split("=")[0] for word in words[1:] if "=" in word} <= variables(), command
     elif words[:3] == ["python", "-m", "sparsity_utils"]:
-        _parser().parse_args(words[3:])
+        command_parser().parse_args(words[3:])
     else:
         assert words[0] in ("cd", "git") or command in CONDA, f"no check knows this command: {command}"
 

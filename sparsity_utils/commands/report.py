@@ -16,15 +16,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from sparsity_utils import paths
 from sparsity_utils.commands.expected import Expected, peak_memory
-from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
+from sparsity_utils.findings.at_a_glance import SIGNS
+from sparsity_utils.findings.claims import INTERVAL
+from sparsity_utils.laws.trends import INCONCLUSIVE
 from sparsity_utils.study.plan import QUESTIONS
 from sparsity_utils.study.runs import commit
 from sparsity_utils.study.study import Study
 
-MARKS = {SUPPORTED: "✔", NOT_SUPPORTED: "✘", INCONCLUSIVE: "○"}  # a shape beside the colour
 OVERVIEW = "verdicts.png"  # the picture of all verdicts
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scipy", "statsmodels", "numba", "matplotlib")
 STYLE = """
@@ -51,7 +53,7 @@ def write_report(
     found = {file.stem: pd.read_csv(file, dtype=str, keep_default_na=False) for file in _verdict_files(folder)}
     missing = [notebook.stem for notebook in paths.collection() if notebook.stem not in {*found, *failures}]
     counts = pd.concat([table["verdict"] for table in found.values()] or [pd.Series(dtype=str)]).value_counts()
-    summary = ", ".join(f"{counts.get(word, 0)} {word}" for word in MARKS)
+    summary = ", ".join(f"{counts.get(word, 0)} {word}" for word in SIGNS)
     summary += f"; {len(failures)} notebooks failed" * bool(failures)
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     parts = [
@@ -93,12 +95,12 @@ def _verdict_table(found: Mapping[str, pd.DataFrame], taken: Mapping[str, float]
         rows.append(f'<tr class="notebook"><th colspan="4" scope="colgroup">{_text(notebook + when)}</th></tr>')
         for row in table.itertuples(index=False):
             here = f"{row.here} ({row.interval})" if row.interval not in ("", "none") else row.here
-            verdict = f"{MARKS.get(row.verdict, '')} {row.verdict}"
+            verdict = f"{SIGNS.get(row.verdict, '')} {row.verdict}"
             rows.append(
                 f'<tr><td class="verdict {_text(row.verdict)}">{_text(verdict)}</td><td>{_text(row.question)}</td>'
                 f"<td>{_text(row.published)}</td><td>{_text(here)}</td></tr>"
             )
-    heads = "".join(f'<th scope="col">{head}</th>' for head in ("Verdict", "Claim", "Published", "Here (90% interval)"))
+    heads = "".join(f'<th scope="col">{head}</th>' for head in ("Verdict", "Claim", "Published", f"Here ({INTERVAL})"))
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
@@ -116,10 +118,11 @@ def _undecided(
 
 
 def _figure(file: Path) -> str:
-    """A figure within the page."""
+    """A figure within the page, with the words that its file holds."""
     name = file.stem.replace("_", " ")
+    words = Image.open(file).info.get("Description", f"Figure {name}")
     image = base64.b64encode(file.read_bytes()).decode()
-    shown = f'<img alt="Figure {_text(name)}" src="data:image/png;base64,{image}">'
+    shown = f'<img alt="{_text(words)}" src="data:image/png;base64,{image}">'
     return f"<figure>{shown}<figcaption>{_text(name)}</figcaption></figure>"
 
 

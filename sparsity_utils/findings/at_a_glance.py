@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
+from sparsity_utils.findings.claims import INTERVAL
 from sparsity_utils.findings.style import COLOURS, ShownFigure, styled
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
 
@@ -15,13 +16,14 @@ MARKS: dict[str, dict[str, Any]] = {  # in colour; full, crossed and hollow in g
     NOT_SUPPORTED: {"marker": "X", "color": COLOURS[2], "markersize": 7},
     INCONCLUSIVE: {"marker": "D", "color": COLOURS[4], "markersize": 5, "markerfacecolor": "white"},
 }
+SIGNS = {SUPPORTED: "●", NOT_SUPPORTED: "✖", INCONCLUSIVE: "◇"}  # the same marks where a verdict is written
 FAILED: dict[str, Any] = {"marker": "s", "color": "black", "markersize": 6}  # any other word: a notebook that stopped
 WIDTH, LINE, GAP = 11.7, 0.135, 0.06  # inches: of the figure, of a line of text, between rows
 COLUMNS = {  # heading: inches from the left, letters that fit a line
     "Claim": (0.3, 75),
     "Published": (4.95, 32),
     "Here": (7.05, 40),
-    "90% interval": (9.55, 16),
+    INTERVAL: (9.55, 20),
 }
 STRIP, HALF = 11.05, 0.57  # inches: the middle of the drawn intervals, half their width
 MARK = 0.15  # inches from the left: the sign of the verdict
@@ -38,6 +40,10 @@ def figure(verdicts: pd.DataFrame) -> ShownFigure:
     verdicts: question, published, here, interval, verdict and notebook, all of text, as in results/verdicts.csv.
     """
     shown = ShownFigure()
+    counts = ", ".join(f"{count} {word}" for word, count in verdicts["verdict"].value_counts().items())
+    shown.about = (
+        f"{len(verdicts)} claims, each with its published value, the value found here and its interval: {counts}."
+    )
     axes = shown.add_axes((0, 0, 1, 1))
     y = _header(axes, verdicts["verdict"])
     for notebook, rows in verdicts.groupby("notebook", sort=False):
@@ -88,7 +94,7 @@ def _row(axes: Axes, row: Any, y: float) -> float:
 def _numbers(row: Any) -> tuple[float, float, float]:
     """Estimate and interval; NaN where a row has none."""
     try:
-        low, high = map(float, row.interval.split(" to "))
+        low, high = map(float, row.interval.split(" (")[0].split(" to "))
         return float(row.here.split()[0]), low, high
     except ValueError:
         return math.nan, math.nan, math.nan

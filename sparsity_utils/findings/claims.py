@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from sparsity_utils.laws.data_law import RIVAL_FORMS
+from sparsity_utils.laws.data_law import LEVEL, RIVAL_FORMS
 from sparsity_utils.laws.lines import MAIN
 from sparsity_utils.laws.trends import (
     INCONCLUSIVE,
@@ -36,6 +36,7 @@ from sparsity_utils.laws.trends import (
 )
 from sparsity_utils.models.config import ACTIVATIONS
 
+INTERVAL = f"{LEVEL:.0%} interval"  # heading; an interval of another level says so beside its ends
 SLOPE_MARGIN = 0.03  # activation ratio per decade of parameters: just above both published slopes, +1.6 and -2.6 points
 # How every test over sizes counts: t intervals of `lines.pooled_means` and `lines.pooled_slopes`.
 MEANS = "mean over the sizes of a line, each size the mean over its seeds; t interval, the variance of sizes pooled "
@@ -46,7 +47,7 @@ SLOPES += "pooled over the lines (degrees of freedom: sizes less twice the lines
 
 @dataclass(frozen=True)
 class Verdict:
-    """One row of a notebook's last table. `here` and its 90% interval are in `unit`; NaN where there is no number."""
+    """One row of a notebook's last table. `here` and its interval are in `unit`; NaN where there is no number."""
 
     claim: "Claim"
     here: float
@@ -68,10 +69,11 @@ class Claim:
     published: str
     unit: str
     test: str
-    threshold: str = "90% interval above 0"
+    threshold: str = f"{LEVEL:.0%} interval above 0"
     region: tuple[float, float] = (0.0, math.inf)
     scale: float = 100.0  # an estimate times this is in `unit`: shares are shown in points or percent
     primary: bool = False
+    level: float = LEVEL  # of its interval
 
     @property
     def rank(self) -> str:
@@ -133,12 +135,16 @@ class Verdicts(list[Verdict]):
     """The verdicts of a finding, in the order of its claims."""
 
     def table(self) -> pd.DataFrame:
-        """The closing table as rounded text: question, published, here, interval, verdict."""
+        """The closing table as rounded text: question, published, here, interval, verdict.
+
+        An interval whose level is not LEVEL is followed by its level.
+        """
         rows = []
         for found in self:
             known = bool(np.isfinite([found.here, *found.interval]).all())
             here = f"{_rounded(found.here)} {found.claim.unit}" if known else "none"
-            interval = " to ".join(map(_rounded, found.interval)) if known else "none"
+            level = "" if found.claim.level == LEVEL else f" ({found.claim.level:.0%})"
+            interval = " to ".join(map(_rounded, found.interval)) + level if known else "none"
             rows.append((found.claim.claim, found.claim.published, here, interval, found.verdict))
         table = pd.DataFrame(rows, columns=["question", "published", "here", "interval", "verdict"])
         table.attrs["reasons"] = [found.reason for found in self]  # kept beside it, but told in `details`

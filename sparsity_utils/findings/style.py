@@ -64,11 +64,15 @@ class Look:
 class ShownFigure(Figure):
     """A figure that a notebook shows as PNG, with words for who cannot see it; no pyplot state keeps it alive."""
 
+    about = ""  # those words, where axes do not tell what is drawn
+
     def __repr__(self) -> str:
         return self.words()
 
     def words(self) -> str:
         """Alternative text, from what is written in the figure: each panel's title, axes and series; the caption."""
+        if self.about:
+            return self.about
         panels = [axes for axes in self.axes if axes.get_visible() and axes.get_label() != "<colorbar>"]
         named = [f"Panel {number}: {_words(axes)}" for number, axes in enumerate(panels, start=1)]
         parts = named if len(panels) > 1 else [_words(axes) for axes in panels]
@@ -81,12 +85,13 @@ class ShownFigure(Figure):
         return stream.getvalue(), {"alt": self.words()}
 
     def save(self, target: Path) -> list[Path]:
-        """Write `target`.png and `target`.svg, free of dates and versions; return the files."""
+        """Write `target`.png and `target`.svg, free of dates and versions; return the files. Both hold the `words`."""
+        about = {"Description": self.words()}
         files = [target.with_suffix(suffix) for suffix in (".png", ".svg")]
         with paths.written_aside(files[0]) as aside:
-            self.savefig(aside, format="png", metadata={"Software": None}, dpi=PRINT_DPI, bbox_inches="tight")
+            self.savefig(aside, format="png", metadata=about | {"Software": None}, dpi=PRINT_DPI, bbox_inches="tight")
         stream = io.StringIO()
-        self.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+        self.savefig(stream, format="svg", metadata=about | {"Date": None, "Creator": None}, bbox_inches="tight")
         with paths.written_aside(files[1]) as aside:
             aside.write_text(_steady(stream.getvalue()), encoding="utf-8")
         return files

@@ -13,7 +13,7 @@ from checkpoint_files import tiny_gguf
 from transformers import BertConfig, BertForMaskedLM
 
 from sparsity_utils import paths
-from sparsity_utils.__main__ import _parser, main
+from sparsity_utils.__main__ import command_parser, main
 from sparsity_utils.commands import measure
 from sparsity_utils.console import InputError
 from sparsity_utils.text.config import MEASURED_TOKENS
@@ -188,7 +188,7 @@ def test_help_teaches_with_examples_that_parse(capsys):
         main(["measure", "--help"])
     shown = capsys.readouterr().out
     examples = [line.split() for line in shown.splitlines() if line.startswith("  python -m sparsity_utils measure")]
-    assert [Path(_parser().parse_args(words[3:]).model).name for words in examples] == ["relu", "gpt2"]
+    assert [Path(command_parser().parse_args(words[3:]).model).name for words in examples] == ["relu", "gpt2"]
     assert "the share of neurons that are active" in shown and f"(default: {MEASURED_TOKENS})" in shown
 
 

@@ -9,7 +9,7 @@ from sparsity_utils import paths
 from sparsity_utils.commands import report
 from sparsity_utils.commands.expected import Expected
 from sparsity_utils.findings.claims import Claim, Verdicts
-from sparsity_utils.findings.style import ShownFigure
+from sparsity_utils.findings.style import ShownFigure, captioned
 from sparsity_utils.laws.trends import Estimate
 from sparsity_utils.study.study import Study
 
@@ -48,7 +48,7 @@ def study(tmp_path, monkeypatch) -> Study:
     found = Verdicts([RISES.judged(Estimate(0.05, 0.04, 0.06, 9)), OPEN.undecided("only one seed < two")])
     study.keep_verdicts(NAMES[0], found.table())
     study.keep_verdicts(NAMES[1], Verdicts([RISES.judged(Estimate(-0.05, -0.06, -0.04, 9))]).table())
-    study.keep_figure("00_a_figure", ShownFigure(figsize=(1, 1)))
+    study.keep_figure("00_a_figure", captioned(ShownFigure(figsize=(1, 1)), "Caption “a” < b"))
     return study
 
 
@@ -62,14 +62,14 @@ def test_the_page_is_whole_and_fetches_nothing(study):
     found = page(study)
     assert found.open == []
     assert found.fetched and all(address.startswith("data:image/png;base64,") for address in found.fetched)
-    assert all(image["alt"] for image in found.images)
+    assert [image["alt"] for image in found.images] == ["Figure of 0 panels. Caption “a” < b."]
 
 
 def test_verdicts_are_told_by_shape_and_word_and_earlier_ones_are_marked(study):
     text = page(study).text
     assert "1 supported, 1 not supported, 1 inconclusive." in text
-    assert "✔ supportedRises & stays <so>?rises5.00 points (4.00 to 6.00)" in text
-    assert "✘ not supportedRises & stays <so>?" in text and "○ inconclusiveIs it open?" in text
+    assert "● supportedRises & stays <so>?rises5.00 points (4.00 to 6.00)" in text
+    assert "✖ not supportedRises & stays <so>?" in text and "◇ inconclusiveIs it open?" in text
     assert f"{NAMES[1]}, from an earlier time" in text and f"{NAMES[0]}, from" not in text
 
 

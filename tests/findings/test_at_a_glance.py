@@ -53,7 +53,7 @@ def test_a_verdict_is_told_by_shape_and_by_colour():
 def test_an_interval_is_drawn_on_its_own_scale_around_zero():
     row = {"question": "q", "published": "none", "verdict": "inconclusive", "notebook": "01_a"}
     table = pd.DataFrame(
-        [row | {"here": "2 points", "interval": "-1 to 4"}, row | {"here": "none", "interval": "none"}]
+        [row | {"here": "2 points", "interval": "-1 to 4 (95%)"}, row | {"here": "none", "interval": "none"}]
     )
     axes = drawn(table)[1]
     bars = [line for line in axes.lines if line.get_linewidth() == at_a_glance.BAR and len(line.get_xdata()) == 2]

@@ -99,6 +99,11 @@ def test_tables_are_text_rounded_and_complete():
     assert rounded == ["0.00", "0.00", "-1.23", "12.3", "-123"]
 
 
+def test_an_interval_of_another_level_says_so():
+    rows = Verdicts([claim(level=0.95).judged(estimate(0.5, 0.7)), claim(level=0.95).undecided("no runs")])
+    assert rows.table()["interval"].tolist() == ["50.0 to 70.0 (95%)", "none"]
+
+
 @pytest.fixture(scope="module")
 def stated():
     """The claims of the whole collection."""

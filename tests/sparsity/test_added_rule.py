@@ -5,7 +5,7 @@ import pytest
 import torch
 from metric_cases import model_for, padded_batches
 
-from sparsity_utils.__main__ import _parser
+from sparsity_utils.__main__ import command_parser
 from sparsity_utils.console import InputError, check
 from sparsity_utils.decoding.decode import kernel_rule
 from sparsity_utils.neurons import rules
@@ -70,7 +70,7 @@ def test_its_knob_is_asked_for_and_checked(metric, knobs, sentence):
 
 def test_the_command_line_kernels_and_costs_know_it():
     words = ["measure", "some_model", "--text", "some_text", "--metric", "loudest", "--share", "0.25"]
-    options = _parser().parse_args(words)
+    options = command_parser().parse_args(words)
     assert (options.metric, options.share, options.eps) == ("loudest", 0.25, None)
     with pytest.raises(InputError, match="The kernels have no rule 'loudest'"):
         kernel_rule(find_ffns(model_for("relu"))[0], Thresholds("loudest", (0.5, 0.5)))
