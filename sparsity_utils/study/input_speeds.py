@@ -36,9 +36,11 @@ from sparsity_utils.neurons.linears import find_linears
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.study.input_settings import Calibrated, Setting
+from sparsity_utils.study.maker import Asked, Maker
 from sparsity_utils.study.pieces import Frames, Pieces
-from sparsity_utils.study.pretrained import SECONDS_PER_TOKEN_AND_PARAMETER, Text, found_model, read_texts
-from sparsity_utils.study.profiles import InputSpeedConfig, PretrainedConfig
+from sparsity_utils.study.plan import INPUT_SPEEDS
+from sparsity_utils.study.pretrained import SECONDS_PER_TOKEN_AND_PARAMETER, Text, found_model, not_here, read_texts
+from sparsity_utils.study.profiles import InputSpeedConfig, PretrainedConfig, Profile
 
 VERSION = 1  # raise it when the same settings would measure something else
 BASE, WHOLE = ("transformers", "float32", "full"), "nothing skipped"
@@ -98,7 +100,7 @@ class _Work:
     def __init__(self, name: str, settings: InputSpeedConfig, pretrained: PretrainedConfig, folder: Path) -> None:
         place = located(name)
         if place is None:
-            raise InputError(f"{name} is not here: python -m sparsity_utils fetch {name} gets it.")
+            raise InputError(not_here(name))
         tokenizer: PreTrainedTokenizerBase
         self.model, tokenizer = open_checkpoint(place, dtype=torch.float32)
         tokens = {part: getattr(settings, part) for part in ("window", "calibration_tokens", "evaluation_tokens")}
@@ -259,3 +261,15 @@ class _Work:
 def _interval(name: str, values: np.ndarray) -> dict[str, float]:
     low, median, high = median_interval(values)
     return {name: median, f"low_{name}": low, f"high_{name}": high}
+
+
+def _tables(study: Asked) -> Frames:
+    settings, given = study.profile.input_speeds, study.profile.pretrained
+    return {INPUT_SPEEDS: input_speeds(settings, given, study.output / INPUT_SPEEDS)}
+
+
+def _missing(profile: Profile) -> str:
+    return next((not_here(name) for name in profile.input_speeds.models if located(name) is None), "")
+
+
+MAKER = Maker((INPUT_SPEEDS,), _tables, _missing, of_machine=True)

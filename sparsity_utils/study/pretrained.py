@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsity_utils.console import check, short_number
+from sparsity_utils.console import InputError, check, short_number
 from sparsity_utils.models.fetched import SOURCES, fetched
+from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.weights import description
 from sparsity_utils.neurons.find import find_ffns, layer_count
 from sparsity_utils.neurons.hooks import sparse_neurons
@@ -30,8 +31,10 @@ from sparsity_utils.sparsity.calibration import TOLERANCE, Calibration, solve_ce
 from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
 from sparsity_utils.sparsity.passes import checked
 from sparsity_utils.sparsity.predictions import by_document, document_activity, fat_thresholds, predictions
+from sparsity_utils.study.maker import Asked, Maker
 from sparsity_utils.study.pieces import Frames, Pieces
-from sparsity_utils.study.profiles import PRICE, PretrainedConfig
+from sparsity_utils.study.plan import PRETRAINED
+from sparsity_utils.study.profiles import PRICE, PretrainedConfig, Profile
 from sparsity_utils.text.windows import pinned_documents, read_documents, split_documents
 
 VERSION = 1  # raise it when the same settings would measure other numbers
@@ -83,6 +86,22 @@ class Text:
 def found_model(name: str) -> str | Path | None:
     """What `open_checkpoint` opens for a model of a profile; None for one that can be fetched and was not."""
     return fetched(name) if name in SOURCES else name
+
+
+def not_here(name: str) -> str:
+    """How to get a model of a profile that can be fetched and was not; empty for any other."""
+    if found_model(name) is not None:
+        return ""
+    about = SOURCES[name].about
+    return f"{name} is not here, so nothing is measured: python -m sparsity_utils fetch {name} gets it ({about})."
+
+
+def opened(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model of a profile, in float32, and its tokenizer. Raises InputError for one that was not fetched."""
+    place = found_model(name)
+    if place is None:
+        raise InputError(not_here(name))
+    return open_checkpoint(place, dtype=torch.float32)
 
 
 def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PretrainedConfig) -> list[Text]:
@@ -342,3 +361,15 @@ def positions(per_token: pd.DataFrame, delimiters: np.ndarray) -> pd.DataFrame:
     sizes = grouped.size().rename("tokens").reset_index()
     table = table.merge(sizes, on=["document", "kind"]).rename(columns={"kind": "position"})
     return table[["document", "layer", "position", "tokens", "activation_ratio"]]
+
+
+def _tables(study: Asked) -> Frames:
+    settings = study.profile.pretrained
+    return measured(*opened(settings.model), settings, study.output / "pretrained")
+
+
+def _missing(profile: Profile) -> str:
+    return not_here(profile.pretrained.model)
+
+
+MAKER = Maker(PRETRAINED, _tables, _missing)

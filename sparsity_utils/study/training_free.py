@@ -7,6 +7,7 @@ different ones.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -30,9 +31,12 @@ from sparsity_utils.sparsity.optimality import check_lemma, check_stack, counter
 from sparsity_utils.sparsity.passes import Batch, checked, run_backbone
 from sparsity_utils.sparsity.rule_report import RuleReport
 from sparsity_utils.sparsity.training_free import GREEDY_TO, TrainingFree
+from sparsity_utils.study.maker import Asked, Maker
 from sparsity_utils.study.pieces import Frames, Pieces
-from sparsity_utils.study.pretrained import middle_windows, pinned
-from sparsity_utils.study.profiles import TrainingFreeConfig
+from sparsity_utils.study.plan import TRAINING_FREE_TABLES, planned
+from sparsity_utils.study.pretrained import middle_windows, not_here, opened, pinned
+from sparsity_utils.study.profiles import Profile, TrainingFreeConfig
+from sparsity_utils.study.runs import run_with_model
 from sparsity_utils.text.corpus import Corpus
 from sparsity_utils.text.overlap import distinct
 from sparsity_utils.text.windows import read_documents, split_documents
@@ -351,3 +355,45 @@ def _key(model: nn.Module, texts: Texts, settings: TrainingFreeConfig) -> str:
     for tensor in (*model.parameters(), *(part[0]["input_ids"] for part in texts)):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _tables(study: Asked) -> Frames:
+    """Of the pretrained model where it is here, else a line says how to get it, and of the study's own decoders."""
+    parts = [{"training_free_theory": example_table()}, *_of_pretrained(study), *_of_decoders(study)]
+    found: Frames = {}
+    for name in TRAINING_FREE_TABLES:
+        frames = [part[name] for part in parts if name in part]
+        none = pd.DataFrame(columns=DOCUMENT_COLUMNS)  # trained decoders have no sums by document
+        found[name] = pd.concat(frames, ignore_index=True) if frames else none
+    return found
+
+
+def _of_pretrained(study: Asked) -> Iterator[Frames]:
+    settings, given = study.profile.training_free, study.profile.pretrained
+    if missing := not_here(given.model):
+        print(missing)
+        return
+    model, tokenizer = opened(given.model)
+    texts = read_text(tokenizer, given.english, settings)
+    about, shares = {"model": Path(given.model).name, "seed": 0}, (settings.sparsities, settings.prices)
+    yield measured(about, model, texts, *shares, settings, study.output / "training_free")
+
+
+def _of_decoders(study: Asked) -> Iterator[Frames]:
+    settings = study.profile.training_free
+    for config in study.configs("training_free"):
+        run = run_with_model(config, study.corpus)
+        if run.diverged:
+            warnings.warn(f"{run.diverged} The study goes on without it.", stacklevel=2)
+            continue
+        texts = corpus_text(study.corpus, config.model.context, settings)
+        about = {"model": config.title.partition(" seed")[0], "seed": config.train.seed}
+        model, shares = run.load(run.last_step), (settings.decoder_sparsities, ())
+        yield measured(about, model, texts, *shares, settings, study.output / "training_free", decoder=True)
+
+
+def _missing(profile: Profile) -> str:
+    return "" if planned(profile, "training_free") else not_here(profile.pretrained.model)
+
+
+MAKER = Maker(TRAINING_FREE_TABLES, _tables, _missing)
