@@ -7,8 +7,6 @@ from functools import partial
 import pandas as pd
 from transformers import PreTrainedModel
 
-from sparsity_utils.neurons.input_rules import INPUT_RULES
-from sparsity_utils.neurons.linears import find_linears
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import measure_sparsity
 from sparsity_utils.sparsity.training_free import RuleReport, TrainingFree
@@ -46,9 +44,7 @@ class Calibrated:
                 yield self._kept(rule, name, partial(self._at_price, rule, price))
 
     def _at(self, rule: str, sparsity: float) -> RuleReport:
-        if rule in INPUT_RULES:  # top-k rules keep whole numbers of inputs
-            sparsity = INPUT_RULES[rule].nearest(sparsity, {linear.inputs for linear in find_linears(self.model)})
-        return self.report.at(rule, sparsity)
+        return self.report.at(rule, self.report.nearest(rule, sparsity))
 
     def _at_price(self, rule: str, price: float) -> RuleReport:
         if rule != "cett":
