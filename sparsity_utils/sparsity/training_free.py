@@ -322,7 +322,7 @@ class TrainingFree:
         """What the model predicts under the mask, and what the mask kept."""
         counted = _Counted(thresholds, self.dense_share)
         on_inputs = thresholds.rule in INPUT_RULES
-        block = sparse_inputs(self.model, counted, maps) if on_inputs else sparse_neurons(self.model, counted)  # type: ignore[arg-type]
+        block = sparse_inputs(self.model, counted, maps) if on_inputs else sparse_neurons(self.model, counted)
         with block:
             return self._scored(role, "sparse pass", counted), counted
 
