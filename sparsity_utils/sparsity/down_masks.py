@@ -19,6 +19,7 @@ from sparsity_utils.console import check, progress
 from sparsity_utils.neurons.find import FFN, find_ffns, widened
 from sparsity_utils.neurons.hooks import observe_neurons
 from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.neurons.rules import k_largest
 from sparsity_utils.sparsity.error_curve import output_norms
 from sparsity_utils.sparsity.input_thresholds import ascending, real_rows, smallest_kept, thinning
 from sparsity_utils.sparsity.passes import Batch, run_backbone
@@ -46,8 +47,7 @@ class DownMask:
         """True where a neuron is kept, (rows, d_ff) bool; one of size zero never is."""
         sizes, value = scores(self.score, ffn, s, h), self.values[ffn.layer]
         if self.allocation == "top-k":
-            smallest = sizes.topk(int(value), dim=-1, sorted=False).values.amin(-1, keepdim=True)  # (rows, 1)
-            return (sizes >= smallest) & (sizes != 0)
+            return k_largest(sizes, int(value))
         return (sizes >= value) & (sizes != 0)
 
     def map_share(self, role: str, active: float, nonzero: float) -> float:
@@ -71,7 +71,7 @@ class DownScores:
             len({ffn.layer for ffn in self.ffns}) == len(self.ffns),
             f"{type(model).__name__} has routed experts, and masks on down projections are for dense FFNs.",
         )
-        every = thinning(batches, 8 * sum(ffn.d_ff for ffn in self.ffns))  # s and h
+        every = thinning(batches, 8 * sum(ffn.d_ff for ffn in self.ffns))  # s and h, 4 each
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {ffn.layer: [] for ffn in self.ffns}
         rows: Tensor
 

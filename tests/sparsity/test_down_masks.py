@@ -68,7 +68,7 @@ def test_a_mask_keeps_the_largest_scores_and_leaves_out_what_was_asked(score, al
 
 def test_no_neuron_stays_where_all_are_left_out():
     model = grouped_query()
-    for allocation in ("shared", "cett"):
+    for allocation in ALLOCATIONS:
         mask = scores_of(model).mask("n", allocation, 1.0)
         for ffn, (s, h, _) in zip(find_ffns(model), seen_by(model), strict=True):
             assert not mask.active(ffn, s, h).any()
