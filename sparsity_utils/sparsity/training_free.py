@@ -61,7 +61,7 @@ class _Counted:
         self.tokens = 0  # of these
         self.kept: Counts = {}  # map, or layer of an FFN -> inputs or neurons kept
         self.nonzero: Counts = {}  # layer -> neurons with s != 0, or at dense positions
-        self.places: dict[int, int] = {}  # -> inputs or neurons, over all real tokens
+        self.places: dict[int, int] = {}  # map, or layer -> inputs or neurons that it judged, kept or not
 
     def begin(self, batch: Batch) -> None:
         """`batch` runs next."""
@@ -82,6 +82,7 @@ class _Counted:
         return active
 
     def _opened(self, active: Tensor) -> Tensor:
+        """`active` with everything kept at the first positions of each window, in place."""
         positions = active.view(*self.shape, -1)  # (windows, length, in)
         positions[:, : int(self.dense_share * self.shape[1])] = True
         return active
