@@ -39,7 +39,7 @@ from sparsity_utils.study.pretrained import SECONDS_PER_TOKEN_AND_PARAMETER, Tex
 from sparsity_utils.study.profiles import InputSpeedConfig, PretrainedConfig
 
 VERSION = 1  # raise it when the same settings would measure something else
-BASE, WHOLE = ("transformers", "float32", "full"), "nothing skipped"
+WHOLE = "nothing skipped"
 READS = 5  # of memory, before each round
 
 
@@ -223,13 +223,11 @@ class _Work:
         found = {name: np.stack([one[name].to_numpy() for one in rounds], axis=1) for name in rounds[0]}
         wrong = found["wrong"].max(axis=1)
         seconds = np.where(wrong[:, None] > 0, np.nan, found["rest"])
-        places = {
-            tuple(way.about[part] for part in ("engine", "rule", "weights", "head")): i for i, way in enumerate(ways)
-        }
-        rows = []
+        key = ("engine", "rule", "weights", "head")  # unique where nothing is skipped
+        places = {tuple(way.about[part] for part in key): place for place, way in enumerate(ways)}
+        base, rows = places["transformers", WHOLE, "float32", "full"], []
         for place, way in enumerate(ways):
             weights, head = way.about["weights"], way.about["head"]
-            base = places["transformers", WHOLE, "float32", "full"]
             whole = base if way.kernels is None else places["kernels", WHOLE, weights, head]
             compared = {"dense": seconds[base], "whole": seconds[whole], "own": seconds[place]}
             speed = (self.settings.new_tokens - 1) / seconds[place]
