@@ -59,7 +59,7 @@ def _beside(rows: pd.DataFrame) -> pd.DataFrame:
 def speeds(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
     """The rows of one model for reading, llama.cpp last. Speeds are medians with their 90% interval.
 
-    NaN where the kernels chose a word that the masked model could not have chosen: no speed is reported then.
+    There is no speed where the kernels chose a word that the masked model could not have chosen.
     """
     rows = _rows_of(table, model)
     dense = rows.query("engine == 'transformers' and weights == 'bfloat16'")["tokens_per_second"]
@@ -95,9 +95,9 @@ def speeds(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
 
 
 def _ranged(rows: pd.DataFrame, column: str) -> pd.Series:
-    """`24.1 (23.9 to 24.3)`."""
+    """`24.1 (23.9 to 24.3)`; empty where there is no median."""
     parts = [rows[name].map("{:.1f}".format).astype(str) for name in (column, f"low_{column}", f"high_{column}")]
-    return parts[0] + " (" + parts[1] + " to " + parts[2] + ")"
+    return (parts[0] + " (" + parts[1] + " to " + parts[2] + ")").where(rows[column].notna(), "")
 
 
 def break_even(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:

@@ -103,7 +103,7 @@ def theory_table(found: "Found") -> pd.DataFrame:
         rows[-1]["identity"] = group["identity"].max()
     names = {"violations": "fails", "beaten": "lower bound by |x|", "errs_less": "lower error by |x|"}
     table = pd.DataFrame(rows).rename(columns=names)
-    return table.assign(identity=[f"{worst:.0e}" if worst == worst else "" for worst in table["identity"]])
+    return table.assign(identity=[f"{worst:.0e}" if pd.notna(worst) else "" for worst in table["identity"]])
 
 
 def blocks_table(found: "Found") -> pd.DataFrame:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from sparsity_utils.console import check
-from sparsity_utils.neurons.rules import Fat, Knob, Rule
+from sparsity_utils.neurons.rules import Fat, Knob, Rule, k_largest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,11 +75,7 @@ class TopInputs(InputRule):
     per_token = True
 
     def active(self, linear: LinearMap, sizes: Tensor, value: float) -> Tensor:  # type: ignore[override]
-        scores = self.scores(linear, sizes)
-        if value < 1:
-            return scores < 0  # none
-        largest = scores.topk(min(int(value), scores.shape[-1]), dim=-1, sorted=False).values
-        return (scores >= largest.amin(-1, keepdim=True)) & (scores != 0)
+        return k_largest(self.scores(linear, sizes), int(value))
 
     def value(self, linear: LinearMap, sparsity: float, scores: Tensor | None) -> float:
         return round((1 - sparsity) * linear.inputs)

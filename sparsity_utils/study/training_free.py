@@ -5,8 +5,6 @@ documents that set thresholds, those that a greedy allocation compares blocks on
 different ones.
 """
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,11 +26,11 @@ from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.rotations import rotated
 from sparsity_utils.sparsity.down_masks import ALLOCATIONS, SCORES, DownScores
 from sparsity_utils.sparsity.optimality import check_lemma, check_stack, counter_example, diagonalised
-from sparsity_utils.sparsity.passes import Batch, checked, run_backbone
+from sparsity_utils.sparsity.passes import run_backbone
 from sparsity_utils.sparsity.rule_report import RuleReport
 from sparsity_utils.sparsity.training_free import GREEDY_TO, TrainingFree
 from sparsity_utils.study.maker import Asked, Maker
-from sparsity_utils.study.pieces import Frames, Pieces
+from sparsity_utils.study.pieces import Frames, Pieces, measurement_key
 from sparsity_utils.study.plan import TRAINING_FREE_TABLES, planned
 from sparsity_utils.study.pretrained import middle_windows, not_here, opened, pinned
 from sparsity_utils.study.profiles import Profile, TrainingFreeConfig
@@ -203,26 +201,16 @@ class _Work:
         return TrainingFree(self.model, calibration, evaluation, allocation, greedy_step=step, greedy_to=self.greedy_to)
 
     @cached_property
-    def calibration(self) -> list[Batch]:
-        """The calibration text, on the model's device."""
-        return list(checked(self.model, self.texts["calibration"], "calibration"))
-
-    @cached_property
     def down(self) -> DownScores:
         """Neurons on the calibration text."""
-        return DownScores(self.model, self.calibration)
-
-    @cached_property
-    def widths(self) -> set[int]:
-        """Numbers of inputs of the linear maps."""
-        return {linear.inputs for linear in find_linears(self.model)}
+        return DownScores(self.model, self.judge.texts["calibration"])
 
     def tables(self, settings: list[Setting]) -> Frames:
         """All pieces, put together."""
         plan = self._plan(settings)
         found: dict[str, list[pd.DataFrame]] = {}
         total = sum(cost for _, cost, _ in plan)
-        with self.pieces.shown(self.model.base_model, total, "tok", _ids), evaluating(self.model):
+        with self.pieces.shown(self.model.base_model, total), evaluating(self.model):
             for place, cost, measure in plan:
                 for table, frame in self.pieces.kept(place, cost, measure).items():
                     if table == "path":
@@ -277,16 +265,15 @@ class _Work:
 
     def nearest(self, level: float) -> float:
         """The sparsity nearest to `level` that top-k rules can meet in all maps: the same for all rules."""
-        return INPUT_RULES["wina"].nearest(level, self.widths)
+        return self.judge.nearest("wina", level)
 
     def blocks(self) -> pd.DataFrame:
         """Error of each block under the uniform and the greedy thresholds of TEAL, and the greedy sparsities."""
         level = self.nearest(HALF)
         pair = [self.judge.thresholds("teal", level, greedy=greedy) for greedy in (False, True)]
         errors = self.judge.block_errors(pair).set_axis(["uniform", "greedy"], axis=1)
-        maps = find_linears(self.model)
-        shares = pd.Series(self.judge.sparsities("teal", level), [(linear.layer, linear.role) for linear in maps])
-        shares.index = pd.MultiIndex.from_tuples(shares.index)
+        places = pd.MultiIndex.from_tuples([(linear.layer, linear.role) for linear in find_linears(self.model)])
+        shares = pd.Series(self.judge.sparsities("teal", level), places)
         return errors.assign(sparsity=level, layer=range(len(errors))).join(shares.unstack(), on="layer")
 
     def theory(self) -> pd.DataFrame:
@@ -297,7 +284,7 @@ class _Work:
             seen[readers[0].layer, readers[0].vector] = x[:: max(1, len(x) // VECTORS)][:VECTORS].double()
 
         with observe_inputs(self.model, keep, maps):
-            run_backbone(self.model, self.calibration[0])
+            run_backbone(self.model, self.judge.texts["calibration"][0])
         rows = []
         for linear in maps:
             if linear.role in ("k", "gate"):
@@ -313,11 +300,6 @@ class _Work:
                 stack = check_stack(first, second, seen[layer, "ffn"], HALF)
                 rows.append({"layer": layer, "check": "stack", **stack._asdict()})
         return pd.DataFrame(rows)
-
-
-def _ids(given: dict[str, Any]) -> int:
-    """Tokens of one pass, from the keyword arguments of the model."""
-    return given["input_ids"].numel() if "input_ids" in given else 0
 
 
 def _numbers(report: RuleReport) -> dict[str, object]:
@@ -351,10 +333,7 @@ def _numbers(report: RuleReport) -> dict[str, object]:
 def _key(model: nn.Module, texts: Texts, settings: TrainingFreeConfig) -> str:
     """Digest of all that decides the numbers but the setting: weights, token ids, step of the greedy allocation."""
     decides = {"version": VERSION, "step": settings.greedy_step}
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
-    for tensor in (*model.parameters(), *(part[0]["input_ids"] for part in texts)):
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return measurement_key(decides, model, [part[0]["input_ids"] for part in texts])
 
 
 def _tables(study: Asked) -> Frames:
