@@ -64,7 +64,7 @@ check: $(ENV)  ## ruff, mypy, and the rules of notebooks, refreshed outputs amon
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest --quiet tests/commands/test_notebooks.py -k keeps_the_rule
+	$(PY) -m pytest --quiet tests/commands/test_notebook_rules.py -k keeps_the_rule
 
 test-slow: export CI := 1
 test-slow: $(ENV)  ## the tests marked slow: whole processes, installation, the package index

@@ -74,7 +74,7 @@ def main() -> int:
         f"{date.today()}, torch {torch.__version__}, transformers {transformers.__version__}, {os.cpu_count()} cores"
     )
     for name, shown in SPEED_COLUMNS.items():  # on all cores
-        _keep(name, study.speeds(name), about, shown)
+        _keep(name, study.made(name), about, shown)
     speed, device = study.profile.speed, default_device().type
     linear = linear_speeds(rounds=speed.rounds, megabytes=speed.megabytes, device=device)
     _keep("sparse_linear", linear, about, LINEAR_COLUMNS)

@@ -94,7 +94,7 @@ def masked_text(
     head: certified, of the model. Raises `InputError` when the mask was made for another model.
     """
     logits, vectors = list[Tensor](), list[Tensor]()
-    block = sparse_inputs(model, mask) if mask.thresholds.rule in INPUT_RULES else sparse_neurons(model, mask)  # type: ignore[arg-type]
+    block = sparse_inputs(model, mask) if mask.thresholds.rule in INPUT_RULES else sparse_neurons(model, mask)
     with evaluating(model), block:
         with _given(head_module(model), vectors):
             chosen, _, _ = decoded(model, prompt, words, keep=lambda scores: logits.append(widened(scores[:, -1])))

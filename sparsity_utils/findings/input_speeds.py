@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
 from sparsity_utils import paths
-from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
+from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, machine_name, side_by_side, styled
 from sparsity_utils.laws.limits import require
 from sparsity_utils.neurons.input_rules import TRAINING_FREE
 from sparsity_utils.study.tables import Tables
@@ -50,13 +50,18 @@ def others() -> pd.DataFrame:
     return pd.read_csv(paths.PUBLISHED / "llama_cpp.csv")
 
 
+def _beside(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `others` that are of the same model as `rows`."""
+    found = others()
+    return found[found["model"] == rows["model"].iloc[0]]
+
+
 def speeds(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
     """The rows of one model for reading, llama.cpp last. Speeds are medians with their 90% interval.
 
-    NaN where the kernels chose a word that the masked model could not have chosen: no speed is reported then.
+    There is no speed where the kernels chose a word that the masked model could not have chosen.
     """
     rows = _rows_of(table, model)
-    model = rows["model"].iloc[0]
     dense = rows.query("engine == 'transformers' and weights == 'bfloat16'")["tokens_per_second"]
     shown = pd.DataFrame(
         {
@@ -76,7 +81,7 @@ def speeds(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
             "words that differ": rows["differing"],
         }
     )
-    beside = others().query("model == @model")
+    beside = _beside(rows)
     last = {
         "way": beside["engine"],
         "weights": beside["weights"],
@@ -90,9 +95,9 @@ def speeds(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
 
 
 def _ranged(rows: pd.DataFrame, column: str) -> pd.Series:
-    """`24.1 (23.9 to 24.3)`."""
+    """`24.1 (23.9 to 24.3)`; empty where there is no median."""
     parts = [rows[name].map("{:.1f}".format).astype(str) for name in (column, f"low_{column}", f"high_{column}")]
-    return parts[0] + " (" + parts[1] + " to " + parts[2] + ")"
+    return (parts[0] + " (" + parts[1] + " to " + parts[2] + ")").where(rows[column].notna(), "")
 
 
 def break_even(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
@@ -102,15 +107,13 @@ def break_even(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
     is. Between two settings the log of the speed is interpolated linearly.
     """
     rows = _rows_of(table, model)
-    model = rows["model"].iloc[0]
     whole = rows[rows["rule"] == WHOLE]
     rivals = {
         f"{row.engine}, {row.weights}, {row.head} head": row.tokens_per_second
         for row in whole.itertuples()
         if row.engine == "transformers" or row.weights == "8 bits"
     }
-    beside = others().query("model == @model")
-    rivals |= {f"{row.engine}, {row.weights}": row.tokens_per_second for row in beside.itertuples()}
+    rivals |= {f"{row.engine}, {row.weights}": row.tokens_per_second for row in _beside(rows).itertuples()}
     rivals = {name: speed for name, speed in rivals.items() if speed > 0}  # NaN: no median is recorded
     found = {}
     for (rule, weights, head), curve in rows[rows["rule"] != WHOLE].groupby(["rule", "weights", "head"], sort=False):
@@ -144,13 +147,12 @@ def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
 def figure(table: pd.DataFrame, model: str | None = None) -> ShownFigure:
     """Tokens per second against the share of weights skipped: float32 and 8 bits, each with its limit by bytes."""
     rows = _rows_of(table, model)
-    model = rows["model"].iloc[0]
     drawn, panels = side_by_side(2, share_y=True)
     for axes, weights in zip(panels, ("float32", "8 bits"), strict=True):
         own = rows[(rows["engine"] == "kernels") & (rows["weights"] == weights)]
         head = "certified" if (own["head"] == "certified").any() else "full"  # certified heads are for CPUs
         _lines(axes, own[own["head"] == head])
-        _dense(axes, rows, model)
+        _dense(axes, rows)
         axes.set(xlabel="Weights of linear maps skipped (%)", title=f"Weights in {weights}, {head} head", yscale="log")
         axes.set_xlim(right=95)  # room for the names of the lines across
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -158,11 +160,10 @@ def figure(table: pd.DataFrame, model: str | None = None) -> ShownFigure:
         axes.minorticks_off()
     panels[0].set_ylabel("Tokens per second")
     panels[0].legend(fontsize=7, loc="upper left")
-    first = rows.iloc[0]
     return captioned(
         drawn,
-        f"{model}, one sequence, {first['rounds']} rounds, {first['device']}, {first['threads']} threads, "
-        f"{first['date']}.\nDashed: what reading its bytes at memory's rate would allow. Bars: 90% interval.",
+        f"{rows['model'].iloc[0]}, one sequence, {rows['rounds'].iloc[0]} rounds, {machine_name(rows)}.\n"
+        "Dashed: what reading its bytes at memory's rate would allow. Bars: 90% interval.",
     )
 
 
@@ -178,9 +179,9 @@ def _lines(axes: Axes, own: pd.DataFrame) -> None:
     axes.plot(100 * limits["skipped"], 1e3 * limits["read_gb_per_s"] / limits["megabytes"], "--", color="grey")
 
 
-def _dense(axes: Axes, rows: pd.DataFrame, model: str) -> None:
-    beside = pd.concat([rows[rows["engine"] == "transformers"], others().query("model == @model")])
-    for number, row in enumerate(beside.dropna(subset="tokens_per_second").itertuples()):
+def _dense(axes: Axes, rows: pd.DataFrame) -> None:
+    rivals = pd.concat([rows[rows["engine"] == "transformers"], _beside(rows)])
+    for number, row in enumerate(rivals.dropna(subset="tokens_per_second").itertuples()):
         axes.axhline(row.tokens_per_second, color=COLOURS[-1 - number], linewidth=0.9, linestyle="-.")
         name = f"{row.engine}, {row.weights}"
         axes.annotate(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from kernels.shapes import DENSE
 from sparsity_utils import paths
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
-from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
+from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, machine_name, side_by_side, styled
 from sparsity_utils.laws.cost import DECODING_CASE, FFN_CASE, decoding_limit
 from sparsity_utils.laws.limits import require
 from sparsity_utils.laws.trends import Estimate
@@ -288,8 +288,7 @@ def _with_ideal(axes: Axes, x: pd.Series, curve: pd.DataFrame, look: Look, label
 
 
 def _basis(rows: pd.DataFrame) -> str:
-    first = rows.iloc[0]
-    return f"{first['rounds']} rounds, {first['device']}, {first['threads']} threads, {first['date']}."
+    return f"{rows['rounds'].iloc[0]} rounds, {machine_name(rows)}."
 
 
 @styled
@@ -359,11 +358,10 @@ def decoding_figure(steps: pd.DataFrame) -> ShownFigure:
         axes.set(title=f"{shape} {ACTIVATIONS[activation]}, {model}", xlabel="Milliseconds per token")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(PARTS), fontsize=8)
-    first = rows.iloc[0]
     return captioned(
         figure,
-        f"Greedy decoding of {first['new_tokens']} tokens; sparse rows give the tokens of the masked model. "
-        f"{first['device']}, {first['threads']} threads, {first['date']}.",
+        f"Greedy decoding of {rows['new_tokens'].iloc[0]} tokens; sparse rows give the tokens of the masked model. "
+        f"{machine_name(rows)}.",
     )
 
 

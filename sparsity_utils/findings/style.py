@@ -31,7 +31,7 @@ STYLE = {
 SCREEN_DPI, PRINT_DPI = 100, 150
 # Apart for every eye: the six of arXiv 2107.02270, in matplotlib from 3.10 on as petroff6.
 COLOURS = ("#5790fc", "#f89c20", "#e42536", "#964a8b", "#9c9ca1", "#7a21dd")
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX*<"  # more than colours, so that a pair of the two returns only after 18 curves
 LINES = ("-", "--", "-.", ":")
 AXIS = "Active neurons (% of d_ff)"
 SMOOTH = 0.99  # a share of non-zero neurons above it says nothing: the activation function is smooth
@@ -163,6 +163,12 @@ def shape_name(rows: pd.DataFrame) -> str:
     """`48x3`, of the first row."""
     first = rows.iloc[0]
     return f"{first['d_model']:g}x{first['n_layers']:g}"
+
+
+def machine_name(rows: pd.DataFrame) -> str:
+    """`Intel Xeon, 2 threads, 2026-01-31`, of the first row."""
+    first = rows.iloc[0]
+    return f"{first['device']}, {first['threads']} threads, {first['date']}"
 
 
 def parameters_name(rows: pd.DataFrame) -> str:

@@ -187,15 +187,19 @@ class Found:
     blocks: pd.DataFrame  # as stored: errors of blocks at 50%, uniform and greedy
     theory: pd.DataFrame  # as stored: checks of the printed theory
 
+    def pretrained(self, table: pd.DataFrame) -> pd.Series:
+        """Whether each row of a table is of the pretrained model: of it alone sums by document are stored."""
+        return table["model"].isin(self.documents["model"].unique())
+
     @property
     def real(self) -> pd.DataFrame:
         """The rows of the pretrained model; none where it was not measured."""
-        return self.table[self.table["model"].isin(self.documents["model"].unique())]
+        return self.table[self.pretrained(self.table)]
 
     @property
     def decoders(self) -> pd.DataFrame:
         """The rows of trained decoders."""
-        return self.table[~self.table["model"].isin(self.documents["model"].unique())]
+        return self.table[~self.pretrained(self.table)]
 
 
 def analyse(study: Tables, table: pd.DataFrame | None) -> Found | None:
@@ -268,10 +272,9 @@ def _rise(documents: pd.DataFrame, setting: Mapping) -> Estimate:
 
 def _error_estimates(found: Found) -> dict[str, Estimate]:
     """Error of greedy allocation over that of uniform, less 1: over blocks of SmolLM2, and over seeds of decoders."""
-    known = found.blocks["model"].isin(found.documents["model"].unique())
-    ratios = block_errors(found.blocks) - 1
-    by_seed = ratios[~known].groupby(found.blocks["seed"]).mean()
-    return {"SmolLM2": over_units(ratios[known]), DECODER: over_units(by_seed)}
+    real, ratios = found.pretrained(found.blocks), block_errors(found.blocks) - 1
+    by_seed = ratios[~real].groupby(found.blocks["seed"]).mean()
+    return {"SmolLM2": over_units(ratios[real]), DECODER: over_units(by_seed)}
 
 
 def _lemma(theory: pd.DataFrame) -> Verdict:
@@ -299,17 +302,15 @@ def _judged(claim: Claim, estimates: dict[str, Estimate], few: str = "") -> Verd
 
     few: why losses of the pretrained model decide nothing.
     """
-    words, notes = {}, {}
+    words, notes = {}, []
     for name, estimate in estimates.items():
         trained = name.startswith(DECODER)
-        scarce = f"fewer than {LEAST_SEEDS} seeds" if trained and estimate.n < LEAST_SEEDS else ""
-        if claim is not GREEDY_ERROR and not trained:
-            scarce = few
+        scarce = few if not trained else f"fewer than {LEAST_SEEDS} seeds" if estimate.n < LEAST_SEEDS else ""
         words[name] = INCONCLUSIVE if scarce or estimate.reason else claim.decide(estimate)
-        notes[name] = scarce
+        notes.append(scarce)
     unit = "blocks" if claim is GREEDY_ERROR else "documents"
     unit += " or seeds" if any(name.startswith(DECODER) for name in estimates) else ""
-    return claim.judged_all(estimates, unit, *dict.fromkeys(filter(None, notes.values())), words=words)
+    return claim.judged_all(estimates, unit, *dict.fromkeys(filter(None, notes)), words=words)
 
 
 def _few_tokens(real: pd.DataFrame) -> str:

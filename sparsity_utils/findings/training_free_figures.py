@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 
 from sparsity_utils.findings.style import Look, ShownFigure, captioned, side_by_side, styled
 from sparsity_utils.laws.rules_compared import SETTING, over_units, shares
@@ -102,7 +103,7 @@ def theory_table(found: "Found") -> pd.DataFrame:
         rows[-1]["identity"] = group["identity"].max()
     names = {"violations": "fails", "beaten": "lower bound by |x|", "errs_less": "lower error by |x|"}
     table = pd.DataFrame(rows).rename(columns=names)
-    return table.assign(identity=[f"{worst:.0e}" if worst == worst else "" for worst in table["identity"]])
+    return table.assign(identity=[f"{worst:.0e}" if pd.notna(worst) else "" for worst in table["identity"]])
 
 
 def blocks_table(found: "Found") -> pd.DataFrame:
@@ -134,23 +135,43 @@ def shares_table(found: "Found") -> pd.DataFrame:
 @styled
 def pareto_figure(found: "Found") -> ShownFigure:
     """Excess loss against the share of the weights of all maps that a token reads, one line per method."""
-    models = [part for part in models_of(found) if _levels(part[1]) > 1]
+    models = [(title, _drawn(rows)) for title, rows in models_of(found) if _levels(rows) > 1]
     figure, panels = side_by_side(max(1, len(models)), share_y=False)
     figure.set_size_inches(4.6 * max(1, len(models)), 3.9)
+    styles, handles = _styles([rows for _, rows in models]), {}
     for axes, (title, rows) in zip(panels, models, strict=False):
-        whole = rows[~rows["method"].isin(list(SCORES)) & (rows["by"] != "perplexity") & (rows["excess"] > 0)]
-        names = whole.apply(label, axis=1) if len(whole) else []
-        for number, (name, curve) in enumerate(whole.groupby(names, sort=False)):
-            _line(axes, curve, "weights_read", name, number)
+        for name, curve in rows.groupby("name", sort=False):
+            handles[name] = _line(axes, curve, styles[str(name)])
         axes.set(yscale="log", title=title, xlabel="Weights of the linear maps read (%)")
         axes.invert_xaxis()
     panels[0].set_ylabel("Excess loss (nats per token)")
-    panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    panels[-1].legend(handles.values(), handles, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return captioned(
         figure,
+        "A colour for each score, and one for rotated vectors.\n"
         "Bars: 95% intervals, over documents of a pretrained model, or over seeds.\n"
         "Rotations are counted as read; embeddings and head, which all methods read alike, are not.",
     )
+
+
+def _drawn(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of methods on linear maps at given sparsities, with a name for each method."""
+    whole = rows[~rows["method"].isin(list(SCORES)) & (rows["by"] != "perplexity") & (rows["excess"] > 0)]
+    return whole.assign(name=[label(row) for _, row in whole.iterrows()])
+
+
+def _styles(tables: list[pd.DataFrame]) -> dict[str, dict[str, str]]:
+    """How each method of `tables` is drawn: a colour for its score, or for rotated vectors; a marker of its own."""
+    scores: dict[str, str] = {}  # name of the method -> teal, wina, was, cats or rotated
+    for rows in tables:
+        score = rows["method"].str.partition("-")[0].mask(rows["rotated"], "rotated")
+        scores |= dict(zip(rows["name"], score, strict=True))
+    order = list(dict.fromkeys(scores.values()))
+    looks = {name: (Look(order.index(score)), Look(number)) for number, (name, score) in enumerate(scores.items())}
+    return {
+        name: {"color": score.colour, "marker": own.marker, "linestyle": own.line}
+        for name, (score, own) in looks.items()
+    }
 
 
 def _levels(rows: pd.DataFrame) -> int:
@@ -158,12 +179,12 @@ def _levels(rows: pd.DataFrame) -> int:
     return rows.query("method == 'teal' and allocation == 'uniform' and by == 'sparsity'")["level"].nunique()
 
 
-def _line(axes: Axes, curve: pd.DataFrame, across: str, name: str, number: int) -> None:
-    curve, look = curve.sort_values(across), Look(number)
+def _line(axes: Axes, curve: pd.DataFrame, style: dict[str, str]) -> ErrorbarContainer:
+    curve = curve.sort_values("weights_read")
     reach = np.abs(curve[["low", "high"]].sub(curve["excess"], axis=0)).to_numpy().T.copy()
     reach[0] = np.minimum(reach[0], 0.9 * curve["excess"])  # an interval of few tokens may reach below zero
-    style = {"color": look.colour, "marker": look.marker, "linestyle": look.line, "capsize": 2, "elinewidth": 0.8}
-    axes.errorbar(100 * curve[across], curve["excess"], np.nan_to_num(reach), label=name, **style)
+    x, y, bars = 100 * curve["weights_read"], curve["excess"], np.nan_to_num(reach)
+    return axes.errorbar(x, y, bars, label=curve["name"].iloc[0], capsize=2, elinewidth=0.8, **style)
 
 
 @styled

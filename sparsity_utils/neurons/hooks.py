@@ -5,10 +5,10 @@ experts, fused expert tensors, functions), the module that computes it runs unde
 vectors to the same two places.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,17 @@ from sparsity_utils.neurons.modes import forward_replaced, unchunked
 from sparsity_utils.neurons.thresholds import Thresholds
 
 Visit = Callable[[FFN, Tensor, Tensor, Tensor], Tensor | None]
+
+
+class NeuronMask(Protocol):
+    """What `sparse_neurons` asks: `Thresholds` of a rule on neurons, or anything like it."""
+
+    @property
+    def values(self) -> Sequence[float]:
+        """One number for each layer."""
+
+    def active(self, ffn: FFN, s: Tensor, h: Tensor) -> Tensor:
+        """True where a neuron of `ffn` is active, bool; `s`, `h` and the result are (rows, d_ff)."""
 
 
 @contextmanager
@@ -46,7 +57,7 @@ def observe_neurons(model: nn.Module, callback: Callable[[FFN, Tensor, Tensor, T
 
 
 @contextmanager
-def sparse_neurons(model: nn.Module, thresholds: Thresholds) -> Iterator[list[FFN]]:
+def sparse_neurons(model: nn.Module, thresholds: NeuronMask) -> Iterator[list[FFN]]:
     """Inside the block, the model runs with the neurons that `thresholds` calls inactive set to zero.
 
     Each FFN is judged on the activations of this sparse run, which earlier masked layers have already altered.
@@ -65,7 +76,7 @@ def sparse_neurons(model: nn.Module, thresholds: Thresholds) -> Iterator[list[FF
         yield ffns
 
 
-def check_layers(thresholds: Thresholds, ffns: list[FFN]) -> None:
+def check_layers(thresholds: NeuronMask, ffns: list[FFN]) -> None:
     """Raises `InputError` when `thresholds` are of a rule on inputs, or for another number of layers than `ffns`."""
     if isinstance(thresholds, Thresholds):
         thresholds.check_on_neurons()

@@ -1,9 +1,9 @@
 """The training-free rules that decide which inputs of a linear map are kept. Each rule is one class, as in `rules`.
 
-A rule gives each input x_j of a map W a score, |x_j| times a weight of column j, and keeps those above a threshold of
-the map, or the largest ones of each token. Its knob is the sparsity: the share of a map's inputs that is skipped. What
-`Thresholds` holds for each map is the threshold, or the number of inputs kept. CATS decides on gates instead. Nothing
-here imports torch.
+A rule gives each input x_j of a map W a score, |x_j| alone or times a norm of column j. It keeps the inputs whose score
+is above a threshold of the map, or the k largest of each token. Its knob is the sparsity, the share of a map's inputs
+that is skipped; `Thresholds` holds the threshold, or k, of each map. CATS judges the gates of the FFN instead of
+inputs. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from sparsity_utils.console import check
-from sparsity_utils.neurons.rules import Fat, Knob, Rule
+from sparsity_utils.neurons.rules import Fat, Knob, Rule, k_largest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from sparsity_utils.neurons.linears import LinearMap
 
 SPARSITY = Knob("sparsity", float, "share of the inputs that is skipped, 0 to 1")
-WHOLE = 0.01  # of an input: as near to a whole number a sparsity written with six digits comes
+WHOLE = 0.01  # inputs: sparsity * width counts as whole if so near, since sparsities are told with six digits
 
 
 class InputRule(Rule):
-    """Kept: score_j = |x_j| > t, the threshold of the map; an exact zero never is."""
+    """Kept: every input whose score is above t, the threshold of the map; an exact zero never is."""
 
     knob = SPARSITY
     decided_on = "input"
@@ -46,8 +46,8 @@ class InputRule(Rule):
         """What `active` takes to skip `sparsity` of the inputs of `linear`.
 
         Args:
-            scores: those of the map on calibration tokens, sorted, (n,). Exactly round(sparsity * n) of them are not
-                above the result, ties aside: the empirical quantile. None will do where `per_token`.
+            scores: those of the map on calibration tokens, sorted, (n,). The result is their empirical quantile:
+                round(sparsity * n) of them are not above it, ties aside. None will do where `per_token`.
         """
         skipped = round(sparsity * len(scores))
         if skipped == len(scores):
@@ -75,11 +75,7 @@ class TopInputs(InputRule):
     per_token = True
 
     def active(self, linear: LinearMap, sizes: Tensor, value: float) -> Tensor:  # type: ignore[override]
-        scores = self.scores(linear, sizes)
-        if value < 1:
-            return scores < 0  # none
-        largest = scores.topk(min(int(value), scores.shape[-1]), dim=-1, sorted=False).values
-        return (scores >= largest.amin(-1, keepdim=True)) & (scores != 0)
+        return k_largest(self.scores(linear, sizes), int(value))
 
     def value(self, linear: LinearMap, sparsity: float, scores: Tensor | None) -> float:
         return round((1 - sparsity) * linear.inputs)
@@ -151,7 +147,7 @@ class Cats(Fat):
         check(0 <= value <= 1, f"sparsity is {value}; choose a share of the neurons, 0 to 1.")
 
 
-INPUT_RULES = {
-    rule.name: rule for rule in (Teal(), TealTopK(), WinaThreshold(), Wina(), WinaReleased(), Was())
-}  # of thresholds, one for each linear map
-TRAINING_FREE = {**INPUT_RULES, Cats.name: Cats()}  # of measurements
+# By name: the rules on inputs, whose `Thresholds` have a value for each linear map, and with them all that can be
+# measured without training: CATS too, whose thresholds are of `Fat`, one for each layer.
+INPUT_RULES = {rule.name: rule for rule in (Teal(), TealTopK(), WinaThreshold(), Wina(), WinaReleased(), Was())}
+TRAINING_FREE = {**INPUT_RULES, Cats.name: Cats()}

@@ -89,6 +89,14 @@ class Rule:
         return sum(self.map_share(role, activation_ratio, nonzero_share) for role in ("gate", "up", "down")) / 3
 
 
+def k_largest(sizes: Tensor, k: int) -> Tensor:
+    """True at the k largest of each row, bool; ties with the k-th stay, zeros do not. Both (..., n), `sizes` >= 0."""
+    if k < 1:
+        return sizes < 0  # none
+    largest = sizes.topk(min(k, sizes.shape[-1]), dim=-1, sorted=False).values
+    return (sizes >= largest.amin(-1, keepdim=True)) & (sizes != 0)
+
+
 class NonZero(Rule):
     """Active: s_i != 0. The value is not used."""
 
@@ -108,8 +116,7 @@ class TopK(Rule):
     knob = Knob("k", int, "neurons kept per token and layer")
 
     def active(self, ffn: FFN, sizes: Tensor, value: float) -> Tensor:
-        largest = sizes.topk(min(int(value), ffn.d_ff), dim=-1, sorted=False).values
-        return (sizes >= largest.amin(-1, keepdim=True)) & (sizes != 0)
+        return k_largest(sizes, int(value))
 
     def check_value(self, value: float, d_ff: float = math.inf) -> None:
         possible = 1 <= value <= d_ff and int(value) == value

@@ -28,9 +28,7 @@ class Thresholds:
     """
 
     rule: str
-    values: tuple[
-        float, ...
-    ]  # one entry per layer, first layer first; or per linear map, in the order of `find_linears`
+    values: tuple[float, ...]  # one per layer, first layer first; or per linear map, in the order of `find_linears`
 
     def __post_init__(self) -> None:
         known = RULES | INPUT_RULES

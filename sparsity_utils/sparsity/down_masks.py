@@ -19,8 +19,9 @@ from sparsity_utils.console import check, progress
 from sparsity_utils.neurons.find import FFN, find_ffns, widened
 from sparsity_utils.neurons.hooks import observe_neurons
 from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.neurons.rules import k_largest
 from sparsity_utils.sparsity.error_curve import output_norms
-from sparsity_utils.sparsity.input_thresholds import KEPT_BYTES, ascending, real_rows
+from sparsity_utils.sparsity.input_thresholds import ascending, real_rows, smallest_kept, thinning
 from sparsity_utils.sparsity.passes import Batch, run_backbone
 
 SCORES = ("gate", "h", "n")
@@ -46,8 +47,7 @@ class DownMask:
         """True where a neuron is kept, (rows, d_ff) bool; one of size zero never is."""
         sizes, value = scores(self.score, ffn, s, h), self.values[ffn.layer]
         if self.allocation == "top-k":
-            smallest = sizes.topk(int(value), dim=-1, sorted=False).values.amin(-1, keepdim=True)  # (rows, 1)
-            return (sizes >= smallest) & (sizes != 0)
+            return k_largest(sizes, int(value))
         return (sizes >= value) & (sizes != 0)
 
     def map_share(self, role: str, active: float, nonzero: float) -> float:
@@ -71,8 +71,7 @@ class DownScores:
             len({ffn.layer for ffn in self.ffns}) == len(self.ffns),
             f"{type(model).__name__} has routed experts, and masks on down projections are for dense FFNs.",
         )
-        tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
-        every = -(-8 * tokens * sum(ffn.d_ff for ffn in self.ffns) // KEPT_BYTES)
+        every = thinning(batches, 8 * sum(ffn.d_ff for ffn in self.ffns))  # s and h, 4 each
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {ffn.layer: [] for ffn in self.ffns}
         rows: Tensor
 
@@ -93,9 +92,9 @@ class DownScores:
         ordered = self._ordered(score)
         if allocation == "shared":
             every = ascending(torch.cat(ordered))
-            return DownMask(score, allocation, (_quantile(every, sparsity),) * len(ordered))
+            return DownMask(score, allocation, (smallest_kept(every, sparsity),) * len(ordered))
         values = zip(ordered, self._equal_errors(score, sparsity), strict=True)
-        return DownMask(score, allocation, tuple(_quantile(sizes, share) for sizes, share in values))
+        return DownMask(score, allocation, tuple(smallest_kept(sizes, share) for sizes, share in values))
 
     def _ordered(self, score: str) -> list[Tensor]:
         """The sorted scores of each layer, (tokens * d_ff,)."""
@@ -125,10 +124,5 @@ class DownScores:
         ffn, (s, h) = self.ffns[layer], (part[:: -(-len(part) // ERROR_TOKENS)] for part in self.parts[layer])
         sizes, h, weight = scores(score, ffn, s, h), widened(h), widened(ffn.down_weight)
         whole, ordered = output_norms(weight, h), self._ordered(score)[layer]
-        tails = [output_norms(weight, h * (sizes < _quantile(ordered, share))) for share in shares]
+        tails = [output_norms(weight, h * (sizes < smallest_kept(ordered, share))) for share in shares]
         return [float((tail / whole)[whole > 0].mean(dtype=torch.float64)) for tail in tails]
-
-
-def _quantile(ordered: Tensor, share: float) -> float:
-    """The smallest score that is kept where `share` of them are left out."""
-    return float(ordered[min(round(share * len(ordered)), len(ordered) - 1)])

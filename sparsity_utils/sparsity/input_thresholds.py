@@ -36,10 +36,8 @@ class KeptInputs:
     ) -> None:
         """Runs a dense pass over `batches`, keeping every n-th real token so that KEPT_BYTES suffice."""
         self.maps = list(maps)
-        widths = [readers[0].inputs for readers in by_vector(self.maps)]
-        tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
-        itemsize = next(model.parameters()).element_size()
-        self.every = max(1, math.ceil(tokens * sum(widths) * itemsize / KEPT_BYTES))
+        width = sum(readers[0].inputs for readers in by_vector(self.maps))
+        self.every = thinning(batches, width * next(model.parameters()).element_size())
         parts: dict[tuple[int, str], list[Tensor]] = {}
         rows: Tensor
 
@@ -68,6 +66,12 @@ class KeptInputs:
             self._sorted = (rule.name, [self.scores(rule, linear) for linear in maps])
         parts = zip(self.maps, sparsities, self._sorted[1], strict=True)
         return Thresholds(rule.name, tuple(rule.value(*part) for part in parts))
+
+
+def thinning(batches: Sequence[Batch], nbytes: int) -> int:
+    """The n of which every n-th token of `batches` fits into KEPT_BYTES, at `nbytes` a token."""
+    tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
+    return max(1, math.ceil(tokens * nbytes / KEPT_BYTES))
 
 
 def ascending(values: Tensor) -> Tensor:
@@ -118,9 +122,7 @@ class Gates:
     def __init__(self, model: nn.Module, batches: Sequence[Batch], show_progress: bool = False) -> None:
         """Runs a dense pass over `batches`, keeping every n-th real token so that KEPT_BYTES suffice."""
         ffns = find_ffns(model)
-        widths = sum({ffn.layer: ffn.d_ff for ffn in ffns}.values())
-        tokens = sum(batch.inputs["input_ids"].numel() for batch in batches)
-        every = max(1, math.ceil(4 * tokens * widths / KEPT_BYTES))
+        every = thinning(batches, 4 * sum({ffn.layer: ffn.d_ff for ffn in ffns}.values()))
         layers: list[list[Tensor]] = [[] for _ in range(layer_count(ffns))]
         rows: Tensor
 
@@ -134,13 +136,14 @@ class Gates:
         self.sizes = [ascending(torch.cat(found)) for found in layers]
 
     def thresholds(self, sparsity: float) -> Thresholds:
-        """For each layer the smallest size that is kept where `sparsity` of them all are below it."""
-        return Thresholds(Fat.name, tuple(_smallest_kept(sizes, sparsity) for sizes in self.sizes))
+        """Thresholds at which each layer leaves out `sparsity` of its neurons on the kept tokens."""
+        return Thresholds(Fat.name, tuple(smallest_kept(sizes, sparsity) for sizes in self.sizes))
 
 
-def _smallest_kept(sizes: Tensor, sparsity: float) -> float:
-    skipped = round(sparsity * len(sizes))
-    return math.inf if skipped == len(sizes) else float(sizes[skipped])
+def smallest_kept(ordered: Tensor, share: float) -> float:
+    """The smallest of `ordered`, (n,) ascending, that is kept where `share` of them are left out; inf if all are."""
+    skipped = round(share * len(ordered))
+    return math.inf if skipped == len(ordered) else float(ordered[skipped])
 
 
 class _Trial:
@@ -301,8 +304,7 @@ def _greedy(
         trial.values[linear.index] = rule.value(linear, share, block.scores[linear])
 
     rows: list[dict] = []
-    with ExitStack() as stack:
-        stack.enter_context(sparse_inputs(model, trial, maps))
+    with sparse_inputs(model, trial, maps):
         for linear in block.maps:
             set_to(linear, 0.0)
         reached = 0.0

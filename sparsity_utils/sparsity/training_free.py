@@ -61,7 +61,7 @@ class _Counted:
         self.tokens = 0  # of these
         self.kept: Counts = {}  # map, or layer of an FFN -> inputs or neurons kept
         self.nonzero: Counts = {}  # layer -> neurons with s != 0, or at dense positions
-        self.places: dict[int, int] = {}  # -> inputs or neurons, over all real tokens
+        self.places: dict[int, int] = {}  # map, or layer -> inputs or neurons that it judged, kept or not
 
     def begin(self, batch: Batch) -> None:
         """`batch` runs next."""
@@ -82,6 +82,7 @@ class _Counted:
         return active
 
     def _opened(self, active: Tensor) -> Tensor:
+        """`active` with everything kept at the first positions of each window, in place."""
         positions = active.view(*self.shape, -1)  # (windows, length, in)
         positions[:, : int(self.dense_share * self.shape[1])] = True
         return active
@@ -108,8 +109,8 @@ class TrainingFree:
     greedy_step: float = STEP  # of a block's weights
     greedy_to: float = GREEDY_TO  # block sparsity up to which greedy paths are followed
     show_progress: bool = False
-    _texts: dict[str, list[Batch]] = field(init=False, default_factory=dict)
-    _known: dict = field(init=False, default_factory=dict)  # kept inputs and greedy paths
+    texts: dict[str, list[Batch]] = field(init=False, default_factory=dict)  # by role, checked, on the model's device
+    _known: dict = field(init=False, default_factory=dict)  # dense predictions, kept inputs and greedy paths
 
     def __post_init__(self) -> None:
         """Raises `InputError` for models that do not predict the next token, and for documents in two of the texts."""
@@ -118,8 +119,8 @@ class TrainingFree:
         given = {"calibration": self.calibration, "allocation": self.allocation, "evaluation": self.evaluation}
         for role, batches in given.items():
             if batches is not None:
-                self._texts[role] = list(checked(self.model, batches, role))
-        check_disjoint({role: _windows(batches) for role, batches in self._texts.items()})
+                self.texts[role] = list(checked(self.model, batches, role))
+        check_disjoint({role: _windows(batches) for role, batches in self.texts.items()})
 
     def at(self, rule: str, sparsity: float, *, greedy: bool = False, rotate: bool = False) -> RuleReport:
         """The report of `rule` at one sparsity: that of each map, with `greedy` the mean of each block.
@@ -139,19 +140,22 @@ class TrainingFree:
         return self.evaluated(thresholds, rotate=rotate, calibrated_sparsity=sparsity)
 
     def at_realised(self, masks: Callable[[float], Mask], sparsity: float) -> RuleReport:
-        """The report of that of `masks`, which a sparsity is asked of, under which a sparse run skips `sparsity`.
+        """The report of the mask with which the model, run sparse, skips `sparsity`.
 
         Thresholds of a dense run skip more than was asked for, since earlier masks make what later maps see smaller:
-        52.1% of SmolLM2's inputs for 50. The sparsity asked for is corrected until the calibration text has the wanted
-        one to REALISED.
+        52.1% of SmolLM2's inputs for 50. So the sparsity that is asked for is corrected by what a sparse run of the
+        calibration text is off, until it is within REALISED, CORRECTIONS runs at most.
+
+        Args:
+            masks: the mask for a sparsity that is asked for.
         """
-        maps, asked = self._maps(False), sparsity
+        maps, correction, asked = self._maps(False), 0.0, sparsity
         for _ in range(CORRECTIONS):
+            asked = min(max(asked - correction, 0.0), 1.0)
             mask = masks(asked)
-            apart = skipped(_table(maps, mask, self._run("calibration", mask, maps)[1]), mask.rule) - sparsity
-            if abs(apart) <= REALISED:
+            correction = skipped(_table(maps, mask, self._run("calibration", mask, maps)[1]), mask.rule) - sparsity
+            if abs(correction) <= REALISED:
                 break
-            asked = min(max(asked - apart, 0.0), 1.0)
         return self.evaluated(mask, calibrated_sparsity=asked)
 
     def at_weights_read(self, rule: str, share: float, *, greedy: bool = False, rotate: bool = False) -> RuleReport:
@@ -167,7 +171,7 @@ class TrainingFree:
         )
         possible = least <= share <= most
         check(possible, f"{rule!r} reads {least:.4g} to {most:.4g} of the weights of this model; {share:g} is outside.")
-        sparsity = self._nearest(chosen, (most - share) / (most - least), greedy)
+        sparsity = self.nearest(rule, (most - share) / (most - least), greedy=greedy)
         return self.at(rule, sparsity, greedy=greedy, rotate=rotate)
 
     def at_perplexity(self, rule: str, p: float = 1.0, *, greedy: bool = False, rotate: bool = False) -> RuleReport:
@@ -181,7 +185,8 @@ class TrainingFree:
 
         def height(sparsity: float) -> float:
             """Square root of the increase of the loss, which is about straight, less that of the target."""
-            thresholds = self._thresholds(chosen, self._nearest(chosen, sparsity, greedy), greedy, rotate)
+            sparsity = self.nearest(rule, sparsity, greedy=greedy)
+            thresholds = self._thresholds(chosen, sparsity, greedy, rotate)
             sparse = self._run("calibration", thresholds, self._maps(rotate))[0]
             increase = min(float((sparse.sums - dense.sums)[:, 0].sum() / dense.sums[:, 2].sum()), LARGEST)
             return math.copysign(math.sqrt(abs(increase)), increase) - math.sqrt(target)
@@ -194,7 +199,7 @@ class TrainingFree:
             )
         enough = ROOT_SHARE * math.sqrt(target) / 2
         sparsity = find_root(height, (0.0, -math.sqrt(target)), (most, top), enough, NARROWEST)
-        return self.at(rule, self._nearest(chosen, sparsity, greedy), greedy=greedy, rotate=rotate)
+        return self.at(rule, self.nearest(rule, sparsity, greedy=greedy), greedy=greedy, rotate=rotate)
 
     def evaluated(
         self, thresholds: Mask, *, rotate: bool = False, calibrated_sparsity: float | None = None
@@ -242,15 +247,24 @@ class TrainingFree:
         if known is not None:
             self._known[key] = known
         if key not in self._known:
-            batches, maps, chosen = self._texts["allocation"], self._maps(rotate), INPUT_RULES[rule]
+            batches, maps, chosen = self.texts["allocation"], self._maps(rotate), INPUT_RULES[rule]
             self._known[key] = greedy_path(
                 self.model, batches, chosen, self.greedy_to, self.greedy_step, maps, self.show_progress
             )
         return self._known[key]
 
-    def sparsities(self, rule: str, sparsity: float) -> list[float]:
-        """The sparsity of each map by greedy allocation, without rotation."""
-        return sparsities_along(self.path(rule), self._maps(False), sparsity)
+    def sparsities(self, rule: str, sparsity: float, *, rotate: bool = False) -> list[float]:
+        """The sparsity of each map by greedy allocation. Raises `InputError` without allocation text."""
+        check(
+            "allocation" in self.texts and sparsity <= self.greedy_to,
+            f"A greedy allocation needs allocation text, and goes up to a sparsity of {self.greedy_to:g}.",
+        )
+        return sparsities_along(self.path(rule, rotate), self._maps(rotate), sparsity)
+
+    def nearest(self, rule: str, sparsity: float, *, greedy: bool = False) -> float:
+        """The sparsity nearest to this one that `at` takes: top-k rules keep whole numbers of inputs in every map."""
+        chosen = _rule(rule, greedy, rotate=False)
+        return chosen.nearest(sparsity, self._widths) if isinstance(chosen, InputRule) and not greedy else sparsity
 
     def thresholds(self, rule: str, sparsity: float, *, greedy: bool = False, rotate: bool = False) -> Thresholds:
         """Those of `at`, which sets them on the calibration text."""
@@ -258,12 +272,12 @@ class TrainingFree:
 
     def block_errors(self, thresholds: Sequence[Thresholds], *, rotate: bool = False) -> pd.DataFrame:
         """`input_thresholds.block_errors` on the calibration text."""
-        return block_errors(self.model, self._texts["calibration"], thresholds, self._maps(rotate))
+        return block_errors(self.model, self.texts["calibration"], thresholds, self._maps(rotate))
 
     def _by_document(self, dense: "_Scores", sparse: "_Scores") -> pd.DataFrame:
         """Sums over each document of the evaluation text: document, and the columns of `predictions.by_document`."""
         columns = {
-            "document": torch.cat([batch.documents for batch in self._texts["evaluation"]]),
+            "document": torch.cat([batch.documents for batch in self.texts["evaluation"]]),
             "tokens": dense.sums[:, 2],
             "loss_dense": dense.sums[:, 0],
             "loss": sparse.sums[:, 0],
@@ -280,37 +294,25 @@ class TrainingFree:
     def _widths(self) -> set[int]:
         return {linear.inputs for linear in find_linears(self.model)}
 
-    def _nearest(self, rule: Rule, sparsity: float, greedy: bool) -> float:
-        return rule.nearest(sparsity, self._widths) if isinstance(rule, InputRule) and not greedy else sparsity
+    @cached_property
+    def _rotated(self) -> list[LinearMap]:
+        return rotated(self.model, show_progress=self.show_progress)
+
+    @cached_property
+    def _gates(self) -> Gates:
+        return Gates(self.model, self.texts["calibration"], self.show_progress)
 
     def _maps(self, rotate: bool) -> list[LinearMap]:
-        if not rotate:
-            return find_linears(self.model)
-        if "rotated" not in self._known:
-            self._known["rotated"] = rotated(self.model, show_progress=self.show_progress)
-        return self._known["rotated"]
+        return self._rotated if rotate else find_linears(self.model)
 
     def _thresholds(self, rule: Rule, sparsity: float, greedy: bool, rotate: bool) -> Thresholds:
-        batches = self._texts["calibration"]
         if not isinstance(rule, InputRule):
-            check(
-                not greedy and not rotate, f"{rule.name!r} is on gates: it is neither allocated greedily nor rotated."
-            )
-            if "gates" not in self._known:
-                self._known["gates"] = Gates(self.model, batches, self.show_progress)
-            return self._known["gates"].thresholds(sparsity)
+            return self._gates.thresholds(sparsity)
         maps = self._maps(rotate)
         if ("inputs", rotate) not in self._known:
-            self._known["inputs", rotate] = KeptInputs(self.model, batches, maps, self.show_progress)
-        shares = self._allocated(rule, sparsity, rotate) if greedy else [sparsity] * len(maps)
+            self._known["inputs", rotate] = KeptInputs(self.model, self.texts["calibration"], maps, self.show_progress)
+        shares = self.sparsities(rule.name, sparsity, rotate=rotate) if greedy else [sparsity] * len(maps)
         return self._known["inputs", rotate].thresholds(rule, shares, self.show_progress)
-
-    def _allocated(self, rule: InputRule, sparsity: float, rotate: bool) -> list[float]:
-        check(
-            "allocation" in self._texts and sparsity <= self.greedy_to,
-            f"A greedy allocation needs allocation text, and goes up to a sparsity of {self.greedy_to:g}.",
-        )
-        return sparsities_along(self.path(rule.name, rotate), self._maps(rotate), sparsity)
 
     def _dense(self, role: str) -> "_Scores":
         if ("dense", role) not in self._known:
@@ -321,12 +323,12 @@ class TrainingFree:
         """What the model predicts under the mask, and what the mask kept."""
         counted = _Counted(thresholds, self.dense_share)
         on_inputs = thresholds.rule in INPUT_RULES
-        block = sparse_inputs(self.model, counted, maps) if on_inputs else sparse_neurons(self.model, counted)  # type: ignore[arg-type]
+        block = sparse_inputs(self.model, counted, maps) if on_inputs else sparse_neurons(self.model, counted)
         with block:
             return self._scored(role, "sparse pass", counted), counted
 
     def _scored(self, role: str, about: str, counted: _Counted | None = None) -> "_Scores":
-        batches, sums, likeliest = self._texts[role], [], []
+        batches, sums, likeliest = self.texts[role], [], []
         for batch in progress(batches, about, len(batches), self.show_progress):
             if counted is not None:
                 counted.begin(batch)

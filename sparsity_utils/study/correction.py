@@ -4,43 +4,42 @@ The measurement is cut into pieces, each of some documents under one way of deco
 read, the middle one: its first half is the prompt, and its second half the fresh text that may follow it.
 """
 
-import hashlib
-import json
 import math
-import random
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsity_utils.console import check, short_number
+from sparsity_utils.console import short_number
 from sparsity_utils.decoding.accounting import inputs_density, step_density, weights_read
 from sparsity_utils.decoding.correction import KINDS, Correction, corrected, drafted, first_differences
 from sparsity_utils.decoding.drafters import Drafter, FromPrompt, Masked, fsparse, top_inputs
 from sparsity_utils.decoding.kept_text import KeptText
 from sparsity_utils.decoding.speed import greedy
+from sparsity_utils.models.decoder import default_device
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
-from sparsity_utils.sparsity.metrics import SparsityReport
+from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
+from sparsity_utils.study.correction_prompts import Documents, read_prompts
 from sparsity_utils.study.correction_speed import PERIOD, SHARE, THRESHOLD, speeds
-from sparsity_utils.study.pieces import Frames, Pieces
-from sparsity_utils.study.pretrained import middle_windows, pinned
+from sparsity_utils.study.maker import Asked, Maker
+from sparsity_utils.study.pieces import Frames, Pieces, measurement_key
+from sparsity_utils.study.plan import CORRECTION
+from sparsity_utils.study.pretrained import not_here, opened
 from sparsity_utils.study.profiles import CorrectionConfig
+from sparsity_utils.text.windows import measurement_batches
 
 VERSION = 1  # raise it when the same settings would measure other numbers
 TREE = 4  # a published width of a tree
 BATCH = 96  # documents decoded side by side, of all texts: a step reads the weights once
 SCORED = 16  # documents whose logits are held at once: 400 MB at a vocabulary of 49,152 and a prompt of 128 tokens
 GRAM = 8  # words of a repetition
-EXAMPLES = 24  # sums before the one that is asked for
 COLUMNS = (  # of the table correction; what a way or a text does not have is empty
     *("model", "text", "document", "rule", "way", "threshold", "density", "tokens", "rounds", "advance", "rejected"),
     *("log_likelihood", "agreed", "repeated", "right", "place", "gap", "rounding"),
@@ -77,46 +76,6 @@ def ways(rules: Iterable[str], settings: CorrectionConfig) -> list[Way]:
     return [*found, Way(first, "tree", replace(published, width=TREE))]
 
 
-def prompts_of(
-    tokenizer: PreTrainedTokenizerBase, text: str, settings: CorrectionConfig
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Prompts, (documents, prompt), and what follows them there, of the same shape; answers, of sums alone.
-
-    What follows sums are other sums.
-
-    Raises InputError for a text with too few documents.
-    """
-    size, answers = settings.prompt, []
-    if text == "arithmetic":
-        count = settings.documents
-        sums = [_sums(number) for number in range(2 * count)]
-        answers = [answer for _, answer in sums[:count]]
-        ends = [tokenizer(words, verbose=False)["input_ids"][-size:] for words, _ in sums]
-        windows = [first + second for first, second in zip(ends[:count], ends[count:], strict=True)]
-        check(
-            all(len(window) == 2 * size for window in windows),
-            f"{EXAMPLES} sums have fewer than {size} tokens; lower correction.prompt.",
-        )
-    else:
-        source = {"english": "python-prose", "python": "python-source"}[text]
-        windows = list(islice(middle_windows(tokenizer, pinned(source), 2 * size), settings.documents))
-    check(
-        len(windows) == settings.documents,
-        f"The {text} text has {len(windows)} documents of {2 * size} tokens, and {settings.documents} are asked for; "
-        f"lower correction.documents or correction.prompt.",
-    )
-    ids = torch.tensor(windows)
-    return ids[:, :size], ids[:, size:], answers
-
-
-def _sums(number: int) -> tuple[str, str]:
-    """Sums with their answers, the last one without; and that answer."""
-    rng = random.Random(number)
-    pairs = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in range(EXAMPLES + 1)]
-    *solved, (a, b) = pairs
-    return "".join(f"{x} + {y} = {x + y}\n" for x, y in solved) + f"{a} + {b} =", str(a + b)
-
-
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A model whose drafts are corrected."""
@@ -151,23 +110,9 @@ class Subject:
         return found
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Documents that are continued side by side, of all texts."""
-
-    about: pd.DataFrame  # text, document and, of sums, answer; one row each
-    prompts: Tensor  # (documents, prompt)
-    fresh: Tensor  # what follows, (documents, prompt)
-
-    def __getitem__(self, rows: Tensor) -> "Documents":
-        return Documents(self.about.iloc[rows.tolist()].reset_index(drop=True), self.prompts[rows], self.fresh[rows])
-
-    def to(self, device: torch.device) -> "Documents":
-        """On another device."""
-        return Documents(self.about, self.prompts.to(device), self.fresh.to(device))
-
-
-Planned = tuple[str, int, Callable[[], Frames]]  # name, expected cost (`_pass_cost`) and measurement of a piece
+Planned = tuple[
+    str, int, Callable[[], Frames]
+]  # name, expected cost in tokens, with PASS for each pass, and measurement of a piece
 
 
 def corrected_drafts(subject: Subject, settings: CorrectionConfig, folder: Path) -> Frames:
@@ -177,7 +122,7 @@ def corrected_drafts(subject: Subject, settings: CorrectionConfig, folder: Path)
 
     Raises InputError for texts with too few documents and for a model that cannot be corrected.
     """
-    documents = read_prompts(subject, settings)
+    documents = read_prompts(subject.tokenizer, subject.texts, settings)
     return _together(subject, documents, settings, folder, planned_pieces(subject, documents, settings))
 
 
@@ -186,7 +131,7 @@ def drafting_speeds(subject: Subject, settings: CorrectionConfig, folder: Path) 
 
     It is one more piece in `folder`, measured once, as in `corrected_drafts`.
     """
-    documents = read_prompts(subject, settings)
+    documents = read_prompts(subject.tokenizer, subject.texts, settings)
     prompt = documents.prompts[(documents.about["text"] == "python").argmax()][None].to(subject.model.device)
 
     def measure() -> Frames:
@@ -206,23 +151,12 @@ def _together(
     about, found = f"{subject.name}, {short_number(weights)} parameters", dict[str, list[pd.DataFrame]]()
     pieces = Pieces(folder / _key(subject, documents, settings), about, weights * SECONDS_PER_TOKEN_AND_PARAMETER)
     cost = sum(cost for _, cost, _ in plan)
-    with pieces.shown(subject.model.base_model, cost, "tok", _pass_cost), evaluating(subject.model):
+    with pieces.shown(subject.model.base_model, cost, PASS), evaluating(subject.model):
         for place, cost, measure in plan:
             for table, frame in pieces.kept(place, cost, measure).items():
                 frame.insert(0, "model", subject.name)
                 found.setdefault(table, []).append(frame.reindex(columns=COLUMNS) if table == "correction" else frame)
     return {table: pd.concat(frames, ignore_index=True) for table, frames in found.items()}
-
-
-def read_prompts(subject: Subject, settings: CorrectionConfig) -> Documents:
-    """The documents of all texts of a model. Raises InputError for a text with too few."""
-    parts = {text: prompts_of(subject.tokenizer, text, settings) for text in subject.texts}
-    about = [
-        pd.DataFrame({"text": text, "document": range(len(prompts)), "answer": answers or None})
-        for text, (prompts, _, answers) in parts.items()
-    ]
-    prompts, fresh, _ = zip(*parts.values(), strict=True)
-    return Documents(pd.concat(about, ignore_index=True), torch.cat(prompts), torch.cat(fresh))
 
 
 def planned_pieces(subject: Subject, documents: Documents, settings: CorrectionConfig) -> list[Planned]:
@@ -239,20 +173,11 @@ def planned_pieces(subject: Subject, documents: Documents, settings: CorrectionC
     return plan
 
 
-def _pass_cost(given: Mapping[str, Any]) -> int:
-    """What a pass of the model costs, in tokens: those that pass, and PASS for reading the weights."""
-    ids = given.get("input_ids")
-    return 0 if ids is None else PASS + ids.numel()
-
-
 def _key(subject: Subject, documents: Documents, settings: CorrectionConfig) -> str:
     """Digest of all that decides the numbers of a piece of some name: weights, thresholds, token ids, settings."""
     decides = {"version": VERSION, "batch": BATCH, "new_tokens": settings.new_tokens}
     rules = {rule: thresholds.values for rule, thresholds in subject.thresholds.items()}
-    digest = hashlib.sha256(json.dumps([decides, rules], sort_keys=True).encode())
-    for tensor in (*subject.model.parameters(), documents.prompts, documents.fresh):
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return measurement_key([decides, rules], subject.model, (documents.prompts, documents.fresh))
 
 
 class _Batch:
@@ -368,3 +293,34 @@ def repeated(tokens: list[int]) -> int:
 def _answer(text: str) -> str:
     found = re.match(r"\s*(\d+)", text)
     return found[1] if found else ""
+
+
+def _subjects(study: Asked) -> Iterator[Subject]:
+    """The pretrained model where it is here, else a line says how to get it; and the study's own ReLU model."""
+    wanted, device = study.profile.correction.model, default_device()
+    if missing := not_here(wanted):
+        print(missing)
+    else:
+        model, tokenizer = opened(wanted)
+        yield Subject(Path(wanted).name, model.to(device), tokenizer, ("english", "python", "arithmetic"))
+    model, tokenizer = study.trained_model("relu")
+    tokens, measure = study.corpus.tokens("validation"), study.profile.measure
+    calibration, evaluation = (
+        measurement_batches(tokens, model.config.max_position_embeddings, part, getattr(measure, f"{part}_tokens"))
+        for part in ("calibration", "evaluation")
+    )
+    model = model.eval().to(device)
+    cett = measure_sparsity(model, evaluation, "cett-ppl", measure.p, calibration, show_progress=False)
+    yield Subject("relu", model, tokenizer, ("python",), cett)
+
+
+def _tables(study: Asked) -> Frames:
+    settings, folder = study.profile.correction, study.output / "correction"
+    parts = [
+        corrected_drafts(subject, settings, folder) | drafting_speeds(subject, settings, folder)
+        for subject in _subjects(study)
+    ]
+    return {name: pd.concat([part[name] for part in parts]) for name in CORRECTION}
+
+
+MAKER = Maker(CORRECTION, _tables, missing=lambda profile: "")  # our own model needs no fetching

@@ -1,4 +1,7 @@
-"""Thresholds of training-free rules at a sparsity or a price, solved on one text and judged on another, as pieces."""
+"""The settings whose decoding speed is measured: thresholds of each rule at a sparsity or at a price in perplexity.
+
+Thresholds are solved on calibration text, what they cost is measured on evaluation text, and both are kept as pieces.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,11 +10,10 @@ from functools import partial
 import pandas as pd
 from transformers import PreTrainedModel
 
-from sparsity_utils.neurons.input_rules import INPUT_RULES
-from sparsity_utils.neurons.linears import find_linears
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import measure_sparsity
-from sparsity_utils.sparsity.training_free import RuleReport, TrainingFree
+from sparsity_utils.sparsity.rule_report import RuleReport
+from sparsity_utils.sparsity.training_free import TrainingFree
 from sparsity_utils.study.pieces import Frames, Pieces
 from sparsity_utils.study.pretrained import Text
 from sparsity_utils.study.profiles import InputSpeedConfig
@@ -40,15 +42,13 @@ class Calibrated:
     def __iter__(self) -> Iterator[Setting]:
         for rule in self.settings.rules:
             for sparsity in self.settings.sparsities if rule != "cett" else ():
-                yield self._kept(rule, f"{100 * sparsity:g}%", partial(self._at, rule, sparsity))
+                yield self._kept(rule, f"{100 * sparsity:g}%", 1, partial(self._at, rule, sparsity))
             for price in self.settings.prices:
                 name = f"{price:g}% of perplexity"
-                yield self._kept(rule, name, partial(self._at_price, rule, price))
+                yield self._kept(rule, name, SOLVING, partial(self._at_price, rule, price))
 
     def _at(self, rule: str, sparsity: float) -> RuleReport:
-        if rule in INPUT_RULES:  # top-k rules keep whole numbers of inputs
-            sparsity = INPUT_RULES[rule].nearest(sparsity, {linear.inputs for linear in find_linears(self.model)})
-        return self.report.at(rule, sparsity)
+        return self.report.at(rule, self.report.nearest(rule, sparsity))
 
     def _at_price(self, rule: str, price: float) -> RuleReport:
         if rule != "cett":
@@ -56,15 +56,17 @@ class Calibrated:
         found = measure_sparsity(self.model, self.text.evaluation, "cett-ppl", price, self.text.calibration)
         return self.report.evaluated(found.thresholds)
 
-    def _kept(self, rule: str, setting: str, measure: Callable[[], RuleReport]) -> Setting:
+    def _kept(self, rule: str, setting: str, passes: int, measure: Callable[[], RuleReport]) -> Setting:
+        """The setting, from its piece; `passes` over the calibration text are expected to solve it."""
+
         def frames() -> Frames:
             report = measure()
             about = {"rule": report.thresholds.rule, "sparsity": report.sparsity, "ppl_ratio": report.ppl_ratio}
             return {"thresholds": pd.DataFrame({"value": report.thresholds.values}), "report": pd.DataFrame([about])}
 
         calibration, evaluation = self.text.tokens
-        cost = (SOLVING if "perplexity" in setting else 1) * calibration + evaluation
-        kept = self.pieces.kept(f"thresholds {rule} {setting}".replace(" ", "-"), cost, frames)
+        name = f"thresholds {rule} {setting}".replace(" ", "-")
+        kept = self.pieces.kept(name, passes * calibration + evaluation, frames)
         about = kept["report"].iloc[0]
         thresholds = Thresholds(about["rule"], tuple(map(float, kept["thresholds"]["value"])))
         return Setting(rule, setting, thresholds, float(about["sparsity"]), float(about["ppl_ratio"]))

@@ -5,8 +5,6 @@ turns. Pieces are kept as they finish; the rounds of timing until all are there,
 """
 
 import copy
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -36,12 +34,14 @@ from sparsity_utils.neurons.linears import find_linears
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.study.input_settings import Calibrated, Setting
-from sparsity_utils.study.pieces import Frames, Pieces
-from sparsity_utils.study.pretrained import SECONDS_PER_TOKEN_AND_PARAMETER, Text, found_model, read_texts
-from sparsity_utils.study.profiles import InputSpeedConfig, PretrainedConfig
+from sparsity_utils.study.maker import Asked, Maker
+from sparsity_utils.study.pieces import Frames, Pieces, measurement_key
+from sparsity_utils.study.plan import INPUT_SPEEDS
+from sparsity_utils.study.pretrained import SECONDS_PER_TOKEN_AND_PARAMETER, Text, found_model, not_here, read_texts
+from sparsity_utils.study.profiles import InputSpeedConfig, PretrainedConfig, Profile
 
 VERSION = 1  # raise it when the same settings would measure something else
-BASE, WHOLE = ("transformers", "float32", "full"), "nothing skipped"
+WHOLE = "nothing skipped"
 READS = 5  # of memory, before each round
 
 
@@ -85,11 +85,8 @@ def located(name: str) -> str | Path | None:
 def _key(model: nn.Module, text: Text, settings: InputSpeedConfig) -> str:
     """Digest of all that decides thresholds and texts: weights, token ids, settings."""
     decides = {name: getattr(settings, name) for name in ("prompt", "new_tokens")}
-    digest = hashlib.sha256(json.dumps({**decides, "version": VERSION}, sort_keys=True).encode())
     ids = [batch["input_ids"] for batch in (*text.calibration, *text.evaluation)]
-    for tensor in (*model.parameters(), *ids):
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return measurement_key({**decides, "version": VERSION}, model, ids)
 
 
 class _Work:
@@ -98,7 +95,7 @@ class _Work:
     def __init__(self, name: str, settings: InputSpeedConfig, pretrained: PretrainedConfig, folder: Path) -> None:
         place = located(name)
         if place is None:
-            raise InputError(f"{name} is not here: python -m sparsity_utils fetch {name} gets it.")
+            raise InputError(not_here(name))
         tokenizer: PreTrainedTokenizerBase
         self.model, tokenizer = open_checkpoint(place, dtype=torch.float32)
         tokens = {part: getattr(settings, part) for part in ("window", "calibration_tokens", "evaluation_tokens")}
@@ -224,18 +221,15 @@ class _Work:
 
     def rows(self, ways: Sequence[Way], rounds: Sequence[pd.DataFrame]) -> pd.DataFrame:
         """The table, without what is the same in all rows. A way that chose a wrong word in any round has no speed."""
-        found = {
-            name: np.stack([one[name].to_numpy() for one in rounds], axis=1) for name in rounds[0]
-        }  # (ways, rounds)
+        # (ways, rounds) each
+        found = {name: np.stack([one[name].to_numpy() for one in rounds], axis=1) for name in rounds[0]}
         wrong = found["wrong"].max(axis=1)
         seconds = np.where(wrong[:, None] > 0, np.nan, found["rest"])
-        places = {
-            tuple(way.about[part] for part in ("engine", "rule", "weights", "head")): i for i, way in enumerate(ways)
-        }
-        rows = []
+        key = ("engine", "rule", "weights", "head")  # unique where nothing is skipped
+        places = {tuple(way.about[part] for part in key): place for place, way in enumerate(ways)}
+        base, rows = places["transformers", WHOLE, "float32", "full"], []
         for place, way in enumerate(ways):
             weights, head = way.about["weights"], way.about["head"]
-            base = places["transformers", WHOLE, "float32", "full"]
             whole = base if way.kernels is None else places["kernels", WHOLE, weights, head]
             compared = {"dense": seconds[base], "whole": seconds[whole], "own": seconds[place]}
             speed = (self.settings.new_tokens - 1) / seconds[place]
@@ -259,3 +253,15 @@ class _Work:
 def _interval(name: str, values: np.ndarray) -> dict[str, float]:
     low, median, high = median_interval(values)
     return {name: median, f"low_{name}": low, f"high_{name}": high}
+
+
+def _tables(study: Asked) -> Frames:
+    settings, given = study.profile.input_speeds, study.profile.pretrained
+    return {INPUT_SPEEDS: input_speeds(settings, given, study.output / INPUT_SPEEDS)}
+
+
+def _missing(profile: Profile) -> str:
+    return next((not_here(name) for name in profile.input_speeds.models if located(name) is None), "")
+
+
+MAKER = Maker((INPUT_SPEEDS,), _tables, _missing, of_machine=True)

@@ -1,18 +1,32 @@
 """A long measurement of one model, cut into pieces that are kept as they finish: a killed one goes on where it was."""
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsity_utils import paths
 
 Frames = dict[str, pd.DataFrame]
+
+
+def measurement_key(decides: Any, model: nn.Module, ids: Iterable[Tensor]) -> str:
+    """Name of the folder for the pieces of one measurement, of all that decides its numbers.
+
+    decides: settings and version, of what JSON can hold. ids: the token ids of the texts, in order.
+    """
+    found = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
+    for tensor in (*model.parameters(), *ids):
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 class Pieces:
@@ -48,19 +62,20 @@ class Pieces:
         self.told = True
 
     @contextmanager
-    def shown(self, model: nn.Module, cost: int, unit: str, count: Callable[[dict[str, Any]], int]) -> Iterator[None]:
-        """Inside the block a bar counts what passes `model`, whoever sends it there.
+    def shown(self, model: nn.Module, cost: int, each_pass: int = 0) -> Iterator[None]:
+        """Inside the block a bar counts the tokens that pass `model`, whoever sends them there.
 
-        cost: units of all pieces. count: units of one pass, from the keyword arguments of the model.
+        cost: of all pieces. each_pass: tokens that take as long as reading the weights does, counted with every pass.
         """
 
         def seen(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self.bar.update(count(kwargs))
+            if "input_ids" in kwargs:
+                self.bar.update(each_pass + kwargs["input_ids"].numel())
 
         handle = model.register_forward_pre_hook(seen, with_kwargs=True)
         try:
             hidden, name = bool(os.environ.get("CI")), self.about.partition(",")[0]
-            with tqdm(total=cost, desc=name, unit=unit, unit_scale=True, disable=hidden) as self.bar:
+            with tqdm(total=cost, desc=name, unit="tok", unit_scale=True, disable=hidden) as self.bar:
                 yield
         finally:
             handle.remove()

@@ -14,10 +14,10 @@ SPEEDS = {"sparse_ffn": "relu_vs_silu", "sparse_decoding": "relu_vs_silu", "dept
 # Tables of one measurement, of a model that is not trained here; each names its file.
 PRETRAINED = ("pretrained", "pretrained_prices", "pretrained_positions")
 # Training-free rules on a pretrained model, and on runs of the profile that are there for other questions.
-TRAINING_FREE = ("training_free", "training_free_documents", "training_free_blocks", "training_free_theory")
+TRAINING_FREE_TABLES = ("training_free", "training_free_documents", "training_free_blocks", "training_free_theory")
 # Sparse drafts that are corrected: of a pretrained model, and of the profile's own largest ReLU model.
 CORRECTION = ("correction", "correction_prefixes", "correction_speeds", "correction_text")
-OF_MODELS = (*PRETRAINED, *TRAINING_FREE, *CORRECTION)
+OF_MODELS = (*PRETRAINED, *TRAINING_FREE_TABLES, *CORRECTION)
 INPUT_SPEEDS = "input_speeds"  # of this machine and of models that need no run
 
 
@@ -65,7 +65,7 @@ def planned(profile: Profile, question: str) -> list[Settings]:
     study = profile.study
     if question in (*SPEEDS, *PRETRAINED, *CORRECTION, INPUT_SPEEDS):
         return []
-    if question in TRAINING_FREE:
+    if question in TRAINING_FREE_TABLES:
         return _decoders(profile)
     if question == "width_depth_ratio":
         return _unique(

@@ -4,12 +4,10 @@ The measurement is cut into pieces. Each is kept as it finishes, so that a kille
 of each document is read, the middle one: documents are then alike, and first tokens are not always the same word.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -19,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsity_utils.console import check, short_number
+from sparsity_utils.console import InputError, check, short_number
 from sparsity_utils.models.fetched import SOURCES, fetched
+from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.weights import description
 from sparsity_utils.neurons.find import find_ffns, layer_count
 from sparsity_utils.neurons.hooks import sparse_neurons
@@ -30,8 +29,10 @@ from sparsity_utils.sparsity.calibration import TOLERANCE, Calibration, solve_ce
 from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
 from sparsity_utils.sparsity.passes import checked
 from sparsity_utils.sparsity.predictions import by_document, document_activity, fat_thresholds, predictions
-from sparsity_utils.study.pieces import Frames, Pieces
-from sparsity_utils.study.profiles import PRICE, PretrainedConfig
+from sparsity_utils.study.maker import Asked, Maker
+from sparsity_utils.study.pieces import Frames, Pieces, measurement_key
+from sparsity_utils.study.plan import PRETRAINED
+from sparsity_utils.study.profiles import PRICE, PretrainedConfig, Profile
 from sparsity_utils.text.windows import pinned_documents, read_documents, split_documents
 
 VERSION = 1  # raise it when the same settings would measure other numbers
@@ -83,6 +84,22 @@ class Text:
 def found_model(name: str) -> str | Path | None:
     """What `open_checkpoint` opens for a model of a profile; None for one that can be fetched and was not."""
     return fetched(name) if name in SOURCES else name
+
+
+def not_here(name: str) -> str:
+    """How to get a model of a profile that can be fetched and was not; empty for any other."""
+    if found_model(name) is not None:
+        return ""
+    about = SOURCES[name].about
+    return f"{name} is not here, so nothing is measured: python -m sparsity_utils fetch {name} gets it ({about})."
+
+
+def opened(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model of a profile, in float32, and its tokenizer. Raises InputError for one that was not fetched."""
+    place = found_model(name)
+    if place is None:
+        raise InputError(not_here(name))
+    return open_checkpoint(place, dtype=torch.float32)
 
 
 def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PretrainedConfig) -> list[Text]:
@@ -148,11 +165,8 @@ def is_delimiter(token: str) -> bool:
 def _key(model: nn.Module, texts: list[Text], settings: PretrainedConfig) -> str:
     """Digest of all that decides the numbers: weights, token ids, settings."""
     decides = {name: value for name, value in asdict(settings).items() if name not in ("model", "english")}
-    digest = hashlib.sha256(json.dumps({**decides, "version": VERSION}, sort_keys=True).encode())
     ids = [batch["input_ids"] for text in texts for batch in (*text.calibration, *text.evaluation)]
-    for tensor in (*model.parameters(), *ids):
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return measurement_key({**decides, "version": VERSION}, model, ids)
 
 
 class _Work:
@@ -198,7 +212,7 @@ class _Work:
             return {"report": pd.DataFrame([numbers]), "thresholds": solved, "positions": table}
 
         calibration, evaluation = text.tokens
-        return self.kept(f"report-{text.name}", SOLVING * calibration + 2 * evaluation, measure)
+        return self.pieces.kept(f"report-{text.name}", SOLVING * calibration + 2 * evaluation, measure)
 
     def about(self) -> dict[str, object]:
         """What the model is."""
@@ -225,21 +239,22 @@ class _Work:
             return {"thresholds": pd.concat(tables)}
 
         cost = SOLVING * text.tokens[0] * len(prices)
-        return self.kept(f"thresholds-{text.name}-{self.dtype}", cost, measure)["thresholds"] if prices else None
+        return self.pieces.kept(f"thresholds-{text.name}-{self.dtype}", cost, measure)["thresholds"] if prices else None
 
     def prices(self, text: Text, thresholds: pd.DataFrame) -> pd.DataFrame:
         """What each setting costs on each document of a text. thresholds: of all texts, as `solved` gives them."""
         place, evaluation = f"{text.name}-{self.dtype}", text.tokens[1]
-        dense = self.kept(f"dense-{place}", evaluation, lambda: {"tokens": predictions(self.model, text.evaluation)})
+        predicted = partial(predictions, self.model, text.evaluation)
+        dense = self.pieces.kept(f"dense-{place}", evaluation, lambda: {"tokens": predicted()})
         tables = []
         for setting in self.settings_of(text, thresholds):
 
             def measure(setting: Setting = setting) -> Frames:
                 with sparse_neurons(self.model, setting.thresholds):
-                    return {"documents": by_document(dense["tokens"], predictions(self.model, text.evaluation))}
+                    return {"documents": by_document(dense["tokens"], predicted())}
 
             name = f"sparse-{place}-{setting.metric}-{setting.price:g}-{setting.solved_on}"
-            found = self.kept(name, evaluation, measure)["documents"]
+            found = self.pieces.kept(name, evaluation, measure)["documents"]
             about = {"text": text.name, "dtype": self.dtype, **setting.about()}
             tables.append(found.assign(**about, activation_ratio=found["document"].map(setting.activity)))
         return pd.concat(tables)
@@ -250,7 +265,7 @@ class _Work:
         groups = [group for _, group in wanted.groupby(["price", "solved_on"], sort=True)]
         rules = [Thresholds("cett", tuple(group.sort_values("layer")["threshold"])) for group in groups]
         place, evaluation = f"{text.name}-{self.dtype}", text.tokens[1]
-        activity = self.kept(
+        activity = self.pieces.kept(
             f"activity-{place}",
             evaluation,
             lambda: {"documents": document_activity(self.model, text.evaluation, rules)},
@@ -270,7 +285,7 @@ class _Work:
             rules, activity = fat_thresholds(self.model, text.evaluation, ratios)
             return {"eps": pd.DataFrame({"eps": [rule.values[0] for rule in rules]}), "documents": activity}
 
-        fat = self.kept(f"fat-{text.name}-{self.dtype}", text.tokens[1], measure)
+        fat = self.pieces.kept(f"fat-{text.name}-{self.dtype}", text.tokens[1], measure)
         activity, found = fat["documents"].set_index("document"), []
         for number, (one, ratio, eps) in enumerate(zip(own, ratios, fat["eps"]["eps"], strict=True)):
             k = max(1, round(ratio * self.d_ff))
@@ -281,18 +296,12 @@ class _Work:
                 found.append(Setting(metric, one.price, text.name, value, rule, share))
         return found
 
-    def kept(self, name: str, cost: int, measure: Callable[[], Frames]) -> Frames:
-        """The tables of a piece, as `Pieces.kept`; cost: tokens that pass the model."""
-        return self.pieces.kept(name, cost, measure)
-
     def shown(self, texts: list[Text]) -> AbstractContextManager:
-        """Inside the block a bar counts the tokens that pass the model, whoever sends them there."""
+        """`Pieces.shown`, with all tokens that are expected to pass the model."""
         prices, rivals = len(self.settings.prices), 3 * sum(price >= PRICE for price in self.settings.prices)
         cost = sum(SOLVING * text.tokens[0] * prices + (6 + prices + rivals) * text.tokens[1] for text in texts)
         cost += SOLVING * texts[0].tokens[0] + 3 * texts[0].tokens[1]
-        return self.pieces.shown(
-            self.model.base_model, cost, "tok", lambda given: given["input_ids"].numel() if "input_ids" in given else 0
-        )
+        return self.pieces.shown(self.model.base_model, cost)
 
 
 def _thresholds(text: Text, price: float, cett: float, solved: Thresholds, note: str) -> pd.DataFrame:
@@ -342,3 +351,15 @@ def positions(per_token: pd.DataFrame, delimiters: np.ndarray) -> pd.DataFrame:
     sizes = grouped.size().rename("tokens").reset_index()
     table = table.merge(sizes, on=["document", "kind"]).rename(columns={"kind": "position"})
     return table[["document", "layer", "position", "tokens", "activation_ratio"]]
+
+
+def _tables(study: Asked) -> Frames:
+    settings = study.profile.pretrained
+    return measured(*opened(settings.model), settings, study.output / "pretrained")
+
+
+def _missing(profile: Profile) -> str:
+    return not_here(profile.pretrained.model)
+
+
+MAKER = Maker(PRETRAINED, _tables, _missing)

@@ -6,7 +6,6 @@ a wrong type or an impossible value is an `InputError` that names the file and t
 
 import dataclasses
 import itertools
-import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
 from sparsity_utils.models.config import ACTIVATIONS, ModelConfig, TrainConfig
 from sparsity_utils.neurons.input_rules import TRAINING_FREE
-from sparsity_utils.study.training_free_config import TrainingFreeConfig
+from sparsity_utils.study.sections import as_mapping, check_known, parsed, read_section, typed
 from sparsity_utils.text.config import CorpusConfig
 
 
@@ -114,6 +113,41 @@ class CorrectionConfig:
             rising and 0.1 in self.thresholds,
             f"correction.thresholds is {list(self.thresholds)}; choose rising probabilities, 0.1 among them.",
         )
+
+
+@dataclass(frozen=True)
+class TrainingFreeConfig:
+    """How training-free rules are compared: notebook 10. The pretrained model and its English are of `pretrained`."""
+
+    window: int = 256  # tokens; one of each document
+    calibration_tokens: int = 1024  # on which thresholds are set
+    allocation_tokens: int = 512  # on which greedy allocation compares blocks
+    evaluation_tokens: int = 4096
+    decoder_tokens: int = 16384  # evaluation tokens of trained decoders
+    sparsities: tuple[float, ...] = (0.5,)  # of the pretrained model
+    decoder_sparsities: tuple[float, ...] = (0.25, 0.5, 0.625)
+    prices: tuple[float, ...] = ()  # rises of perplexity in percent that sparsities are solved for
+    greedy_step: float = 0.05  # of a block's weights
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_tokens", "allocation_tokens", "evaluation_tokens"):
+            tokens = getattr(self, name)
+            check(
+                self.window >= 2 and tokens > 0 and tokens % self.window == 0,
+                f"training_free.{name} is {tokens} and training_free.window {self.window}; give a window of 2 tokens "
+                f"or more, and a multiple of it.",
+            )
+        check(self.decoder_tokens > 0, f"training_free.decoder_tokens is {self.decoder_tokens}; it must be positive.")
+        for name in ("sparsities", "decoder_sparsities"):
+            shares = getattr(self, name)
+            check(
+                0.5 in shares and all(0 < share < 0.75 for share in shares),
+                f"training_free.{name} is {list(shares)}; choose shares above 0 and below 0.75, 0.5 among them.",
+            )
+        prices = all(0 < price <= 100 for price in self.prices)
+        check(prices, f"training_free.prices is {list(self.prices)}; choose percentages up to 100.")
+        step = self.greedy_step
+        check(0 < step <= 1, f"training_free.greedy_step is {step}; choose a share of a block's weights, at most 1.")
 
 
 @dataclass(frozen=True)
@@ -261,7 +295,7 @@ class Profile:
     measure: MeasureConfig = MeasureConfig()
     speed: SpeedConfig = SpeedConfig()
     pretrained: PretrainedConfig = PretrainedConfig()
-    training_free: TrainingFreeConfig = field(default_factory=TrainingFreeConfig)
+    training_free: TrainingFreeConfig = TrainingFreeConfig()
     input_speeds: InputSpeedConfig = InputSpeedConfig()
     correction: CorrectionConfig = CorrectionConfig()
     workers: int = 2  # runs side by side
@@ -270,6 +304,8 @@ class Profile:
     device: DeviceConfig | None = None  # None: costs are told in hours of CPU cores
 
     def __post_init__(self) -> None:
+        _check_shared(self.model, ModelConfig, {"d_model", "n_layers", "activation", "vocabulary"}, "model.")
+        _check_shared(self.train, TrainConfig, {"tokens", "seed"}, "train.")
         for name in ("workers", "threads"):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1 is needed.")
         devices, gpus = self.train.get("devices", 1), self.cluster.gpus if self.cluster else 0
@@ -305,26 +341,12 @@ class Profile:
         return self.cluster.parallel if self.cluster else self.workers
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are what they look like; in YAML 1.1 `1e-2` is a text, `010` is eight and `1:30` ninety."""
-
-    yaml_implicit_resolvers: typing.ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def number(self, node: yaml.ScalarNode) -> int | float:
-        """`5e6` and `1_000` are whole numbers, `1e-2` and `5.0` are not."""
-        try:
-            return int(node.value)
-        except ValueError:
-            number = float(node.value)
-            return int(number) if "e" in node.value.lower() and number.is_integer() else number
-
-
-NUMBER = re.compile(r"[-+]?(\d+(_\d+)*(\.(\d+(_\d+)*)?)?|\.\d+(_\d+)*)([eE][-+]?\d+)?$")
-_Loader.add_implicit_resolver("number", NUMBER, list("-+.0123456789"))
-_Loader.add_constructor("number", _Loader.number)
+def _check_shared(content: dict[str, Any], cls: type, from_study: set[str], where: str) -> None:
+    """Raises InputError for a shared setting that `cls` does not have, or that the study itself varies."""
+    hints = {key: hint for key, hint in typing.get_type_hints(cls).items() if key not in from_study}
+    check_known(content, hints, where)
+    for key, value in content.items():
+        typed(value, hints[key], where + key)
 
 
 def profile_names() -> list[str]:
@@ -343,13 +365,13 @@ def read_profile(name: str) -> Profile:
             f"There is no profile {name!r}; choose one of {', '.join(profile_names())}, or name a .yaml file."
         )
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = parsed(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{path.name} is not valid YAML ({str(error).splitlines()[0]}); correct it.") from error
     try:
-        content = _as_mapping(content, "the profile")
+        content = as_mapping(content, "the profile")
         check("name" not in content, "the key name is not for the file: a profile is named by its file.")
-        return _checked(_read(Profile, {"name": path.stem, **content}, ""), path.resolve().parent)
+        return _checked(read_section(Profile, {"name": path.stem, **content}), path.resolve().parent)
     except InputError as error:
         raise InputError(f"Profile {path.name}: {error}") from error
 
@@ -377,52 +399,3 @@ def _checked(profile: Profile, folder: Path) -> Profile:
     if corpus.path and (corpus.source == "path" or (folder / corpus.path).is_dir()):
         corpus = dataclasses.replace(corpus, path=str(folder / Path(corpus.path).expanduser()))
     return dataclasses.replace(profile, corpus=corpus)
-
-
-def _as_mapping(content: Any, where: str) -> dict:
-    check(isinstance(content, dict), f"{where} should hold 'key: value' lines, not {content!r}.")
-    return content
-
-
-def _read(cls: type, content: dict, where: str) -> Any:
-    """Make a dataclass `cls` of `content` and check its keys and types; messages name the dotted place `where`."""
-    hints = typing.get_type_hints(cls)
-    for key in content:
-        check(key in hints, f"unknown key {where}{key}; known are {', '.join(hints)}.")
-    for each in dataclasses.fields(cls):
-        required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
-        check(not required or each.name in content, f"the key {where}{each.name} is missing.")
-    values = {key: _value(value, hints[key], where + key) for key, value in content.items()}
-    if cls is Profile:
-        _check_shared(
-            values.get("model", {}), ModelConfig, {"d_model", "n_layers", "activation", "vocabulary"}, "model"
-        )
-        _check_shared(values.get("train", {}), TrainConfig, {"tokens", "seed"}, "train")
-    return cls(**values)
-
-
-def _check_shared(content: dict, cls: type, from_study: set[str], where: str) -> None:
-    """Raise InputError for a shared setting that `cls` does not have, or that the study itself varies."""
-    hints = {key: hint for key, hint in typing.get_type_hints(cls).items() if key not in from_study}
-    for key, value in content.items():
-        check(key in hints, f"unknown key {where}.{key}; known are {', '.join(hints)}.")
-        _value(value, hints[key], f"{where}.{key}")
-
-
-def _value(value: Any, hint: Any, where: str) -> Any:
-    """Convert `value` to the type `hint`: a dataclass, tuple, dict, int, float, str or None."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _read(hint, _as_mapping(value, where), where + ".")
-    if typing.get_origin(hint) is tuple:
-        check(isinstance(value, list), f"{where} is {value!r}; it should be a list.")
-        return tuple(_value(item, typing.get_args(hint)[0], f"{where}[{i}]") for i, item in enumerate(value))
-    if typing.get_origin(hint) is dict:
-        return _as_mapping(value, where)
-    allowed = tuple(t for t in (typing.get_args(hint) or (hint,)))
-    for section in filter(dataclasses.is_dataclass, allowed):  # one that may be left out
-        return _value(value, section, where)
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    good = isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed)
-    check(good, f"{where} is {value!r}; it should be of type {' or '.join(t.__name__ for t in allowed)}.")
-    return value

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from kernels import MAX_TOKENS
 from kernels.bench import ffn_speeds, grid
 from kernels.timing import alternate, median_interval, timed
 from sparsity_utils.console import InputError, progress
@@ -22,7 +23,11 @@ from sparsity_utils.neurons.hooks import observe_neurons
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import measure_sparsity
-from sparsity_utils.study.profiles import SpeedConfig
+from sparsity_utils.study.maker import Asked, Maker
+from sparsity_utils.study.pieces import Frames
+from sparsity_utils.study.plan import SPEEDS, planned
+from sparsity_utils.study.profiles import Profile, SpeedConfig
+from sparsity_utils.text.windows import measurement_batches
 
 SEQUENCES = (1, 4, 16)  # decoded side by side
 PROMPT = 32  # tokens
@@ -161,3 +166,41 @@ def _row(config: ModelConfig, times: dict[str, np.ndarray]) -> dict[str, float]:
         low, median, high = median_interval(times[name])
         row |= {f"{name}_us": median, f"{name}_low": low, f"{name}_high": high}
     return row | {"rounds": len(times[PASSES[0]]), "threads": torch.get_num_threads()}
+
+
+def _with_models(question: str, table: Callable[..., pd.DataFrame], study: Asked) -> Frames:
+    """A `table` of the study's own models, on a GPU where there is one."""
+    profile, tokens, device = study.profile, study.corpus.tokens("validation"), default_device()
+    models = {name: study.trained_model(name)[0].eval().to(device) for name in profile.study.activations}
+    context = next(iter(models.values())).config.max_position_embeddings
+    calibration = measurement_batches(tokens, context, "calibration", profile.measure.calibration_tokens)
+    windows = measurement_batches(tokens, context, "evaluation", MAX_TOKENS * context)[0]["input_ids"]
+    return {question: table(models, calibration, windows.to(device), profile.measure.p, profile.speed)}
+
+
+def _depth_cost(study: Asked) -> Frames:
+    """Times of the shapes of the width-depth line, untrained, on as many threads as their runs have."""
+    profile, threads = study.profile, torch.get_num_threads()
+    runs = planned(profile, SPEEDS["depth_cost"])
+    shapes = list(dict.fromkeys(model for model, _ in runs))
+    torch.set_num_threads(profile.threads)
+    try:
+        return {"depth_cost": step_times(shapes, runs[0][1].batch_tokens, profile.speed.rounds)}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _maker(question: str, make: Callable[[Asked], Frames]) -> Maker:
+    def missing(profile: Profile) -> str:
+        if planned(profile, SPEEDS[question]):
+            return ""
+        return f"Profile {profile.name} has no runs of {SPEEDS[question]}, for which {question} is measured."
+
+    return Maker((question,), make, missing, of_machine=True)
+
+
+MAKERS = [
+    _maker("sparse_ffn", partial(_with_models, "sparse_ffn", ffn_table)),
+    _maker("sparse_decoding", partial(_with_models, "sparse_decoding", decoding_table)),
+    _maker("depth_cost", _depth_cost),
+]

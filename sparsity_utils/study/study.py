@@ -8,7 +8,6 @@ import platform
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +16,27 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kernels import MAX_TOKENS
 from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
-from sparsity_utils.models.decoder import default_device
-from sparsity_utils.models.fetched import SOURCES
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.shapes import head_count
-from sparsity_utils.sparsity.metrics import measure_sparsity
-from sparsity_utils.study import training_free
-from sparsity_utils.study.correction import Subject, corrected_drafts, drafting_speeds
+from sparsity_utils.study import correction, input_speeds, pretrained, speeds, training_free
 from sparsity_utils.study.engines import do_jobs
-from sparsity_utils.study.input_speeds import input_speeds, located
 from sparsity_utils.study.jobs import Job, longest_first
 from sparsity_utils.study.measurements import measurement
-from sparsity_utils.study.plan import (
-    CORRECTION,
-    INPUT_SPEEDS,
-    PRETRAINED,
-    PUBLISHED_TABLES,
-    QUESTIONS,
-    SPEEDS,
-    TRAINING_FREE,
-    Settings,
-    planned,
-)
-from sparsity_utils.study.pretrained import found_model, measured
+from sparsity_utils.study.pieces import Frames
+from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
 from sparsity_utils.study.profiles import Profile, read_profile
 from sparsity_utils.study.runs import RunConfig, find_run, run_with_model
-from sparsity_utils.study.speeds import decoding_table, ffn_table, step_times
 from sparsity_utils.study.tables import Tables, known
 from sparsity_utils.text.corpus import Corpus, build_corpus
 from sparsity_utils.text.packed_text import unpack_text
-from sparsity_utils.text.windows import measurement_batches
 
+MAKERS = {
+    question: maker
+    for maker in (*speeds.MAKERS, pretrained.MAKER, training_free.MAKER, input_speeds.MAKER, correction.MAKER)
+    for question in maker.questions
+}
 IN_MEMORY = 2  # times its bytes that a text takes while it is built
 
 
@@ -61,7 +47,7 @@ class Study(Tables):
         super().__init__(name, folder)
         self.profile, self.text = profile, text
         self._corpus: Corpus | None = None
-        self._of_models: dict[str, pd.DataFrame] = {}
+        self._made: Frames = {}
 
     @classmethod
     def from_profile(cls, name: str, text: Path | None = None) -> "Study":
@@ -94,6 +80,11 @@ class Study(Tables):
         return study
 
     @property
+    def output(self) -> Path:
+        """The folder of the profile: its tables, figures and verdicts, and the pieces of long measurements."""
+        return self.folder.parent
+
+    @property
     def corpus(self) -> Corpus:
         """The text of the profile, built when first asked for."""
         if self._corpus is None:
@@ -112,14 +103,13 @@ class Study(Tables):
         """Whether this study has, or would make, the table of a question: profiles may leave some out."""
         if self.profile is None or question in PUBLISHED_TABLES:
             return super().answers(question)
-        opened = found_model(self.profile.pretrained.model) is not None
-        if question in PRETRAINED or (question in TRAINING_FREE and opened):
-            return opened
-        if question == INPUT_SPEEDS:
-            return all(map(located, self.profile.input_speeds.models))
-        if question in CORRECTION:
-            return True  # our own model needs no fetching
-        return bool(planned(self.profile, SPEEDS.get(known(question), question)))
+        if (maker := MAKERS.get(known(question))) is not None:
+            return not maker.missing(self.profile)
+        return bool(planned(self.profile, question))
+
+    def lacking(self, question: str) -> str:
+        maker = MAKERS.get(question) if self.profile is not None else None
+        return maker.missing(self.profile) if maker else super().lacking(question)
 
     def table(self, question: str) -> pd.DataFrame:
         """The table of a question, measured where the run store lacks it.
@@ -128,15 +118,23 @@ class Study(Tables):
         `Tables.table` does, and for a profile that leaves the question out.
         """
         file = self.file(question)
-        made = self.profile is not None and question not in PUBLISHED_TABLES
-        if made and not (question in (*SPEEDS, INPUT_SPEEDS) and file.exists()):
-            own = {**dict.fromkeys((*SPEEDS, INPUT_SPEEDS), self.speeds), **dict.fromkeys(PRETRAINED, self.pretrained)}
-            own |= dict.fromkeys(TRAINING_FREE, self.training_free)
-            own |= dict.fromkeys(CORRECTION, self.correction)
-            table = own.get(question, self._measured)(question)
+        own = self.profile is not None and question not in PUBLISHED_TABLES
+        measured = question in MAKERS and MAKERS[question].of_machine and file.exists()
+        if own and not measured:
+            table = self.made(question)
             with paths.written_aside(file) as aside:
                 table.to_csv(aside, index=False, float_format="%.8g")
         return super().table(question)
+
+    def made(self, question: str) -> pd.DataFrame:
+        """The table of a question, measured now and not written. What a maker made is asked for once; speeds, anew."""
+        maker = MAKERS.get(question)
+        if maker is None:
+            return self._measured(question)
+        if question not in self._made or maker.of_machine:
+            check(not (why := maker.missing(self.profile)), why)
+            self._made |= maker.make(self)
+        return self._made[question]
 
     def largest_config(self, activation: str) -> RunConfig:
         """The run that stands for an activation function: the largest size and, of its seeds, the first.
@@ -176,136 +174,14 @@ class Study(Tables):
     def keep_figure(self, name: str, figure) -> None:
         """Store a notebook's figure beside the tables; those of the recorded study are drawn by `make figures`."""
         if self.profile is not None:
-            figure.save(self.folder.parent / "figures" / name)
+            figure.save(self.output / "figures" / name)
 
     def keep_verdicts(self, notebook: str, verdicts: pd.DataFrame) -> None:
         """Store a notebook's verdicts and their reasons for what `make reproduce` tells; a recorded study does not."""
         if self.profile is not None:
             reasons = verdicts.attrs.get("reasons", "")
-            with paths.written_aside(self.folder.parent / "verdicts" / f"{notebook}.csv") as aside:
+            with paths.written_aside(self.output / "verdicts" / f"{notebook}.csv") as aside:
                 verdicts.assign(reason=reasons).to_csv(aside, index=False)
-
-    def speeds(self, question: str) -> pd.DataFrame:
-        """The table of a question of SPEEDS, measured now, on a GPU where there is one, with `trained_model`s.
-
-        Or that of INPUT_SPEEDS, with the models that the profile names.
-        """
-        if question == INPUT_SPEEDS:
-            return input_speeds(self.profile.input_speeds, self.profile.pretrained, self.folder.parent / question)
-        if question == "depth_cost":
-            return self._depth_cost()  # needs no trained model
-        models = {
-            activation: self.trained_model(activation)[0].eval().to(default_device())
-            for activation in self.profile.study.activations
-        }
-        tokens, settings = self.corpus.tokens("validation"), self.profile.measure
-        context = next(iter(models.values())).config.max_position_embeddings
-        calibration = measurement_batches(tokens, context, "calibration", settings.calibration_tokens)
-        windows = measurement_batches(tokens, context, "evaluation", MAX_TOKENS * context)[0]["input_ids"]
-        table = {"sparse_ffn": ffn_table, "sparse_decoding": decoding_table}[question]
-        return table(models, calibration, windows.to(default_device()), settings.p, self.profile.speed)
-
-    def pretrained(self, question: str) -> pd.DataFrame:
-        """The table of a question of PRETRAINED: all of them are measured at the first call.
-
-        Pieces are kept beside the tables. Raises InputError without the model.
-        """
-        settings = self.profile.pretrained
-        if question not in self._of_models:
-            name = found_model(settings.model)
-            if name is None:
-                raise InputError(self.lacking(question))
-            model, tokenizer = open_checkpoint(name, dtype=torch.float32)
-            self._of_models |= measured(model, tokenizer, settings, self.folder.parent / "pretrained")
-        return self._of_models[question]
-
-    def training_free(self, question: str) -> pd.DataFrame:
-        """The table of a question of TRAINING_FREE: all of them are measured at the first call.
-
-        Of the pretrained model where it is here, else a line says how to get it, and of the profile's own decoders.
-        Pieces are kept beside the tables.
-        """
-        settings, folder = self.profile.training_free, self.folder.parent / "training_free"
-        if question not in self._of_models:
-            parts, name = [{"training_free_theory": training_free.example_table()}], self.profile.pretrained.model
-            if found_model(name) is None:
-                print(self.not_here(name))
-            else:
-                model, tokenizer = open_checkpoint(found_model(name), dtype=torch.float32)
-                texts = training_free.read_text(tokenizer, self.profile.pretrained.english, settings)
-                about = {"model": Path(name).name, "seed": 0}
-                shares = settings.sparsities, settings.prices
-                parts.append(training_free.measured(about, model, texts, *shares, settings, folder))
-            for config in self.configs(question):
-                run = run_with_model(config, self.corpus)
-                if run.diverged:
-                    warnings.warn(f"{run.diverged} The study goes on without it.", stacklevel=2)
-                    continue
-                texts = training_free.corpus_text(self.corpus, config.model.context, settings)
-                about = {"model": config.title.partition(" seed")[0], "seed": config.train.seed}
-                model, shares = run.load(run.last_step), (settings.decoder_sparsities, ())
-                parts.append(training_free.measured(about, model, texts, *shares, settings, folder, decoder=True))
-            for name in TRAINING_FREE:
-                frames = [part[name] for part in parts if name in part]
-                none = pd.DataFrame(columns=training_free.DOCUMENT_COLUMNS)  # trained decoders have no sums by document
-                self._of_models[name] = pd.concat(frames, ignore_index=True) if frames else none
-        return self._of_models[question]
-
-    def correction(self, question: str) -> pd.DataFrame:
-        """The table of a question of CORRECTION, of a pretrained model and of the profile's own ReLU model.
-
-        All but speeds are measured at the first call. Pieces are kept beside the tables.
-        """
-        if question not in self._of_models:
-            settings, folder = self.profile.correction, self.folder.parent / "correction"
-            measure = drafting_speeds if question == "correction_speeds" else corrected_drafts
-            parts = [measure(subject, settings, folder) for subject in self.subjects]
-            self._of_models |= {name: pd.concat([part[name] for part in parts]) for name in parts[0]}
-        return self._of_models[question]
-
-    @cached_property
-    def subjects(self) -> list[Subject]:
-        """The models of CORRECTION, on a GPU where there is one; a line says how to get the pretrained one."""
-        found, wanted = list[Subject](), self.profile.correction.model
-        name = found_model(wanted)
-        if name is None:
-            print(self.not_here(wanted))
-        else:
-            model, tokenizer = open_checkpoint(name, dtype=torch.float32)
-            texts = ("english", "python", "arithmetic")
-            found.append(Subject(Path(wanted).name, model.to(default_device()), tokenizer, texts))
-        model, tokenizer = self.trained_model("relu")
-        tokens, measure = self.corpus.tokens("validation"), self.profile.measure
-        calibration, evaluation = (
-            measurement_batches(tokens, model.config.max_position_embeddings, part, measure.calibration_tokens)
-            for part in ("calibration", "evaluation")
-        )
-        model = model.eval().to(default_device())
-        cett = measure_sparsity(model, evaluation, "cett-ppl", measure.p, calibration, show_progress=False)
-        return [*found, Subject("relu", model, tokenizer, ("python",), cett)]
-
-    def lacking(self, question: str) -> str:
-        if question not in (*PRETRAINED, INPUT_SPEEDS) or self.profile is None:
-            return super().lacking(question)
-        settings = self.profile
-        names = (settings.pretrained.model,) if question in PRETRAINED else settings.input_speeds.models
-        return self.not_here(next(name for name in names if located(name) is None))
-
-    @staticmethod
-    def not_here(name: str) -> str:
-        """How to get a model that can be fetched."""
-        about = SOURCES[name].about
-        return f"{name} is not here, so nothing is measured: python -m sparsity_utils fetch {name} gets it ({about})."
-
-    def _depth_cost(self) -> pd.DataFrame:
-        """Times of the shapes of the width-depth line, on as many threads as their runs have."""
-        runs = planned(self.profile, "width_depth_ratio")
-        shapes, threads = list(dict.fromkeys(model for model, _ in runs)), torch.get_num_threads()
-        torch.set_num_threads(self.profile.threads)
-        try:
-            return step_times(shapes, runs[0][1].batch_tokens, self.profile.speed.rounds)
-        finally:
-            torch.set_num_threads(threads)
 
     def configs(self, question: str) -> list[RunConfig]:
         """The runs that a question needs: of a speed those whose models are timed, none for bare shapes."""

@@ -5,8 +5,7 @@ documents that set thresholds, those that a greedy allocation compares blocks on
 different ones.
 """
 
-import hashlib
-import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -27,12 +26,15 @@ from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.rotations import rotated
 from sparsity_utils.sparsity.down_masks import ALLOCATIONS, SCORES, DownScores
 from sparsity_utils.sparsity.optimality import check_lemma, check_stack, counter_example, diagonalised
-from sparsity_utils.sparsity.passes import Batch, checked, run_backbone
+from sparsity_utils.sparsity.passes import run_backbone
 from sparsity_utils.sparsity.rule_report import RuleReport
 from sparsity_utils.sparsity.training_free import GREEDY_TO, TrainingFree
-from sparsity_utils.study.pieces import Frames, Pieces
-from sparsity_utils.study.pretrained import middle_windows, pinned
-from sparsity_utils.study.training_free_config import TrainingFreeConfig
+from sparsity_utils.study.maker import Asked, Maker
+from sparsity_utils.study.pieces import Frames, Pieces, measurement_key
+from sparsity_utils.study.plan import TRAINING_FREE_TABLES, planned
+from sparsity_utils.study.pretrained import middle_windows, not_here, opened, pinned
+from sparsity_utils.study.profiles import Profile, TrainingFreeConfig
+from sparsity_utils.study.runs import run_with_model
 from sparsity_utils.text.corpus import Corpus
 from sparsity_utils.text.overlap import distinct
 from sparsity_utils.text.windows import read_documents, split_documents
@@ -146,7 +148,7 @@ def measured(
     folder: Path,
     decoder: bool = False,
 ) -> Frames:
-    """The tables of `plan.TRAINING_FREE` of a model; results/columns.csv describes them.
+    """The tables of `plan.TRAINING_FREE_TABLES` of a model; results/columns.csv describes them.
 
     Pieces that are already in `folder` are not measured again; each model, text and setting has a folder of its own.
 
@@ -199,26 +201,16 @@ class _Work:
         return TrainingFree(self.model, calibration, evaluation, allocation, greedy_step=step, greedy_to=self.greedy_to)
 
     @cached_property
-    def calibration(self) -> list[Batch]:
-        """The calibration text, on the model's device."""
-        return list(checked(self.model, self.texts["calibration"], "calibration"))
-
-    @cached_property
     def down(self) -> DownScores:
         """Neurons on the calibration text."""
-        return DownScores(self.model, self.calibration)
-
-    @cached_property
-    def widths(self) -> set[int]:
-        """Numbers of inputs of the linear maps."""
-        return {linear.inputs for linear in find_linears(self.model)}
+        return DownScores(self.model, self.judge.texts["calibration"])
 
     def tables(self, settings: list[Setting]) -> Frames:
         """All pieces, put together."""
         plan = self._plan(settings)
         found: dict[str, list[pd.DataFrame]] = {}
         total = sum(cost for _, cost, _ in plan)
-        with self.pieces.shown(self.model.base_model, total, "tok", _ids), evaluating(self.model):
+        with self.pieces.shown(self.model.base_model, total), evaluating(self.model):
             for place, cost, measure in plan:
                 for table, frame in self.pieces.kept(place, cost, measure).items():
                     if table == "path":
@@ -273,16 +265,15 @@ class _Work:
 
     def nearest(self, level: float) -> float:
         """The sparsity nearest to `level` that top-k rules can meet in all maps: the same for all rules."""
-        return INPUT_RULES["wina"].nearest(level, self.widths)
+        return self.judge.nearest("wina", level)
 
     def blocks(self) -> pd.DataFrame:
         """Error of each block under the uniform and the greedy thresholds of TEAL, and the greedy sparsities."""
         level = self.nearest(HALF)
         pair = [self.judge.thresholds("teal", level, greedy=greedy) for greedy in (False, True)]
         errors = self.judge.block_errors(pair).set_axis(["uniform", "greedy"], axis=1)
-        maps = find_linears(self.model)
-        shares = pd.Series(self.judge.sparsities("teal", level), [(linear.layer, linear.role) for linear in maps])
-        shares.index = pd.MultiIndex.from_tuples(shares.index)
+        places = pd.MultiIndex.from_tuples([(linear.layer, linear.role) for linear in find_linears(self.model)])
+        shares = pd.Series(self.judge.sparsities("teal", level), places)
         return errors.assign(sparsity=level, layer=range(len(errors))).join(shares.unstack(), on="layer")
 
     def theory(self) -> pd.DataFrame:
@@ -293,7 +284,7 @@ class _Work:
             seen[readers[0].layer, readers[0].vector] = x[:: max(1, len(x) // VECTORS)][:VECTORS].double()
 
         with observe_inputs(self.model, keep, maps):
-            run_backbone(self.model, self.calibration[0])
+            run_backbone(self.model, self.judge.texts["calibration"][0])
         rows = []
         for linear in maps:
             if linear.role in ("k", "gate"):
@@ -309,11 +300,6 @@ class _Work:
                 stack = check_stack(first, second, seen[layer, "ffn"], HALF)
                 rows.append({"layer": layer, "check": "stack", **stack._asdict()})
         return pd.DataFrame(rows)
-
-
-def _ids(given: dict[str, Any]) -> int:
-    """Tokens of one pass, from the keyword arguments of the model."""
-    return given["input_ids"].numel() if "input_ids" in given else 0
 
 
 def _numbers(report: RuleReport) -> dict[str, object]:
@@ -347,7 +333,46 @@ def _numbers(report: RuleReport) -> dict[str, object]:
 def _key(model: nn.Module, texts: Texts, settings: TrainingFreeConfig) -> str:
     """Digest of all that decides the numbers but the setting: weights, token ids, step of the greedy allocation."""
     decides = {"version": VERSION, "step": settings.greedy_step}
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
-    for tensor in (*model.parameters(), *(part[0]["input_ids"] for part in texts)):
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    return measurement_key(decides, model, [part[0]["input_ids"] for part in texts])
+
+
+def _tables(study: Asked) -> Frames:
+    """Of the pretrained model where it is here, else a line says how to get it, and of the study's own decoders."""
+    parts = [{"training_free_theory": example_table()}, *_of_pretrained(study), *_of_decoders(study)]
+    found: Frames = {}
+    for name in TRAINING_FREE_TABLES:
+        frames = [part[name] for part in parts if name in part]
+        none = pd.DataFrame(columns=DOCUMENT_COLUMNS)  # trained decoders have no sums by document
+        found[name] = pd.concat(frames, ignore_index=True) if frames else none
+    return found
+
+
+def _of_pretrained(study: Asked) -> Iterator[Frames]:
+    settings, given = study.profile.training_free, study.profile.pretrained
+    if missing := not_here(given.model):
+        print(missing)
+        return
+    model, tokenizer = opened(given.model)
+    texts = read_text(tokenizer, given.english, settings)
+    about, shares = {"model": Path(given.model).name, "seed": 0}, (settings.sparsities, settings.prices)
+    yield measured(about, model, texts, *shares, settings, study.output / "training_free")
+
+
+def _of_decoders(study: Asked) -> Iterator[Frames]:
+    settings = study.profile.training_free
+    for config in study.configs("training_free"):
+        run = run_with_model(config, study.corpus)
+        if run.diverged:
+            warnings.warn(f"{run.diverged} The study goes on without it.", stacklevel=2)
+            continue
+        texts = corpus_text(study.corpus, config.model.context, settings)
+        about = {"model": config.title.partition(" seed")[0], "seed": config.train.seed}
+        model, shares = run.load(run.last_step), (settings.decoder_sparsities, ())
+        yield measured(about, model, texts, *shares, settings, study.output / "training_free", decoder=True)
+
+
+def _missing(profile: Profile) -> str:
+    return "" if planned(profile, "training_free") else not_here(profile.pretrained.model)
+
+
+MAKER = Maker(TRAINING_FREE_TABLES, _tables, _missing)

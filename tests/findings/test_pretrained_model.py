@@ -1,17 +1,13 @@
 """Verdicts on a pretrained model, on tables whose answers are planted; its notebook, with a stand-in and without."""
 
-from types import SimpleNamespace
-
-import nbformat
 import pandas as pd
 import pytest
+from notebook_runs import run_notebook
 from planted import check_stated
 from planted_pretrained import positions_table, pretrained_table, prices_table
-from small import profile_content, write_profile, write_text
+from small import profile_content, write_text
 from tiny_llama import write_llama
 
-from sparsity_utils import paths
-from sparsity_utils.commands.notebooks import execute
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import pretrained_figures, pretrained_model
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
@@ -104,25 +100,11 @@ def test_an_unusable_table_is_an_input_error(tmp_path):
         analysed(tmp_path, positions=positions_table().drop(columns="tokens"))
 
 
-NOTEBOOK = paths.NOTEBOOKS / "09_pretrained_model.ipynb"
-
-
-def run(tmp_path, monkeypatch, **parameters) -> SimpleNamespace:
-    """The notebook executed with source "run": its text outputs, and the verdicts that it stored."""
-    monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
+def run(tmp_path, monkeypatch, **parameters):
     content = profile_content(tmp_path) | {
         "pretrained": {"window": 32, "calibration_tokens": 256, "evaluation_tokens": 512, "prices": [1]}
     }
-    settings = {"source": "run", "profile": write_profile(tmp_path, content), **parameters}
-    execute(NOTEBOOK, tmp_path / "out.ipynb", settings)
-    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    text = "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
-    folder = paths.profile_output("tiny")
-    figures = {file.stem for file in (folder / "figures").glob("*.png")}
-    return SimpleNamespace(
-        text=text, verdicts=pd.read_csv(folder / "verdicts" / "09_pretrained_model.csv"), figures=figures
-    )
+    return run_notebook("09_pretrained_model", tmp_path, monkeypatch, content, **parameters)
 
 
 def test_the_notebook_measures_a_stand_in(tmp_path, monkeypatch):

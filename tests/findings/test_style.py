@@ -106,8 +106,9 @@ def test_colours_stay_apart_for_every_eye(eyes):
         assert distance > APART, (one, other)
 
 
-def test_the_first_looks_differ_in_grey_too():
+def test_the_first_looks_differ_in_colour_and_marker_and_in_grey_too():
     looks = [style.Look(number) for number in range(12)]
+    assert len({(look.colour, look.marker) for look in looks}) == len(looks)
     assert len({(look.marker, look.line) for look in looks}) == len(looks)
 
 

@@ -1,17 +1,13 @@
 """Verdicts on training-free rules, on tables whose answers are planted; the notebook, with a stand-in and without."""
 
-from types import SimpleNamespace
-
-import nbformat
 import pandas as pd
 import pytest
+from notebook_runs import run_notebook
 from planted import check_stated
 from planted_training_free import tables
-from small import profile_content, write_profile, write_text
+from small import profile_content, write_text
 from tiny_llama import write_llama
 
-from sparsity_utils import paths
-from sparsity_utils.commands.notebooks import execute
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import printed_numbers, training_free
 from sparsity_utils.findings import training_free_figures as shown
@@ -135,28 +131,14 @@ def test_printed_numbers_follow_from_shapes():
     assert len(printed_numbers.read_only()) == 5
 
 
-NOTEBOOK = paths.NOTEBOOKS / "10_training_free.ipynb"
-
-
-def run(tmp_path, monkeypatch, **parameters) -> SimpleNamespace:
-    """The notebook executed with source "run": its text outputs, and the verdicts that it stored."""
-    monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
+def run(tmp_path, monkeypatch, **parameters):
     content = profile_content(write_text(tmp_path / "text")) | {
         "training_free": {
             "window": 32, "calibration_tokens": 64, "allocation_tokens": 32, "evaluation_tokens": 256,
             "decoder_tokens": 64, "sparsities": [0.5], "decoder_sparsities": [0.5], "prices": [1], "greedy_step": 0.25,
         }
     }  # fmt: skip
-    settings = {"source": "run", "profile": write_profile(tmp_path, content), **parameters}
-    execute(NOTEBOOK, tmp_path / "out.ipynb", settings)
-    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    text = "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
-    folder = paths.profile_output("tiny")
-    figures = {file.stem for file in (folder / "figures").glob("*.png")}
-    return SimpleNamespace(
-        text=text, verdicts=pd.read_csv(folder / "verdicts" / "10_training_free.csv"), figures=figures
-    )
+    return run_notebook("10_training_free", tmp_path, monkeypatch, content, **parameters)
 
 
 def test_the_notebook_measures_a_stand_in_and_decoders(tmp_path, monkeypatch):

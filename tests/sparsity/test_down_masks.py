@@ -10,7 +10,7 @@ from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
-from sparsity_utils.sparsity import down_masks
+from sparsity_utils.sparsity import down_masks, input_thresholds
 from sparsity_utils.sparsity.down_masks import ALLOCATIONS, SCORES, DownScores
 from sparsity_utils.sparsity.passes import checked
 from sparsity_utils.sparsity.training_free import TrainingFree
@@ -66,6 +66,14 @@ def test_a_mask_keeps_the_largest_scores_and_leaves_out_what_was_asked(score, al
     assert left_out == pytest.approx(0.6 * 2 * 72 * 40, abs=2)
 
 
+def test_no_neuron_stays_where_all_are_left_out():
+    model = grouped_query()
+    for allocation in ALLOCATIONS:
+        mask = scores_of(model).mask("n", allocation, 1.0)
+        for ffn, (s, h, _) in zip(find_ffns(model), seen_by(model), strict=True):
+            assert not mask.active(ffn, s, h).any()
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_cett_gives_every_layer_one_relative_error(score, monkeypatch):
     monkeypatch.setattr(down_masks, "GRID", 200)
@@ -105,5 +113,5 @@ def test_only_the_down_projection_is_read_in_part():
 
 def test_kept_tokens_are_bounded(monkeypatch):
     model = grouped_query()
-    monkeypatch.setattr(down_masks, "KEPT_BYTES", 8 * 80 * 24)
+    monkeypatch.setattr(input_thresholds, "KEPT_BYTES", 8 * 80 * 24)
     assert [len(h) for _, h in scores_of(model).parts] == [24, 24]

@@ -168,6 +168,18 @@ def test_perplexity_rises_by_what_was_asked_on_the_calibration_text(greedy, p):
     assert 0 < report.calibrated_sparsity < 1
 
 
+def test_the_sparsity_that_is_told_is_that_of_the_mask_however_near_it_comes(monkeypatch):
+    monkeypatch.setattr(module, "REALISED", -1.0)  # never met
+    found, asked = harness(grouped_query()), []
+
+    def masks(sparsity):
+        asked.append(sparsity)
+        return found.thresholds("teal", sparsity)
+
+    report = found.at_realised(masks, 0.5)
+    assert len(asked) == module.CORRECTIONS and report.calibrated_sparsity == asked[-1]
+
+
 def test_a_greedy_report_uses_the_allocation_of_its_sparsity():
     model = grouped_query()
     maps = find_linears(model)
@@ -204,8 +216,7 @@ class Loudest(InputRule):
 def test_an_added_rule_is_calibrated_allocated_and_judged(monkeypatch):
     for rules in (INPUT_RULES, TRAINING_FREE):  # of thresholds, of measurements
         monkeypatch.setitem(rules, "loudest", Loudest())
-    monkeypatch.setattr(module, "STEP", 0.1)
-    found = harness(grouped_query())
+    found = harness(grouped_query(), greedy_step=0.1)
     for report in (
         found.at("loudest", 0.5),
         found.at("loudest", 0.5, greedy=True),

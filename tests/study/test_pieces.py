@@ -15,7 +15,7 @@ def table(value: int) -> dict[str, pd.DataFrame]:
 def test_a_piece_is_measured_once_and_then_read(tmp_path, capsys):
     for turn in range(2):
         pieces = Pieces(tmp_path, "a model", seconds=60.0)
-        with pieces.shown(nn.Identity(), 5, "tok", lambda given: 0):
+        with pieces.shown(nn.Identity(), 5):
             found = [pieces.kept(name, cost, partial(table, turn)) for name, cost in (("one", 2), ("two", 3))]
         assert [frames["numbers"]["n"].item() for frames in found] == [0, 0]
     assert capsys.readouterr().out == "Measuring a model: about 5 min on two quiet cores; finished pieces are kept.\n"

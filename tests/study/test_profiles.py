@@ -12,10 +12,10 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig
 from sparsity_utils.models.shapes import d_ff, head_count, non_embedding_parameters
-from sparsity_utils.study import profiles
 from sparsity_utils.study.plan import COVERING, QUESTIONS, planned, ratio_shapes
 from sparsity_utils.study.profiles import profile_names, read_profile
 from sparsity_utils.study.runs import digest
+from sparsity_utils.study.sections import parsed
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -214,7 +214,7 @@ NUMBERS = {
 def test_numbers_in_yaml_are_what_they_look_like(tmp_path, written, wanted):
     file = tmp_path / "a.yaml"
     file.write_text(f"about: x\nworkers: {written}\n", encoding="utf-8")
-    (found,) = [value for key, value in yaml.load(file.read_text(), profiles._Loader).items() if key == "workers"]
+    (found,) = [value for key, value in parsed(file.read_text()).items() if key == "workers"]
     assert found == wanted and type(found) is type(wanted)
 
 
@@ -254,7 +254,7 @@ def test_what_is_no_whole_number_is_refused_in_a_sentence(tmp_path, written):
 @pytest.mark.parametrize("name", profile_names())
 def test_shipped_profiles_read_as_yaml_1_1_reads_them(name):
     text = (paths.PROFILES / f"{name}.yaml").read_text()
-    assert json.dumps(yaml.load(text, profiles._Loader)) == json.dumps(yaml.safe_load(text))
+    assert json.dumps(parsed(text)) == json.dumps(yaml.safe_load(text))
 
 
 def test_a_relative_text_path_starts_at_the_profile(tmp_path):

@@ -14,10 +14,9 @@ from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.neurons.linears import sparse_inputs
 from sparsity_utils.sparsity.training_free import TrainingFree
 from sparsity_utils.study import training_free
-from sparsity_utils.study.plan import TRAINING_FREE, planned
-from sparsity_utils.study.profiles import read_profile
+from sparsity_utils.study.plan import TRAINING_FREE_TABLES, planned
+from sparsity_utils.study.profiles import TrainingFreeConfig, read_profile
 from sparsity_utils.study.study import Study
-from sparsity_utils.study.training_free_config import TrainingFreeConfig
 
 SETTINGS = TrainingFreeConfig(
     window=32, calibration_tokens=256, allocation_tokens=64, evaluation_tokens=512, decoder_tokens=64,
@@ -79,8 +78,7 @@ def test_a_row_is_what_its_setting_measures_alone(here, texts, tables, method, a
     calibration, allocating, evaluation = texts
     judge = TrainingFree(opened(here)[0], calibration, evaluation, allocating, greedy_step=SETTINGS.greedy_step)
     if method == "n":
-        checked = list(training_free.checked(judge.model, calibration, "calibration"))
-        scores = training_free.DownScores(judge.model, checked)
+        scores = training_free.DownScores(judge.model, judge.texts["calibration"])
         report = judge.at_realised(lambda asked: scores.mask("n", "cett", asked), level)
     elif by == "weights":
         report = judge.at_weights_read(method, level, rotate=rotated)
@@ -140,7 +138,7 @@ def test_every_setting_has_a_row_and_equal_sparsities_are_equal(tables):
     assert refused["note"].str.contains("does not raise perplexity").all()
 
 
-def test_blocks_and_theory_have_a_row_each(here, texts, tables):
+def test_blocks_and_theory_have_a_row_each(here, texts, tables, tmp_path):
     blocks = tables["training_free_blocks"].sort_values("layer")
     assert blocks["layer"].tolist() == [0, 1] and (blocks[["uniform", "greedy"]] > 0).all(axis=None)
     sizes = {"q": 24 * 24, "k": 24 * 8, "v": 24 * 8, "o": 24 * 24, "gate": 24 * 64, "up": 24 * 64, "down": 24 * 64}
@@ -149,15 +147,15 @@ def test_blocks_and_theory_have_a_row_each(here, texts, tables):
     theory = tables["training_free_theory"]
     assert theory["check"].value_counts().to_dict() == {"lemma k": 2, "lemma gate": 2}
     assert (theory["identity"] < 1e-12).all() and (theory["violations"] == 0).all()
-    decoder = measured(here, texts, decoder=True)
-    stacks = decoder["training_free_theory"].query("check == 'stack'")
-    assert len(decoder["training_free"]) == len(tables["training_free"])
-    assert len(stacks) in (0, 2)  # pieces of the same model are there already
+    decoder = training_free._Work(ABOUT, opened(here)[0], texts, SETTINGS, tmp_path, decoder=True, greedy_to=0.5)
+    with torch.no_grad():
+        checks = decoder.theory()["check"].value_counts().to_dict()
+    assert checks == {"lemma k": 2, "lemma gate": 2, "stack": 2}
 
 
 def test_a_stopped_measurement_goes_on_where_it_was(here, texts, tables, tmp_path):
     again = measured(here, texts)
-    for name in TRAINING_FREE:
+    for name in TRAINING_FREE_TABLES:
         pd.testing.assert_frame_equal(again[name], tables[name])
     (folder,) = (here / "pieces").iterdir()
     gone = folder / "teal-greedy-sparsity-0.5"
@@ -231,4 +229,4 @@ def test_a_study_measures_its_decoders_and_says_how_to_get_the_model(tmp_path, m
     assert set(table["model"]) == {"16x2 silu"} and set(table["seed"]) == {0, 1} and len(table) == 2 * 19
     assert set(theory["check"]) == {"stack", "lemma k", "lemma gate"} and "example" in set(theory["model"])
     assert study.table("training_free_documents").empty and len(study.table("training_free_blocks")) == 4
-    assert {file.stem for file in study.folder.glob("training_free*.csv")} == set(TRAINING_FREE)
+    assert {file.stem for file in study.folder.glob("training_free*.csv")} == set(TRAINING_FREE_TABLES)
