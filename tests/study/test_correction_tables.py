@@ -16,7 +16,7 @@ from sparsity_utils.decoding.drafters import FromPrompt, Masked, fsparse, top_in
 from sparsity_utils.decoding.speed import greedy
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.paths import RESULTS
-from sparsity_utils.study import correction
+from sparsity_utils.study import correction, correction_prompts
 from sparsity_utils.study.plan import CORRECTION
 from sparsity_utils.study.profiles import CorrectionConfig
 from sparsity_utils.study.study import Study
@@ -62,7 +62,7 @@ def rows_of(tables, text, rule, way, threshold=None):
 
 def test_a_row_is_what_its_document_gives_alone(opened, tables):
     model, tokenizer = opened
-    prompts, _, _ = correction.prompts_of(tokenizer, "english", SETTINGS)
+    prompts, _, _ = correction_prompts.prompts_of(tokenizer, "english", SETTINGS)
     drafters = {"fsparse": Masked(model, fsparse(model, 0.5)), "csparse": FromPrompt(model, 0.5)}
     drafters["teal"] = Masked(model, top_inputs(model, 0.5))
     full, _ = greedy(model, prompts, 12)
@@ -122,7 +122,7 @@ def test_densities_are_those_of_the_weights(opened, tables):
 
 def test_prefixes_word_by_word(opened, tables):
     model, tokenizer = opened
-    prompts, fresh, _ = correction.prompts_of(tokenizer, "python", SETTINGS)
+    prompts, fresh, _ = correction_prompts.prompts_of(tokenizer, "python", SETTINGS)
     full, _ = greedy(model, prompts, 12)
     drafter = FromPrompt(model, 0.5)
     table = tables["correction_prefixes"].query("text == 'python'")
@@ -171,7 +171,7 @@ def test_no_speed_where_texts_differ(opened, pieces, monkeypatch):
     from sparsity_utils.study import correction_speed
 
     monkeypatch.setattr(correction_speed, "Shrunk", lambda model, share: Masked(model, fsparse(model, 0.02)))
-    prompt = correction.prompts_of(opened[1], "python", SETTINGS)[0][:1]
+    prompt = correction_prompts.prompts_of(opened[1], "python", SETTINGS)[0][:1]
     table = correction_speed.speeds(opened[0], prompt, {}, {"csparse": 0.7, "full": 1.0}, SETTINGS).set_index("way")
     assert not table.loc["alone", "same_tokens"] and math.isnan(table.loc["alone", "tokens_per_second"])
     assert table.loc["lossless", "same_tokens"]  # whatever drafts it
@@ -198,7 +198,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(opened, pieces, tables, tmp_
 
 def test_sums_have_their_answers(opened):
     _, tokenizer = opened
-    prompts, _, answers = correction.prompts_of(tokenizer, "arithmetic", SETTINGS)
+    prompts, _, answers = correction_prompts.prompts_of(tokenizer, "arithmetic", SETTINGS)
     for prompt, answer in zip(prompts, answers, strict=True):
         left, right = tokenizer.decode(prompt).splitlines()[-1].removesuffix(" =").split(" + ")
         assert int(left) + int(right) == int(answer)
@@ -214,9 +214,9 @@ def test_repeated_sequences_of_eight_words():
 
 def test_too_little_text_is_an_input_error(opened, pieces):
     with pytest.raises(InputError, match="english text has 0 documents of 200000 tokens, and 3 are asked for"):
-        correction.prompts_of(opened[1], "english", replace(SETTINGS, prompt=100_000))
+        correction_prompts.prompts_of(opened[1], "english", replace(SETTINGS, prompt=100_000))
     with pytest.raises(InputError, match="24 sums have fewer than 1000 tokens"):
-        correction.prompts_of(opened[1], "arithmetic", replace(SETTINGS, prompt=1000))
+        correction_prompts.prompts_of(opened[1], "arithmetic", replace(SETTINGS, prompt=1000))
     with pytest.raises(InputError, match="longer than the model's context"):
         settings = replace(SETTINGS, new_tokens=600)
         measured(opened, pieces, settings, ("python",))
