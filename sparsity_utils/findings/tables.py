@@ -10,6 +10,7 @@ from pandas.api.types import is_numeric_dtype
 
 TERMS = ("d_model", "n_layers", "d_ff")  # are words of the field
 WORDS = {"rmse": "RMS error", "aicc": "AICc", "cett": "CETT", "ppl": "perplexity", "flops": "FLOPs", "us": "µs"}
+ROWS = 80  # of a table; from a longer one pandas leaves out the middle
 SENTENCE = 40  # letters from which on a text is given room
 LEFT, ROOM = "text-align: left; white-space: normal;", " min-width: 12em;"
 
@@ -22,11 +23,11 @@ def show_in_words() -> None:
 
 
 def as_html(table: pd.DataFrame) -> str:
-    """What pandas shows, uncut, with words for headings and with texts left-aligned.
+    """What pandas shows, texts uncut, with words for headings and with texts left-aligned.
 
     Alignment stands in each cell: viewers drop style sheets from notebooks that are not trusted.
     """
-    with pd.option_context("display.max_colwidth", None):
+    with pd.option_context("display.max_colwidth", None, "display.max_rows", ROWS):
         html = table.rename(columns=in_words).rename_axis(index=in_words, columns=in_words)._repr_html_()
     before, found, after = re.split(r"(<table.*</table>)", html, flags=re.DOTALL)
     root = ElementTree.fromstring(found)

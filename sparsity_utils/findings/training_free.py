@@ -16,6 +16,7 @@ from sparsity_utils.findings.style import ShownFigure
 from sparsity_utils.findings.training_free_figures import down_figure, pareto_figure
 from sparsity_utils.laws.limits import require
 from sparsity_utils.laws.rules_compared import (
+    LEVEL,
     SETTING,
     SUMS,
     against,
@@ -43,7 +44,7 @@ _EXCESS = "the quotient of their excess losses (sparse less dense) less 1"
 
 
 def _below(percent: float) -> str:
-    return f"95% interval below {percent:g}%; one wholly above refutes; {_TOKENS}; {_SAME}"
+    return f"{LEVEL:.0%} interval below {percent:g}%; one wholly above refutes; {_TOKENS}; {_SAME}"
 
 
 LEMMA = Claim(
@@ -89,6 +90,7 @@ NORM_50, NORM_65 = (
         _PAIRED
         + f"{_EXCESS}; WINA as printed and TEAL's score, both top-k, unrotated, one sparsity for all seven maps",
         _below(margin),
+        level=LEVEL,
         region=(-math.inf, margin / 100),
     )
     for level, published, margin in (
@@ -105,7 +107,8 @@ ROTATION = Claim(
     _PAIRED
     + f"{_EXCESS}; WINA rotated and not, both reading half of the weights of the seven maps, two d x d matrices "
     "per block charged to the rotated one",
-    "95% interval below -2%; inside -2 to 2% is a tie; one wholly above -2% refutes; " + _TOKENS,
+    f"{LEVEL:.0%} interval below -2%; inside -2 to 2% is a tie; one wholly above -2% refutes; " + _TOKENS,
+    level=LEVEL,
     region=(-math.inf, -0.02),
 )
 GREEDY_ERROR = Claim(
@@ -116,7 +119,8 @@ GREEDY_ERROR = Claim(
     "% of the uniform error",
     "TEAL at 50%, error of each block's output on calibration text, greedy over uniform less 1: mean over blocks, t "
     "interval over blocks (SmolLM2) and over seeds (decoders)",
-    f"95% interval below {100 * LOWER_ERROR - 100:g}% for both; one wholly above refutes; {_SEEDS}",
+    f"{LEVEL:.0%} interval below {100 * LOWER_ERROR - 100:g}% for both; one wholly above refutes; {_SEEDS}",
+    level=LEVEL,
     region=(-math.inf, LOWER_ERROR - 1),
 )
 GREEDY = Claim(
@@ -127,7 +131,8 @@ GREEDY = Claim(
     "% of the uniform excess loss",
     f"TEAL at 50%, {_EXCESS}, greedy and uniform: SmolLM2, paired bootstrap over documents; decoders, t interval over "
     "seeds",
-    f"95% interval below 0 for both; one wholly above refutes; {_TOKENS}; {_SEEDS}; {_SAME}",
+    f"{LEVEL:.0%} interval below 0 for both; one wholly above refutes; {_TOKENS}; {_SEEDS}; {_SAME}",
+    level=LEVEL,
     region=(-math.inf, 0.0),
 )
 NEAR_LOSSLESS, HALF_LOSS = (
@@ -138,7 +143,8 @@ NEAR_LOSSLESS, HALF_LOSS = (
         published,
         "% rise of perplexity",
         "SmolLM2, uniform thresholds, bootstrap over documents of the rise of perplexity",
-        f"95% interval below {limit}%; one wholly above refutes; {_TOKENS}",
+        f"{LEVEL:.0%} interval below {limit}%; one wholly above refutes; {_TOKENS}",
+        level=LEVEL,
         region=(-math.inf, limit / 100),
     )
     for level, limit, published in (
@@ -154,6 +160,7 @@ CATS = Claim(
     "% of the excess loss of CATS",
     _PAIRED + f"{_EXCESS}; TEAL uniform at 25% of all inputs, CATS at 50% of the neurons",
     _below(-20),
+    level=LEVEL,
     region=(-math.inf, -0.2),
 )
 CETT = Claim(
@@ -164,7 +171,8 @@ CETT = Claim(
     "% of the excess loss of Top-k",
     f"down projection alone, 50 and 65% of its inputs skipped (62.5% in decoders), {_EXCESS}: SmolLM2, paired "
     "bootstrap over documents; decoders, t interval over seeds",
-    f"95% interval below -5% everywhere; one wholly above refutes; {_TOKENS}; {_SEEDS}; {_SAME}",
+    f"{LEVEL:.0%} interval below -5% everywhere; one wholly above refutes; {_TOKENS}; {_SEEDS}; {_SAME}",
+    level=LEVEL,
     region=(-math.inf, -0.05),
 )
 CLAIMS = (

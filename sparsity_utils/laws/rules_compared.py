@@ -16,7 +16,7 @@ from statsmodels.stats.weightstats import DescrStatsW
 from sparsity_utils.laws.one_model import over_documents
 from sparsity_utils.laws.trends import Estimate, no_estimate
 
-COVERAGE = (2.5, 97.5)  # percentiles: a 95% interval
+LEVEL, COVERAGE = 0.95, (2.5, 97.5)  # of intervals, and their percentiles
 SETTING = ["method", "allocation", "rotated", "by", "level"]
 SUMS = ["tokens", "loss_dense", "loss"]  # over a document
 TOLERANCE = 0.005  # of the share that is skipped, or read: settings that differ by more are not compared

@@ -323,4 +323,4 @@ def _tables(study: Asked) -> Frames:
     return {name: pd.concat([part[name] for part in parts]) for name in CORRECTION}
 
 
-MAKER = Maker(CORRECTION, _tables, missing=lambda profile: "")  # our own model needs no fetching
+MAKERS = [Maker(CORRECTION, _tables, missing=lambda profile: "")]  # our own model needs no fetching

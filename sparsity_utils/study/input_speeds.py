@@ -264,4 +264,4 @@ def _missing(profile: Profile) -> str:
     return next((not_here(name) for name in profile.input_speeds.models if located(name) is None), "")
 
 
-MAKER = Maker((INPUT_SPEEDS,), _tables, _missing, of_machine=True)
+MAKERS = [Maker((INPUT_SPEEDS,), _tables, _missing, of_machine=True)]

@@ -1,6 +1,6 @@
 """How tables come about that are not measured on a study's runs one by one, and what a study gives for it.
 
-Each module that measures such tables ends with its `Maker`. `study.MAKERS` names them all.
+Each module that measures such tables ends with its MAKERS. `study.MAKERS` holds them all by question.
 """
 
 from collections.abc import Callable

@@ -362,4 +362,4 @@ def _missing(profile: Profile) -> str:
     return not_here(profile.pretrained.model)
 
 
-MAKER = Maker(PRETRAINED, _tables, _missing)
+MAKERS = [Maker(PRETRAINED, _tables, _missing)]

@@ -190,7 +190,9 @@ def _depth_cost(study: Asked) -> Frames:
         torch.set_num_threads(threads)
 
 
-def _maker(question: str, make: Callable[[Asked], Frames]) -> Maker:
+def maker_of(question: str, make: Callable[[Asked], Frames]) -> Maker:
+    """The maker of a table of speeds, which a profile leaves out where it has no runs to time (`plan.SPEEDS`)."""
+
     def missing(profile: Profile) -> str:
         if planned(profile, SPEEDS[question]):
             return ""
@@ -200,7 +202,7 @@ def _maker(question: str, make: Callable[[Asked], Frames]) -> Maker:
 
 
 MAKERS = [
-    _maker("sparse_ffn", partial(_with_models, "sparse_ffn", ffn_table)),
-    _maker("sparse_decoding", partial(_with_models, "sparse_decoding", decoding_table)),
-    _maker("depth_cost", _depth_cost),
+    maker_of("sparse_ffn", partial(_with_models, "sparse_ffn", ffn_table)),
+    maker_of("sparse_decoding", partial(_with_models, "sparse_decoding", decoding_table)),
+    maker_of("depth_cost", _depth_cost),
 ]

@@ -34,7 +34,8 @@ from sparsity_utils.text.packed_text import unpack_text
 
 MAKERS = {
     question: maker
-    for maker in (*speeds.MAKERS, pretrained.MAKER, training_free.MAKER, input_speeds.MAKER, correction.MAKER)
+    for module in (speeds, pretrained, training_free, input_speeds, correction)
+    for maker in module.MAKERS
     for question in maker.questions
 }
 IN_MEMORY = 2  # times its bytes that a text takes while it is built

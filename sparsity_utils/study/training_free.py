@@ -375,4 +375,4 @@ def _missing(profile: Profile) -> str:
     return "" if planned(profile, "training_free") else not_here(profile.pretrained.model)
 
 
-MAKER = Maker(TRAINING_FREE_TABLES, _tables, _missing)
+MAKERS = [Maker(TRAINING_FREE_TABLES, _tables, _missing)]

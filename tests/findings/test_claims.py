@@ -1,5 +1,6 @@
 """Claims, how an estimate decides them, and the tables of verdicts."""
 
+import re
 from importlib import import_module
 
 import numpy as np
@@ -122,3 +123,12 @@ def test_the_primary_claims_are_those_that_the_docstring_names(stated):
     assert primary == {*at_both, *(at + AT_SECOND for at in at_both), width_depth_ratio.RATIO_RISES.claim}
     ranks = stated.set_index("question")["rank"]
     assert ranks["The ReLU share of non-zero neurons does not depend on scale"] == "secondary"
+
+
+def test_a_threshold_names_the_level_of_its_interval():
+    held = [value for name in FINDINGS for value in vars(import_module(f"sparsity_utils.findings.{name}")).values()]
+    every = [one for value in held for one in (value if isinstance(value, tuple | list) else [value])]
+    found = {one for one in every if isinstance(one, Claim) and "% interval" in one.threshold}
+    assert len(found) > 30
+    for one in found:
+        assert set(re.findall(r"(\d+)% interval", one.threshold)) == {f"{100 * one.level:.0f}"}, one.key
