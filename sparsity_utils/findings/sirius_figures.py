@@ -9,8 +9,8 @@ from sparsity_utils.laws.corrections import near_ties, prefix_rises
 
 RULES = {"full": "full model", "fsparse": "FSparse", "csparse": "CSparse", "teal": "TEAL, top-k", "cett": "CETT"}
 SHADES = {
-    "corrected": (COLOURS[3], "put in place of a rejected draft"),
-    "interleaved": (COLOURS[2], "added by the full model"),
+    "corrected": (COLOURS[1], "orange: put in place of a rejected draft"),
+    "interleaved": (COLOURS[0], "blue: added by the full model"),
 }
 LINE = 92  # characters of a line of shown text
 
@@ -106,8 +106,8 @@ def text_figure(text: pd.DataFrame) -> ShownFigure:
     for axes, ((model, kind), _), rows in zip(panels, shown, lines, strict=True):
         _write(axes, rows)
         axes.set_title(f"{model}, {kind}")
-    marks = "; ".join(f"{'red' if name == 'corrected' else 'green'}: {about}" for name, (_, about) in SHADES.items())
-    return captioned(figure, f"First document of each text, threshold 0.1. {marks[0].upper()}{marks[1:]}.")
+    marks = ", ".join(about for _, about in SHADES.values())
+    return captioned(figure, f"First document of each text, threshold 0.1. Shaded {marks}.")
 
 
 def _lines(rows: pd.DataFrame) -> list[list[tuple[int, str, str]]]:
