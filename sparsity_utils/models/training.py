@@ -288,8 +288,8 @@ def saved_step(folder: Path) -> int:
 
 
 def clear(folder: Path) -> None:
-    """Delete what only an unfinished run needs."""
-    for place in (*states(folder), folder / LAUNCH):
+    """Delete what only an unfinished run needs, and what a killed process was writing aside."""
+    for place in (*states(folder), folder / LAUNCH, *folder.glob("**/.*")):
         shutil.rmtree(place, ignore_errors=True)
     (folder / STATE).unlink(missing_ok=True)
 

@@ -65,6 +65,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def environment_of(folder: Path) -> dict[str, str]:
+    """The environment in which commands find the cluster of `folder`, whether it runs yet or not."""
+    return {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+
+
 @contextmanager
 def slurm(folder: Path) -> Iterator[dict[str, str]]:
     """Run the cluster; yield the environment in which its commands find it.
@@ -79,7 +84,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             parent.chmod(parent.stat().st_mode | 0o011)
     host = socket.gethostname().split(".")[0]
     (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, folder=folder, ports=free_ports(3)))
-    environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+    environment = environment_of(folder)
     version = run(environment, "sbatch", "--version")
     old = tuple(int(part) for part in version.split()[1].split(".")[:2]) < (23, 11)
     (folder / "cgroup.conf").write_text(f"CgroupPlugin={'cgroup/v1' if old else 'disabled'}\n")

@@ -197,6 +197,12 @@ def test_a_run_killed_just_before_its_end_is_not_lost(corpus, monkeypatch):
     assert list(run.checkpoints["validation_loss"]) == list(whole.checkpoints["validation_loss"])
 
 
+def test_what_a_killed_process_was_writing_aside_is_not_kept(corpus):
+    for name in (".state.safetensors.half", "checkpoints/.step-000001.half"):
+        (runs.working_folder(config(corpus)) / name).mkdir(parents=True)
+    assert not list(train_run(config(corpus), corpus).folder.rglob(".*"))
+
+
 def test_settings_that_joined_later_leave_keys_as_they_were(corpus):
     plain = config(corpus)
     content = dataclasses.asdict(plain)
