@@ -23,9 +23,9 @@ COLUMNS = {  # heading: inches from the left, letters that fit a line
     "Claim": (0.3, 75),
     "Published": (4.95, 32),
     "Here": (7.05, 40),
-    INTERVAL: (9.55, 20),
+    INTERVAL: (9.45, 20),
 }
-STRIP, HALF = 11.05, 0.57  # inches: the middle of the drawn intervals, half their width
+STRIP, HALF = 11.12, 0.52  # inches: the middle of the drawn intervals, half their width
 MARK = 0.15  # inches from the left: the sign of the verdict
 SIZE, BAR = 7.8, 1.5  # points: of letters, of an interval's line
 
