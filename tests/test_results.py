@@ -27,6 +27,7 @@ from sparsity_utils.findings import (
     quickstart,
     relu_vs_silu,
     scale_insensitivity,
+    sirius,
     sparse_decoding,
     training_free,
     width_depth_ratio,
@@ -132,6 +133,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
             *design_a_sparse_model.verdicts(held),
             *pretrained_model.verdicts(pretrained_model.analyse(study)),
             *training_free.verdicts(training_free.analyse(study, table("training_free"))),
+            *sirius.verdicts(sirius.analyse(study, table("correction"))),
         ]
     )
     stored = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False).drop(columns=["minutes", "notebook"])
