@@ -3,7 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+from notebook_runs import run_notebook
 from planted_correction import DENSITY, TOKENS, correction_table, prefixes_table, speeds_table, text_table
+from small import profile_content, write_text
+from tiny_llama import write_llama
 
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import sirius, sirius_figures
@@ -154,3 +157,13 @@ def test_tables_and_figures_show_what_was_found(tmp_path):
     assert letters.count("$") == 4 and len(names["13_text"].axes) == 2  # both signs in both texts
     marked = [len(axes.patches) for axes in names["13_text"].axes]
     assert marked == [2, 2]
+
+
+def test_the_notebook_measures_a_stand_in_and_our_own_model(tmp_path, monkeypatch):
+    settings = {"documents": 2, "prompt": 8, "new_tokens": 6, "thresholds": [0.02, 0.1], "rounds": 1, "timed_tokens": 6}
+    content = profile_content(write_text(tmp_path / "text")) | {"correction": settings}
+    model = write_llama(tmp_path / "tiny_llama", layers=2)
+    found = run_notebook("13_sirius", tmp_path, monkeypatch, content, model=str(model))
+    assert "Measuring tiny_llama" in found.text and "Measuring relu" in found.text
+    assert set(found.verdicts["verdict"]) == {"inconclusive"} and len(found.verdicts) == len(sirius.CLAIMS)
+    assert {"13_trade", "13_text"} <= found.figures
