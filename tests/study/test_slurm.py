@@ -32,7 +32,8 @@ if "SLURM_JOB_ID" in os.environ:
     )[1]
 """
 WAITS = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell's background job it is ignored
 from sparsity_utils.study import slurm, study
 from sparsity_utils.__main__ import main
 print("imported", flush=True)
