@@ -120,7 +120,8 @@ def _undecided(
 def _figure(file: Path) -> str:
     """A figure within the page, with the words that its file holds."""
     name = file.stem.replace("_", " ")
-    words = Image.open(file).info.get("Description", f"Figure {name}")
+    with Image.open(file) as picture:
+        words = picture.info.get("Description", f"Figure {name}")
     image = base64.b64encode(file.read_bytes()).decode()
     shown = f'<img alt="{_text(words)}" src="data:image/png;base64,{image}">'
     return f"<figure>{shown}<figcaption>{_text(name)}</figcaption></figure>"

@@ -91,7 +91,7 @@ class FromPrompt(Drafter):
     def drafting(self, sequences: Tensor) -> AbstractContextManager:
         if not self.chosen:
             raise InputError("No neurons are chosen yet: read the prompts first.")
-        return sparse_neurons(self.model, _Chosen(self.chosen, sequences))  # type: ignore[arg-type]  # as Thresholds
+        return sparse_neurons(self.model, _Chosen(self.chosen, sequences))
 
 
 class Shrunk(FromPrompt):
@@ -135,7 +135,7 @@ def _shrunk(ffn: FFN, chosen: Tensor) -> Iterator[tuple[nn.Module, Callable]]:
 
 
 class _Chosen:
-    """In the place of `Thresholds`: neurons that were chosen, whatever they compute."""
+    """A `NeuronMask` of neurons that were chosen, whatever they compute."""
 
     def __init__(self, chosen: dict[int, Tensor], sequences: Tensor) -> None:
         self.values = [chosen[layer][sequences] for layer in range(len(chosen))]  # (rows, d_ff) of each layer

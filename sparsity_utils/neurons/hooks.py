@@ -26,8 +26,8 @@ class NeuronMask(Protocol):
     """What `sparse_neurons` asks: `Thresholds` of a rule on neurons, or anything like it."""
 
     @property
-    def values(self) -> Sequence[float]:
-        """One number for each layer."""
+    def values(self) -> Sequence[Any]:
+        """What decides in each layer, first layer first."""
 
     def active(self, ffn: FFN, s: Tensor, h: Tensor) -> Tensor:
         """True where a neuron of `ffn` is active, bool; `s`, `h` and the result are (rows, d_ff)."""

@@ -110,9 +110,8 @@ class Subject:
         return found
 
 
-Planned = tuple[
-    str, int, Callable[[], Frames]
-]  # name, expected cost in tokens, with PASS for each pass, and measurement of a piece
+# Of a piece: its name, its expected cost in tokens, PASS for each pass among them, and its measurement.
+Planned = tuple[str, int, Callable[[], Frames]]
 
 
 def corrected_drafts(subject: Subject, settings: CorrectionConfig, folder: Path) -> Frames:
