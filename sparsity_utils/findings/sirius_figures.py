@@ -23,22 +23,26 @@ def ways_table(ways: pd.DataFrame, model: str, text: str) -> pd.DataFrame | str:
     rows = ways[(ways["model"] == model) & (ways["text"] == text)]
     if rows.empty:
         return "not measured"
+    numbers = {  # values and their digits
+        "AAL": (rows["advance"], 2),
+        "break-even": (rows["break_even"].where(rows["advance"].notna()), 2),
+        "effective density": (rows["effective_density"], 3),
+        "corrected %": (100 * rows["corrected"], 1),
+        "log-likelihood": (rows["log_likelihood"], 3),
+        "as the full model %": (100 * rows["agreed"], 1),
+        "repeated %": (100 * rows["repeated"], 1),
+    }
+    if "right" in rows and rows["right"].notna().any():
+        numbers["right answers %"] = (100 * rows["right"], 0)
     table = pd.DataFrame(
-        {
-            "rule": rows["rule"].map(RULES),
-            "way": rows["way"],
-            "threshold": [f"{value:g}" if value == value else "" for value in rows["threshold"]],
-            "AAL": rows["advance"].round(2),
-            "break-even": rows["break_even"].where(rows["advance"].notna()).round(2),
-            "effective density": rows["effective_density"].round(3),
-            "corrected %": (100 * rows["corrected"]).round(1),
-            "log-likelihood": rows["log_likelihood"].round(3),
-            "as the full model %": (100 * rows["agreed"]).round(1),
-            "repeated %": (100 * rows["repeated"]).round(1),
-            "right answers %": (100 * rows["right"]).round(0) if "right" in rows else None,
-        }
+        {"rule": rows["rule"].map(RULES), "way": rows["way"], "threshold": _written(rows["threshold"])}
     )
-    return table.dropna(axis=1, how="all").astype(object).fillna("").reset_index(drop=True)
+    return table.assign(**{name: _written(*given) for name, given in numbers.items()}).reset_index(drop=True)
+
+
+def _written(values: pd.Series, digits: int | None = None) -> list[str]:
+    """Numbers with so many digits behind the point, or as short as they are; empty for NaN."""
+    return ["" if pd.isna(value) else f"{value:g}" if digits is None else f"{value:.{digits}f}" for value in values]
 
 
 def speeds_table(speeds: pd.DataFrame) -> pd.DataFrame:
