@@ -133,6 +133,16 @@ def test_a_profile_that_leaves_a_question_out_says_so(built):
     assert "second_line" not in tables
 
 
+def test_speeds_of_runs_that_a_profile_leaves_out_are_not_measured(text, tmp_path):
+    content = profile_content(text)
+    content["study"]["ratios"] = []
+    study = Study.from_profile(write_profile(tmp_path, content))
+    assert study.answers("sparse_ffn") and not study.answers("depth_cost")
+    with pytest.raises(InputError, match="Profile tiny has no runs of width_depth_ratio, for which depth_cost is"):
+        study.table("depth_cost")
+    assert study.lacking("depth_cost").startswith("Profile tiny has no runs of width_depth_ratio")
+
+
 def test_tables_of_an_unknown_schema_are_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"schema": 99}')
     with pytest.raises(InputError, match=r"have schema 99, this version reads 1; use the version of the project"):
