@@ -159,6 +159,7 @@ def test_tables_and_figures_show_what_was_found(tmp_path):
     assert marked == [2, 2]
 
 
+@pytest.mark.slow  # 40 s: it reads the text of the pinned packages and trains our own model
 def test_the_notebook_measures_a_stand_in_and_our_own_model(tmp_path, monkeypatch):
     settings = {"documents": 2, "prompt": 8, "new_tokens": 6, "thresholds": [0.02, 0.1], "rounds": 1, "timed_tokens": 6}
     content = profile_content(write_text(tmp_path / "text")) | {"correction": settings}

@@ -16,13 +16,23 @@ from sparsity_utils.decoding.drafters import FromPrompt, Masked, fsparse, top_in
 from sparsity_utils.decoding.speed import greedy
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.paths import RESULTS
-from sparsity_utils.study import correction, correction_prompts
+from sparsity_utils.study import correction, correction_prompts, pretrained
 from sparsity_utils.study.plan import CORRECTION
 from sparsity_utils.study.profiles import CorrectionConfig
 from sparsity_utils.study.study import Study
 
 TEXTS = ("english", "python", "arithmetic")
 SETTINGS = CorrectionConfig(documents=3, prompt=20, new_tokens=12, thresholds=(0.004, 0.1), rounds=1, timed_tokens=12)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_text():
+    """Some hundred kilobytes of the pinned packages' text are enough; the usual two megabytes take ten seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "MEGABYTES", 0.3)
+        pretrained.pinned.cache_clear()
+        yield
+        pretrained.pinned.cache_clear()
 
 
 @pytest.fixture(scope="module")
