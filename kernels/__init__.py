@@ -5,6 +5,7 @@ ffn                        an FFN that reads active neurons: inputs checked once
 cpu_ffn, triton_ffn        its backends, in numba and in Triton
 linear                     linear maps that read active inputs, and a gated FFN of them
 cpu_linear, triton_linear  their backends
+layer, cpu_layer           a decoder layer for one token of each sequence, all in one call (CPU)
 head, cpu_head             an output head that reads the full rows of words that could still win (CPU)
 eight_bits                 a matrix in 8 bits, with a proven bound on its products
 certified                  the gate in 8 bits, which proves neurons inactive (CPU)

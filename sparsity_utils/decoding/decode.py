@@ -18,7 +18,15 @@ from kernels import MAX_TOKENS, SparseFFN
 from kernels.head import CertifiedHead
 from kernels.linear import SparseLinear
 from sparsity_utils.console import InputError, check
-from sparsity_utils.decoding.input_kernels import Stored, checked_maps, ffn_kernel, linear_kernel, replace_maps
+from sparsity_utils.decoding.input_kernels import (
+    Stored,
+    checked_maps,
+    ffn_kernel,
+    linear_kernel,
+    replace_maps,
+    whole_kernel,
+)
+from sparsity_utils.decoding.layer_kernels import Parts, WholeLayer, run_whole, whole_layers, with_parts
 from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import (
     FFN,
@@ -58,7 +66,8 @@ def sparse_kernels(
     are compared with a threshold. Calls of more than 16 tokens, such as prompts, run densely under the same mask. The
     weights that the kernels keep in another order are copied for the block; change no weights inside it.
 
-    Before the block begins, kernels that skip nothing are compared with the model's own FFNs on a tiny input.
+    Before the block begins, kernels that skip nothing are compared with the model's own FFNs on a tiny input. On a CPU
+    in float32 a decoder layer of the usual form is one call for a single token (`decoding.layer_kernels`).
 
     Args:
         thresholds: of a rule with a `limit`, "relu", "fat" or "cett", or of a rule on inputs; None: FFNs skip nothing.
@@ -91,6 +100,7 @@ class ReadyKernels:
     of_ffns: Sequence[Kernel]  # one each
     attention: list[tuple[list[LinearMap], SparseLinear]]  # maps of one vector and their kernel; none: the model's own
     head: CertifiedHead | None
+    layers: list[tuple[WholeLayer, Parts]]  # that run as one call each while single tokens are decoded; all or none
 
     def all(self) -> list[Kernel]:
         """One per FFN, then those of attention and of the head."""
@@ -117,10 +127,13 @@ def ready_kernels(
     check(on_inputs or not eight_bits, "eight_bits is for thresholds of a rule on the inputs of linear maps.")
     stored.once("checked", lambda: _check_outputs(model, ffns, inputs))
     head = None if likeliest is None else stored.once(("head", likeliest), lambda: head_kernel(model, likeliest))
+    layers = stored.once("layers", lambda: whole_layers(model, ffns, kernel_of, inputs))
     if not on_inputs:
         if thresholds is not None:
             check_layers(thresholds, ffns)
-        return ReadyKernels(ffns, [kernel_of(ffn, thresholds, certified, stored) for ffn in ffns], [], head)
+        neurons = [kernel_of(ffn, thresholds, certified, stored) for ffn in ffns]
+        own = [whole_kernel(readers, stored) for layer in layers for readers in layer.attention]
+        return ReadyKernels(ffns, neurons, [], head, with_parts(layers, own, neurons))
     check(not certified, "certified is for thresholds of a rule on neurons.")
     maps = checked_maps(model, thresholds)
 
@@ -130,7 +143,9 @@ def ready_kernels(
     blocks = [[linear for linear in maps if linear.layer == ffn.layer] for ffn in ffns]
     of_ffns = [ffn_kernel(ffn, block, kernel) for ffn, block in zip(ffns, blocks, strict=True)]
     attention = by_vector([linear for linear in maps if linear.vector in ("attention", "o")])
-    return ReadyKernels(ffns, of_ffns, [(readers, kernel(readers)) for readers in attention], head)
+    of_attention = [kernel(readers) for readers in attention]
+    replaced = list(zip(attention, of_attention, strict=True))
+    return ReadyKernels(ffns, of_ffns, replaced, head, with_parts(layers, of_attention, of_ffns))
 
 
 @contextmanager
@@ -141,6 +156,8 @@ def running(model: nn.Module, kernels: ReadyKernels) -> Iterator[None]:
         stack.enter_context(_bypass(model, kernels.ffns, kernels.of_ffns))
         for readers, kernel in kernels.attention:
             replace_maps(stack, readers, kernel)
+        for layer, parts in kernels.layers:
+            stack.enter_context(run_whole(layer, parts))
         if kernels.head is not None:
             stack.enter_context(forward_replaced(head_module(model), kernels.head))
         yield

@@ -59,10 +59,14 @@ def linear_kernel(
 
     Raises `InputError` for maps in a basis of their own and for weights that no kernel takes.
     """
-    stored = stored or Stored()
-    key = (tuple(linear.index for linear in maps), eight_bits)
-    whole = stored.once(key, lambda: _skips_nothing(maps, eight_bits, stored.pages))
+    whole = whole_kernel(maps, stored or Stored(), eight_bits)
     return replace(whole, **{"limits": None, **_rule(maps, thresholds)})
+
+
+def whole_kernel(maps: Sequence[LinearMap], stored: Stored, eight_bits: bool = False) -> SparseLinear:
+    """The kernel of maps of one vector that skips nothing. Raises what `linear_kernel` raises."""
+    key = (tuple(linear.index for linear in maps), eight_bits)
+    return stored.once(key, lambda: _skips_nothing(maps, eight_bits, stored.pages))
 
 
 def _skips_nothing(maps: Sequence[LinearMap], eight_bits: bool, pages: LargePages) -> SparseLinear:
