@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kernels import MAX_TOKENS, SparseFFN
 from kernels.head import CertifiedHead
+from kernels.layer import DecoderLayer
 from kernels.linear import SparseLinear
 from sparsity_utils.console import InputError, check
 from sparsity_utils.decoding.input_kernels import (
@@ -26,7 +27,7 @@ from sparsity_utils.decoding.input_kernels import (
     replace_maps,
     whole_kernel,
 )
-from sparsity_utils.decoding.layer_kernels import Parts, WholeLayer, run_whole, whole_layers, with_parts
+from sparsity_utils.decoding.layer_kernels import WholeLayer, run_whole, whole_layers, with_kernels
 from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import (
     FFN,
@@ -100,7 +101,7 @@ class ReadyKernels:
     of_ffns: Sequence[Kernel]  # one each
     attention: list[tuple[list[LinearMap], SparseLinear]]  # maps of one vector and their kernel; none: the model's own
     head: CertifiedHead | None
-    layers: list[tuple[WholeLayer, Parts]]  # that run as one call each while single tokens are decoded; all or none
+    layers: list[tuple[WholeLayer, DecoderLayer]]  # run as one call each for single tokens; all or none
 
     def all(self) -> list[Kernel]:
         """One per FFN, then those of attention and of the head."""
@@ -133,7 +134,7 @@ def ready_kernels(
             check_layers(thresholds, ffns)
         neurons = [kernel_of(ffn, thresholds, certified, stored) for ffn in ffns]
         own = [whole_kernel(readers, stored) for layer in layers for readers in layer.attention]
-        return ReadyKernels(ffns, neurons, [], head, with_parts(layers, own, neurons))
+        return ReadyKernels(ffns, neurons, [], head, with_kernels(layers, own, neurons))
     check(not certified, "certified is for thresholds of a rule on neurons.")
     maps = checked_maps(model, thresholds)
 
@@ -145,7 +146,7 @@ def ready_kernels(
     attention = by_vector([linear for linear in maps if linear.vector in ("attention", "o")])
     of_attention = [kernel(readers) for readers in attention]
     replaced = list(zip(attention, of_attention, strict=True))
-    return ReadyKernels(ffns, of_ffns, replaced, head, with_parts(layers, of_attention, of_ffns))
+    return ReadyKernels(ffns, of_ffns, replaced, head, with_kernels(layers, of_attention, of_ffns))
 
 
 @contextmanager
@@ -156,8 +157,8 @@ def running(model: nn.Module, kernels: ReadyKernels) -> Iterator[None]:
         stack.enter_context(_bypass(model, kernels.ffns, kernels.of_ffns))
         for readers, kernel in kernels.attention:
             replace_maps(stack, readers, kernel)
-        for layer, parts in kernels.layers:
-            stack.enter_context(run_whole(layer, parts))
+        for layer, whole in kernels.layers:
+            stack.enter_context(run_whole(layer, whole))
         if kernels.head is not None:
             stack.enter_context(forward_replaced(head_module(model), kernels.head))
         yield

@@ -32,7 +32,6 @@ MOST = 3  # sequences decoded side by side: torch's own products are faster for 
 ROOM = 64  # tokens that a cache is given room for, at least
 CLOSE = 1e-4  # relative RMS error of what a layer adds to its input
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
-Parts = tuple[SparseLinear, SparseLinear, SparseFFN | SparseInputFFN]  # kernels of q, k and v, of o, and of the FFN
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,20 +41,17 @@ class WholeLayer:
     module: nn.Module
     index: int  # of the layer in a cache
     norms: tuple[Any, Any]  # modules, before attention and before the FFN
+    head_size: int
+    scale: float  # what attention scores are multiplied by
     attention: list[list[LinearMap]]  # its maps q, k and v, and its map o
     hooks: tuple[dict, ...]  # of the modules inside it, which one call leaves out
 
-    def kernel(self, parts: Parts, head_size: int) -> DecoderLayer:
-        """The layer in one call. Raises `ValueError` where its parts make no layer that the kernel knows."""
-        scales: list[Any] = [module.scaling for module in self.module.modules() if hasattr(module, "scaling")]
-        return DecoderLayer(
-            torch.stack([norm.weight.detach() for norm in self.norms]),
-            (_eps(self.norms[0]), _eps(self.norms[1])),
-            *parts,
-            head_size=head_size,
-            scale=scales[0] if scales else head_size**-0.5,
-            residual=getattr(self.module, "residual_multiplier", 1.0),
-        )
+    def kernel(self, qkv: SparseLinear, o: SparseLinear, ffn: SparseFFN | SparseInputFFN) -> DecoderLayer:
+        """The layer in one call, of kernels of its maps. Raises `ValueError` where they make no such layer."""
+        gains = torch.stack([norm.weight.detach() for norm in self.norms])
+        eps = _eps(self.norms[0]), _eps(self.norms[1])
+        residual = getattr(self.module, "residual_multiplier", 1.0)
+        return DecoderLayer(gains, eps, qkv, o, ffn, self.head_size, self.scale, residual)
 
 
 def whole_layers(
@@ -80,14 +76,17 @@ def whole_layers(
 
 def _whole_layer(model: nn.Module, maps: Sequence[LinearMap]) -> WholeLayer | None:
     """The layer that has these maps, or None where its modules are others than two norms and the maps."""
-    module, own = model.get_submodule(maps[0].block), {linear.module for linear in maps}
+    module, of_maps = model.get_submodule(maps[0].block), {linear.module for linear in maps}
     inner = tuple(module.modules())[1:]
-    norms = [part for part in inner if part not in own and any(True for _ in part.parameters(recurse=False))]
+    norms = [part for part in inner if part not in of_maps and any(True for _ in part.parameters(recurse=False))]
+    attention: list[Any] = [part for part in inner if hasattr(part, "head_dim") and hasattr(part, "scaling")]
     roles = tuple(linear.role for linear in maps)
-    if roles != ROLES or len(norms) != 2 or None in map(_eps, norms):
+    if roles != ROLES or len(norms) != 2 or None in map(_eps, norms) or len(attention) != 1:
         return None
     hooks = [one for part in inner for one in (part._forward_hooks, part._forward_pre_hooks)]
-    return WholeLayer(module, maps[0].layer, (norms[0], norms[1]), [list(maps[:3]), [maps[3]]], tuple(hooks))
+    numbers = attention[0].head_dim, attention[0].scaling
+    own = [list(maps[:3]), [maps[3]]]
+    return WholeLayer(module, maps[0].layer, (norms[0], norms[1]), *numbers, own, tuple(hooks))
 
 
 def _same(model: nn.Module, layers: list[WholeLayer], ffns: Sequence[SparseFFN], ids: Tensor) -> bool:
@@ -96,7 +95,11 @@ def _same(model: nn.Module, layers: list[WholeLayer], ffns: Sequence[SparseFFN],
     with evaluating(model), unchanged(model), ExitStack() as stack:
         for layer, ffn in zip(layers, ffns, strict=True):
             qkv, o = (whole_kernel(readers, Stored()) for readers in layer.attention)
-            compare = partial(_compared, layer, (qkv, o, ffn), errors, layer.module.forward)
+            try:
+                kernel = layer.kernel(qkv, o, ffn)
+            except ValueError:  # heads of another form, or FFNs of other numbers
+                return False
+            compare = partial(_compared, layer, kernel, errors, layer.module.forward)
             stack.enter_context(forward_replaced(layer.module, compare))
         cache = getattr(model(input_ids=ids[:, :-2], use_cache=True), "past_key_values", None)
         for place in (-2, -1) if type(cache) is DynamicCache else ():
@@ -112,24 +115,20 @@ def _eps(norm: nn.Module) -> Any:
 
 
 def _compared(
-    layer: WholeLayer, parts: Parts, errors: list[float], own: Callable, x: Tensor, *args: Any, **given: Any
+    layer: WholeLayer, kernel: DecoderLayer, errors: list[float], own: Callable, x: Tensor, *args: Any, **given: Any
 ) -> Any:
     """What the module itself computes; of a single token the error of one call is appended to `errors`."""
     y = own(x, *args, **given)
-    cached = cached_layer(layer, x, args, given)
-    if cached is None or not isinstance(y, Tensor):
-        return y
-    before = DynamicLayer()
-    before.update(cached.keys[:, :, :-1], cached.values[:, :, :-1])
-    try:
-        found = _run(layer.kernel(parts, cached.keys.shape[3]), Room(before), x, given["position_embeddings"])
-    except ValueError:
-        return y
-    errors.append(float((found - y).square().mean().sqrt() / (y - x).square().mean().sqrt()))
+    cached = _cached(layer, x, args, given)
+    if cached is not None and isinstance(y, Tensor):
+        before = DynamicLayer()
+        before.update(cached.keys[:, :, :-1], cached.values[:, :, :-1])
+        found = _run(kernel, Room(before), x, given["position_embeddings"])
+        errors.append(float((found - y).square().mean().sqrt() / (y - x).square().mean().sqrt()))
     return y
 
 
-def cached_layer(layer: WholeLayer, x: Tensor, args: tuple, given: dict[str, Any]) -> DynamicLayer | None:
+def _cached(layer: WholeLayer, x: Tensor, args: tuple, given: dict[str, Any]) -> DynamicLayer | None:
     """The cache of a layer that is given one token of each of a few texts; None where one call cannot compute it."""
     cache, turn = given.get("past_key_values"), given.get("position_embeddings")
     if args or x.shape[1:-1] != (1,) or len(x) > MOST or turn is None:
@@ -139,7 +138,7 @@ def cached_layer(layer: WholeLayer, x: Tensor, args: tuple, given: dict[str, Any
     cached = cache.layers[layer.index]
     if type(cached) is not DynamicLayer or not cached.is_initialized or len(cached.keys) != len(x):
         return None
-    if x.dtype != torch.float32 or turn[0].shape[-1] != cached.keys.shape[3] or forked():
+    if x.dtype != torch.float32 or turn[0].shape[-1] != layer.head_size or forked():
         return None
     mask = given.get("attention_mask")
     if mask is not None and not bool((mask if mask.dtype == torch.bool else mask == 0).all()):
@@ -178,22 +177,18 @@ def _run(kernel: DecoderLayer, room: Room, x: Tensor, turn: tuple[Tensor, Tensor
 
 
 @contextmanager
-def run_whole(layer: WholeLayer, parts: Parts) -> Iterator[None]:
-    """Inside the block the layer runs as one call of its kernels where it can."""
-    own = layer.module.forward
-    rooms, kernels = WeakKeyDictionary[DynamicLayer, Room](), dict[int, DecoderLayer]()
+def run_whole(layer: WholeLayer, kernel: DecoderLayer) -> Iterator[None]:
+    """Inside the block the layer runs as one call where it can."""
+    own, rooms = layer.module.forward, WeakKeyDictionary[DynamicLayer, Room]()
 
     def forward(x: Tensor, *args: Any, **given: Any) -> Any:
-        cached = cached_layer(layer, x, args, given)
+        cached = _cached(layer, x, args, given)
         if cached is None:
             return own(x, *args, **given)
         room = rooms.get(cached)
         if room is None or not room.serves(cached):
             room = rooms[cached] = Room(cached)
-        size = cached.keys.shape[3]
-        if size not in kernels:
-            kernels[size] = layer.kernel(parts, size)
-        y = _run(kernels[size], room, x, given["position_embeddings"])
+        y = _run(kernel, room, x, given["position_embeddings"])
         room.give(cached)
         return y
 
@@ -201,9 +196,9 @@ def run_whole(layer: WholeLayer, parts: Parts) -> Iterator[None]:
         yield
 
 
-def with_parts(
+def with_kernels(
     layers: Sequence[WholeLayer], attention: Sequence[SparseLinear], ffns: Sequence[SparseFFN | SparseInputFFN]
-) -> list[tuple[WholeLayer, Parts]]:
-    """Each layer with the kernels of its maps; attention: of q, k and v, and of o, of one layer after the other."""
+) -> list[tuple[WholeLayer, DecoderLayer]]:
+    """Each layer with its kernel; attention: kernels of q, k and v, and of o, of one layer after the other."""
     parts = zip(attention[::2], attention[1::2], ffns, strict=True) if layers else ()
-    return list(zip(layers, parts, strict=True))
+    return [(layer, layer.kernel(*own)) for layer, own in zip(layers, parts, strict=True)]
