@@ -152,9 +152,8 @@ def figure(table: pd.DataFrame, model: str | None = None) -> ShownFigure:
         own = rows[(rows["engine"] == "kernels") & (rows["weights"] == weights)]
         head = "certified" if (own["head"] == "certified").any() else "full"  # certified heads are for CPUs
         _lines(axes, own[own["head"] == head])
-        _dense(axes, rows)
+        _dense(axes, rows, named=axes is panels[-1])
         axes.set(xlabel="Weights of linear maps skipped (%)", title=f"Weights in {weights}, {head} head", yscale="log")
-        axes.set_xlim(right=95)  # room for the names of the lines across
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:.0f}")
         axes.minorticks_off()
@@ -179,11 +178,12 @@ def _lines(axes: Axes, own: pd.DataFrame) -> None:
     axes.plot(100 * limits["skipped"], 1e3 * limits["read_gb_per_s"] / limits["megabytes"], "--", color="grey")
 
 
-def _dense(axes: Axes, rows: pd.DataFrame) -> None:
+def _dense(axes: Axes, rows: pd.DataFrame, named: bool) -> None:
+    """Lines across for what skips nothing, with their names at the right edge."""
     rivals = pd.concat([rows[rows["engine"] == "transformers"], _beside(rows)])
     for number, row in enumerate(rivals.dropna(subset="tokens_per_second").itertuples()):
         axes.axhline(row.tokens_per_second, color=COLOURS[-1 - number], linewidth=0.9, linestyle="-.")
-        name = f"{row.engine}, {row.weights}"
-        axes.annotate(
-            name, (0.99, row.tokens_per_second), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7
-        )
+        place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
+        if named:
+            engine = str(row.engine).partition(" (")[0]
+            axes.annotate(f"{engine},\n{row.weights}", (1.02, row.tokens_per_second), **place)
