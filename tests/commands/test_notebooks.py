@@ -185,8 +185,8 @@ Study.open(source, profile).keep_verdicts("01_a", pd.DataFrame([row], columns=co
 
 def test_a_run_that_cannot_be_trained_stops_only_the_notebooks_that_need_it(shelf, tmp_path, capfd):
     content = profile_content(write_text(tmp_path / "text"))
-    content["train"]["batch_tokens"], content["study"]["ratio_tokens"] = 2**20, 2**23
-    content["study"]["sizes"] = [one_size("8x1", 2**23)]
+    content["train"]["batch_tokens"], content["study"]["ratio_tokens"] = 2**16, 2**19
+    content["study"]["sizes"] = [one_size("8x1", 2**19)]
     profile = write_profile(tmp_path, content)
     shelf("01_a.ipynb", STORES)
     shelf("02_b.ipynb", ASKS.replace("assert", "0 and"))
