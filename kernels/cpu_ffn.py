@@ -21,9 +21,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from kernels import naive
-from kernels.cpu_threads import alone, forked, on_threads
+from kernels.cpu_threads import alone, on_threads
 from kernels.eight_bits import EightBits
-from kernels.ffn import SparseFFN, run_dense
+from kernels.ffn import SparseFFN, forked, run_dense
 
 ACTIVATIONS = {name: code for code, name in enumerate(naive.ACTIVATIONS)}
 RELU, RELU2, SILU, GELU, GELU_TANH = (ACTIVATIONS[name] for name in ("relu", "relu2", "silu", "gelu", "gelu_tanh"))

@@ -7,7 +7,8 @@ from numba import njit, prange
 from torch import Tensor
 
 from kernels.cpu_ffn import MATH, dots, fetch_start, numbers, vector
-from kernels.cpu_threads import alone, forked, on_threads
+from kernels.cpu_threads import alone, on_threads
+from kernels.ffn import forked
 from kernels.head import CertifiedHead
 
 

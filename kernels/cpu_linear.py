@@ -14,7 +14,8 @@ from numba import njit, prange
 from torch import Tensor
 
 from kernels.cpu_ffn import ACTIVATIONS, MATH, activated, array, fetch, vector, widened
-from kernels.cpu_threads import alone, forked, on_threads
+from kernels.cpu_threads import alone, on_threads
+from kernels.ffn import forked
 from kernels.linear import SparseInputFFN, SparseLinear, dense, dense_ffn
 
 # Bytes of each row that are added at a time. With half of 576 x 3072 inactive one thread took 119, 164 and 170

@@ -11,8 +11,6 @@ import numba
 import torch
 from torch import Tensor
 
-from kernels.ffn import PROCESS
-
 BYTES_PER_THREAD = 2**18  # of weights; below, starting a thread costs more than it saves
 CALLS = Lock()  # one call at a time: numba's threading layer workqueue ends the process at two
 
@@ -43,11 +41,6 @@ def choose_threads() -> None:
     """
     if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
         numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-
-
-def forked() -> bool:
-    """Whether this process was forked from the one that loaded the kernels."""
-    return os.getpid() != PROCESS
 
 
 def alone(dense: Callable[[], Tensor]) -> Tensor:

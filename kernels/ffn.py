@@ -189,6 +189,11 @@ def kernels_of(what: str, device: str, name: str | None) -> Any:
     return None
 
 
+def forked() -> bool:
+    """Whether this process was forked from the one that loaded the kernels."""
+    return os.getpid() != PROCESS
+
+
 def described(x: Tensor) -> str:
     """Shape, dtype and device, for messages."""
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"

@@ -73,8 +73,7 @@ def _skips_nothing(maps: Sequence[LinearMap], eight_bits: bool, pages: LargePage
     if any(linear.basis is not None for linear in maps):
         raise InputError(f"{maps[0].name} is rotated, and no kernel takes rotated maps: use sparse_inputs.")
     weight_t, widths = side_by_side([linear.weight for linear in maps])
-    biases = [_bias(linear) for linear in maps]
-    bias = None if biases[0] is None else torch.cat(biases)
+    bias = torch.cat([_bias(linear) for linear in maps]) if any(_biased(linear) for linear in maps) else None
     limits = torch.full((len(maps), len(weight_t)), -1.0, device=weight_t.device)
     try:
         kernel = SparseLinear(weight_t, widths, limits, bias=bias)
@@ -84,9 +83,16 @@ def _skips_nothing(maps: Sequence[LinearMap], eight_bits: bool, pages: LargePage
     return replace(kernel, weight_t=pages.copied(kernel.weight_t))
 
 
-def _bias(linear: LinearMap) -> Tensor | None:
-    bias = getattr(linear.module, "bias", None)
-    return None if bias is None else bias.detach()[linear.outputs.to(bias.device)]
+def _biased(linear: LinearMap) -> bool:
+    return getattr(linear.module, "bias", None) is not None
+
+
+def _bias(linear: LinearMap) -> Tensor:
+    """What the map's module adds to its outputs, (out,); zeros where it has no bias."""
+    if not _biased(linear):
+        return linear.weight.new_zeros(len(linear.outputs))
+    bias: Any = linear.module.bias
+    return bias.detach()[linear.outputs.to(bias.device)]
 
 
 def _rule(maps: Sequence[LinearMap], thresholds: Thresholds) -> dict[str, Any]:

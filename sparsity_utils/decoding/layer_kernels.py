@@ -5,6 +5,7 @@ attention and a FFN, and where one call then gives what the module gives on a ti
 and so do padded texts, caches of another kind, and layers inside which somebody has put a hook.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kernels import SparseFFN
-from kernels.cpu_threads import forked
+from kernels.ffn import BACKENDS, forked, kernels_of
 from kernels.layer import DecoderLayer
 from kernels.linear import SparseInputFFN, SparseLinear
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.input_kernels import Stored, whole_kernel
+from sparsity_utils.models.context import context_length
 from sparsity_utils.neurons.find import FFN
 from sparsity_utils.neurons.linears import LinearMap, find_linears
 from sparsity_utils.neurons.modes import evaluating, forward_replaced, unchanged
@@ -63,6 +65,8 @@ def whole_layers(
     """
     if forked() or {(one.dtype, one.device.type) for one in model.parameters()} != {(torch.float32, "cpu")}:
         return []
+    if kernels_of("FFNs", "cpu", BACKENDS["cpu"]) is None:  # no numba
+        return []
     try:
         ids, maps = tiny_inputs(model)["input_ids"], find_linears(model, inputs)
     except (InputError, KeyError):  # a model of images, or one whose maps are not found
@@ -83,6 +87,8 @@ def _whole_layer(model: nn.Module, maps: Sequence[LinearMap]) -> WholeLayer | No
     roles = tuple(linear.role for linear in maps)
     if roles != ROLES or len(norms) != 2 or None in map(_eps, norms) or len(attention) != 1:
         return None
+    if getattr(attention[0], "attn_logit_softcapping", None) is not None:
+        return None  # small scores would not show it
     hooks = [one for part in inner for one in (part._forward_hooks, part._forward_pre_hooks)]
     numbers = attention[0].head_dim, attention[0].scaling
     own = [list(maps[:3]), [maps[3]]]
@@ -90,8 +96,11 @@ def _whole_layer(model: nn.Module, maps: Sequence[LinearMap]) -> WholeLayer | No
 
 
 def _same(model: nn.Module, layers: list[WholeLayer], ffns: Sequence[SparseFFN], ids: Tensor) -> bool:
-    """Whether one call gives what each layer gives for each of two tokens after a prompt."""
+    """Whether one call gives what each layer gives for two tokens after a prompt, the second one far away from it."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
     errors: list[float] = []
+    far = torch.full_like(ids[:, :1], (context_length(model) or ids.shape[1]) - 1)  # some scale queries by position
     with evaluating(model), unchanged(model), ExitStack() as stack:
         for layer, ffn in zip(layers, ffns, strict=True):
             qkv, o = (whole_kernel(readers, Stored()) for readers in layer.attention)
@@ -102,9 +111,9 @@ def _same(model: nn.Module, layers: list[WholeLayer], ffns: Sequence[SparseFFN],
             compare = partial(_compared, layer, kernel, errors, layer.module.forward)
             stack.enter_context(forward_replaced(layer.module, compare))
         cache = getattr(model(input_ids=ids[:, :-2], use_cache=True), "past_key_values", None)
-        for place in (-2, -1) if type(cache) is DynamicCache else ():
-            model(input_ids=ids[:, place, None], past_key_values=cache, use_cache=True)
-    return len(errors) == 2 * len(layers) and max(errors) <= CLOSE
+        for place, given in ((-2, {}), (-1, {"position_ids": far})) if type(cache) is DynamicCache else ():
+            model(input_ids=ids[:, place, None], past_key_values=cache, use_cache=True, **given)
+    return len(errors) == 2 * len(layers) and all(error <= CLOSE for error in errors)
 
 
 def _eps(norm: nn.Module) -> Any:

@@ -54,6 +54,17 @@ def test_every_rule(rule):
     same(model, thresholds(model, rule))
 
 
+@pytest.mark.parametrize("biased", ["q_proj", "v_proj"])
+def test_maps_of_one_vector_of_which_some_have_a_bias(biased):
+    model = grouped_query(dtype=torch.float32)
+    for layer in model.model.layers:
+        old = getattr(layer.self_attn, biased)
+        new = torch.nn.Linear(old.in_features, old.out_features)
+        new.weight = old.weight
+        setattr(layer.self_attn, biased, new.eval())
+    same(model, thresholds(model, "teal"))
+
+
 def same(model, rule):
     with torch.no_grad():
         dense = model(IDS).logits

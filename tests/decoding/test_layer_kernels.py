@@ -93,6 +93,25 @@ def test_a_layer_that_makes_more_of_its_modules_runs_module_by_module(model):
     assert whole_layers(model, find_ffns(model), kernel_of) == []
 
 
+def test_queries_that_are_scaled_far_from_the_first_position_run_module_by_module(model, monkeypatch):
+    model = copy.deepcopy(model)
+    attention = model.model.layers[1].self_attn
+    own = attention.q_proj.forward
+    far = {}
+    model.model.rotary_emb.register_forward_hook(
+        lambda module, args, kwargs, y: far.update(now=int(kwargs["position_ids"].max()) > 20), with_kwargs=True
+    )
+    attention.q_proj.forward = lambda x: own(x) * (1.3 if far["now"] else 1.0)
+    assert whole_layers(model, find_ffns(model), kernel_of) == []
+
+
+def test_without_numba_layers_run_module_by_module(model, monkeypatch):
+    from sparsity_utils.decoding import layer_kernels
+
+    monkeypatch.setattr(layer_kernels, "kernels_of", lambda what, device, name: None)
+    assert whole_layers(model, find_ffns(model), kernel_of) == []
+
+
 def test_half_precision_runs_module_by_module():
     model = grouped_query(dtype=torch.bfloat16)
     assert whole_layers(model, find_ffns(model), kernel_of) == []
