@@ -11,12 +11,10 @@ from torch import Tensor
 
 from kernels.cpu_ffn import ACTIVATIONS, MATH, Quantised, Rows, computed, size
 from kernels.cpu_linear import ffn_mapped, mapped
-from kernels.cpu_threads import on_threads
+from kernels.cpu_threads import BYTES_PER_THREAD, on_threads
 from kernels.ffn import SparseFFN
 from kernels.layer import DecoderLayer
 from kernels.linear import SparseInputFFN
-
-BYTES_PER_SHARE = 2**18  # of keys and values; below, attention is one thread's
 
 
 class InputFFN(NamedTuple):
@@ -122,17 +120,17 @@ def normed(x, gain, eps):
 @njit(cache=True)
 def keep(made, turn, keys, values, length):
     """Turns queries and keys of `made`, (sequences, q + k + v), in place; writes keys and values after `length`."""
-    groups, room = keys.shape[1], keys.shape[3]
-    q = made.shape[1] - 2 * groups * room
+    groups, head_size = keys.shape[1], keys.shape[3]
+    q = made.shape[1] - 2 * groups * head_size
     for b in range(len(made)):
         cos, sin = turn[0][b % len(turn[0])], turn[1][b % len(turn[1])]
-        for first in range(0, q + groups * room, room):
-            turned(made[b, first : first + room], cos, sin)
+        for first in range(0, q + groups * head_size, head_size):
+            turned(made[b, first : first + head_size], cos, sin)
         for g in range(groups):
-            first = q + g * room
-            keys[b, g, length] = made[b, first : first + room]
-            first += groups * room
-            values[b, g, length] = made[b, first : first + room]
+            first = q + g * head_size
+            keys[b, g, length] = made[b, first : first + head_size]
+            first += groups * head_size
+            values[b, g, length] = made[b, first : first + head_size]
 
 
 @njit(cache=True)
@@ -148,16 +146,16 @@ def turned(head, cos, sin):
 @njit(fastmath=MATH, cache=True, parallel=True)
 def attended(made, keys, values, length, scale, shares):
     """What attention mixes, (sequences, heads of queries times their size), of queries, the first part of `made`."""
-    sequences, groups, _, room = keys.shape
-    heads = made.shape[1] // room - 2 * groups
-    y = np.zeros((sequences, heads * room), np.float32)
-    nbytes = 8 * sequences * groups * length * room
-    parts = min(shares, max(nbytes // BYTES_PER_SHARE, 1))
+    sequences, groups, _, head_size = keys.shape
+    heads = made.shape[1] // head_size - 2 * groups
+    y = np.zeros((sequences, heads * head_size), np.float32)
+    nbytes = 8 * sequences * groups * length * head_size
+    parts = min(shares, max(nbytes // BYTES_PER_THREAD, 1))
     for part in prange(parts):
         scores = np.empty(length, np.float32)
         for n in range(sequences * heads * part // parts, sequences * heads * (part + 1) // parts):
             b, h = n // heads, n % heads
-            g, own = h * groups // heads, slice(h * room, (h + 1) * room)
+            g, own = h * groups // heads, slice(h * head_size, (h + 1) * head_size)
             weigh(made[b, own], keys[b, g], length, scale, scores)
             for t in range(length):
                 blend(scores[t], values[b, g, t], y[b, own])
@@ -166,7 +164,7 @@ def attended(made, keys, values, length, scale, shares):
 
 @njit(fastmath=MATH, cache=True)
 def weigh(query, keys, length, scale, scores):
-    """scores = the softmax of scale query . key over the first `length` keys, (room, size)."""
+    """scores = the softmax of scale query . key over the first `length` keys, (room, head_size)."""
     most = np.float32(-np.inf)
     for t in range(length):
         score = np.float32(0)

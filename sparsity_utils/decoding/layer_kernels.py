@@ -99,11 +99,11 @@ def _same(model: nn.Module, layers: list[WholeLayer], ffns: Sequence[SparseFFN],
     """Whether one call gives what each layer gives for two tokens after a prompt, the second one far away from it."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    errors: list[float] = []
+    errors, stored = list[float](), Stored()  # of this comparison: the kernels to come may be in 8 bits
     far = torch.full_like(ids[:, :1], (context_length(model) or ids.shape[1]) - 1)  # some scale queries by position
     with evaluating(model), unchanged(model), ExitStack() as stack:
         for layer, ffn in zip(layers, ffns, strict=True):
-            qkv, o = (whole_kernel(readers, Stored()) for readers in layer.attention)
+            qkv, o = (whole_kernel(readers, stored) for readers in layer.attention)
             try:
                 kernel = layer.kernel(qkv, o, ffn)
             except ValueError:  # heads of another form, or FFNs of other numbers

@@ -128,7 +128,7 @@ def test_texts_at_one_position_share_its_angles():
 
 def test_many_tokens_on_several_threads_give_equal_bits():
     one = layer(heads=8, groups=8)
-    parts = given(one, 2, 3000, 3001)  # over BYTES_PER_SHARE
+    parts = given(one, 2, 3000, 3001)  # over BYTES_PER_THREAD
     first, again = one(*parts, 3000), one(*parts, 3000)
     assert torch.equal(first, again)
     assert torch.allclose(first.double(), literal(one, *parts, 3000)[0], rtol=1e-5, atol=1e-5)
