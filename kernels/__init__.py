@@ -10,6 +10,7 @@ head, cpu_head             an output head that reads the full rows of words that
 eight_bits                 a matrix in 8 bits, with a proven bound on its products
 certified                  the gate in 8 bits, which proves neurons inactive (CPU)
 cpu_threads                threads of the kernels for CPUs
+compiled                   machine code of the kernels for CPUs, forgotten when one of them changed
 pages                      weights in memory of large pages
 reading                    which bytes a call needs, counted by its rule
 shapes                     the shapes of published FFNs

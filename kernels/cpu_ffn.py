@@ -10,6 +10,7 @@ threads give equal bits.
 
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +22,12 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from kernels import naive
+from kernels.compiled import forget_old_code
 from kernels.cpu_threads import alone, on_threads
 from kernels.eight_bits import EightBits
 from kernels.ffn import SparseFFN, forked, run_dense
+
+forget_old_code(Path(__file__).parent)  # before the first kernel is looked up; the other modules import this one
 
 ACTIVATIONS = {name: code for code, name in enumerate(naive.ACTIVATIONS)}
 RELU, RELU2, SILU, GELU, GELU_TANH = (ACTIVATIONS[name] for name in ("relu", "relu2", "silu", "gelu", "gelu_tanh"))
