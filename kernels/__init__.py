@@ -1,6 +1,7 @@
 """FFNs, linear maps and heads that read only the weights that matter: computed where their tensors are.
 
 naive                      the reference: the same rules run densely
+selection                  which size the k largest of a row have at least
 ffn                        an FFN that reads active neurons: inputs checked once, backend chosen by device
 cpu_ffn, triton_ffn        its backends, in numba and in Triton
 linear                     linear maps that read active inputs, and a gated FFN of them

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.selection import kth_largest
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda g: F.relu(g).square(),
@@ -78,4 +80,4 @@ def input_scores(x: Tensor, maps: int, norms: Tensor | None) -> Tensor:
 
 def least_kept(scores: Tensor, keep: tuple[int, ...]) -> Tensor:
     """The smallest of the `keep` largest scores of each map and token, (maps, tokens, 1)."""
-    return torch.stack([score.topk(k, dim=-1).values[:, -1:] for score, k in zip(scores, keep, strict=True)])
+    return torch.stack([kth_largest(score, k) for score, k in zip(scores, keep, strict=True)])

@@ -91,10 +91,11 @@ class Rule:
 
 def k_largest(sizes: Tensor, k: int) -> Tensor:
     """True at the k largest of each row, bool; ties with the k-th stay, zeros do not. Both (..., n), `sizes` >= 0."""
+    from kernels.selection import kth_largest
+
     if k < 1:
         return sizes < 0  # none
-    largest = sizes.topk(min(k, sizes.shape[-1]), dim=-1, sorted=False).values
-    return (sizes >= largest.amin(-1, keepdim=True)) & (sizes != 0)
+    return (sizes >= kth_largest(sizes, min(k, sizes.shape[-1]))) & (sizes != 0)
 
 
 class NonZero(Rule):
