@@ -30,7 +30,7 @@ class SparseLinear:
     NaN is always active. So broken numbers reach the output, unless they are in weights that the rule does not read.
 
     All tensors are on one device. Sums are kept in float32; the same input gives the same bits on every call. No
-    gradient flows through it. More than MAX_TOKENS tokens are computed densely, by `dense`.
+    gradient flows through it. Many tokens are masked and multiplied by all weights.
 
     Raises `ValueError` when shapes, dtypes or devices do not fit, and when both limits and keep are given, or neither.
     """
@@ -94,7 +94,7 @@ class SparseLinear:
                 f"{str(self.dtype).removeprefix('torch.')}, on the same device."
             )
         rows = x.detach().reshape(-1, self.d)  # (tokens, d)
-        run = backend(x.device.type) if 0 < len(rows) <= MAX_TOKENS else dense
+        run = backend(x.device.type) if len(rows) else dense
         return run(self, rows.contiguous()).view(*x.shape[:-1], sum(self.widths))
 
     def active(self, x: Tensor) -> Tensor:

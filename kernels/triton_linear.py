@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import naive
-from kernels.linear import SparseLinear
+from kernels.ffn import MAX_TOKENS
+from kernels.linear import SparseLinear, dense
 from kernels.triton_ffn import INTERPRETED, nearest_tf32, sum_of_parts
 
 PROGRAMS = 1024
@@ -20,7 +21,7 @@ CHUNK = 64  # inputs that are looked at together
 
 
 def run(linear: SparseLinear, x: Tensor) -> Tensor:
-    """y, (tokens, outputs), in the dtype of `x`, (tokens, d), contiguous, of 1 to 16 tokens.
+    """y, (tokens, outputs), in the dtype of `x`, (tokens, d), contiguous; more than MAX_TOKENS are computed by `dense`.
 
     Raises `ValueError` when `x` is not on a GPU, unless Triton's interpreter runs the kernel.
     """
@@ -28,6 +29,8 @@ def run(linear: SparseLinear, x: Tensor) -> Tensor:
         raise ValueError(
             f"x is on {x.device}; the Triton kernel needs a GPU, or TRITON_INTERPRET=1 in the environment."
         )
+    if len(x) > MAX_TOKENS:
+        return dense(linear, x)
     with torch.cuda.device_of(x):
         return launch(linear, x)
 

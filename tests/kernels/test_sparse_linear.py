@@ -160,11 +160,16 @@ def test_without_a_kernel_maps_run_densely_after_one_warning(monkeypatch):
     kernels_of.cache_clear()
 
 
-def test_many_tokens_run_densely():
-    linear = maps()
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("rule", ["limits", "keep", "norms"])
+def test_many_tokens_are_masked_and_multiplied(run, rule, eight_bits):
+    linear = maps(rule=rule).quantised() if eight_bits else maps(rule=rule)
     x = inputs(linear, module.MAX_TOKENS + 1)
-    assert torch.equal(linear(x), dense(linear, x))
-    assert_close(linear(x), reference(linear, x))
+    x[3, 7] = float("inf")
+    y, whole = run(linear, x), torch.ones(len(x), dtype=torch.bool)
+    whole[3] = False
+    assert not y[3].isfinite().any()
+    assert_close(y[whole], reference(linear, x[whole]))
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
