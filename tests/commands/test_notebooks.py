@@ -159,6 +159,7 @@ table, model = study.table("metrics"), study.trained_model("silu")[0]
 print(len(table))"""
 
 
+@pytest.mark.slow
 def test_all_runs_are_done_in_one_pool_before_the_first_notebook_opens(shelf, tmp_path, monkeypatch, capfd):
     pools, do_jobs = [], notebooks.do_jobs
     monkeypatch.setattr(notebooks, "do_jobs", lambda jobs, profile: (pools.append(work(jobs)), do_jobs(jobs, profile)))
@@ -183,6 +184,7 @@ columns = ["question", "published", "here", "interval", "verdict"]
 Study.open(source, profile).keep_verdicts("01_a", pd.DataFrame([row], columns=columns))"""
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_trained_stops_only_the_notebooks_that_need_it(shelf, tmp_path, capfd):
     content = profile_content(write_text(tmp_path / "text"))
     content["train"]["batch_tokens"], content["study"]["ratio_tokens"] = 2**16, 2**19

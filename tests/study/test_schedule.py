@@ -70,6 +70,7 @@ def test_settings_are_chosen_first_then_short_runs_then_those_of_primary_claims(
     )
 
 
+@pytest.mark.slow
 def test_shares_divide_the_jobs_and_their_folders_merge(tmp_path, text, monkeypatch, capsys):
     content = profile_content(text)
     content["study"] = {"sizes": [one_size("8x1", seeds=(0, 1, 2))], "activations": ["relu", "silu"]}

@@ -165,6 +165,7 @@ def test_a_diverged_run_does_not_stop_the_study(tmp_path, monkeypatch, text):
         Study.from_profile(write_profile(tmp_path, content)).table("tuning")
 
 
+@pytest.mark.slow
 def test_a_killed_study_redoes_no_finished_run_also_when_two_resume_it(tmp_path, text):
     content = profile_content(text) | {"workers": 1}  # the processes share the work, their workers need not
     content["study"]["sizes"] = [one_size(f"{8 * n}x1", 20_000) for n in (1, 2, 3)]
@@ -197,6 +198,7 @@ def test_the_command_line_says_what_is_wrong_in_one_sentence(capsys):
     assert capsys.readouterr().err.startswith("Error: There is no profile 'labtop'; choose one of")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_said_and_finished_runs_are_kept(tmp_path, monkeypatch, text):
     import multiprocessing
 
