@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels.head import CertifiedHead
+from sparsity_utils.console import check
 from sparsity_utils.decoding.decode import ReadyKernels, head_module
 from sparsity_utils.decoding.speed import decoded
 from sparsity_utils.neurons.find import FFN, widened
@@ -91,8 +92,10 @@ def masked_text(
 ) -> MaskedText:
     """The text of `model`, masked, after `prompt`, (1, length). The mask counts what it keeps.
 
-    head: certified, of the model. Raises `InputError` when the mask was made for another model.
+    head: certified, of the model. Raises `InputError` for fewer than two words, of which the prompt's pass gives the
+    first and nothing is counted, and when the mask was made for another model.
     """
+    check(words >= 2, f"A masked text of {words} words has no pass of one token to measure; ask for at least 2.")
     logits, vectors = list[Tensor](), list[Tensor]()
     block = sparse_inputs(model, mask) if mask.thresholds.rule in INPUT_RULES else sparse_neurons(model, mask)
     with evaluating(model), block:

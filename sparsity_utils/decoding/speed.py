@@ -20,7 +20,7 @@ from kernels.bench_cases import Pattern
 from kernels.reading import Reading, reading
 from kernels.shapes import DENSE
 from kernels.timing import alternate, machine, speedups
-from sparsity_utils.console import InputError
+from sparsity_utils.console import InputError, check
 from sparsity_utils.decoding.decode import kernel_rule, replaceable_ffns, sparse_kernels
 from sparsity_utils.decoding.kept_text import check_decoder, wait
 from sparsity_utils.neurons.activations import activation_name
@@ -45,10 +45,11 @@ def decode_speeds(
     Args:
         prompts: token ids, (sequences, length), decoded side by side.
 
-    Raises `InputError` as `sparse_kernels` does, for a model that generates no text, and where prompt and new tokens
-    are longer than its context.
+    Raises `InputError` as `sparse_kernels` does, for a model that generates no text, for fewer than two new tokens, and
+    where prompt and new tokens are longer than its context.
     """
     check_decoder(model, prompts, new_tokens)
+    check(new_tokens >= 2, f"{new_tokens} new token has no speed, since the prompt gives it; ask for at least 2.")
 
     def decoded(block: Callable) -> tuple[Tensor, float]:
         with block():

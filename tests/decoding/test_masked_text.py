@@ -5,6 +5,7 @@ import torch
 from families import left_behind
 from linear_maps import grouped_query
 
+from sparsity_utils.console import InputError
 from sparsity_utils.decoding.decode import head_kernel, ready_kernels, running
 from sparsity_utils.decoding.input_kernels import Stored
 from sparsity_utils.decoding.masked_text import CountedMask, MaskedText, masked_text, with_rounded_weights
@@ -67,6 +68,17 @@ def test_what_a_rule_on_neurons_reads_is_counted(model):
     layers = [float(torch.stack(part[1:]).mean()) for part in (shares[:WORDS], shares[WORDS:])]
     expected = [layers[one.layer] if one.role in ("up", "down") else 1.0 for one in find_linears(model)]
     assert torch.equal(text.words, words[0]) and text.read == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("words", [0, 1])
+def test_too_few_words_to_measure_are_refused(model, teal, words):
+    with pytest.raises(InputError, match=f"A masked text of {words} words .* at least 2"):
+        masked_text(model, CountedMask(model, teal), PROMPT, words)
+
+
+def test_two_words_are_enough(model, teal):
+    text = masked_text(model, CountedMask(model, teal), PROMPT, 2, head_kernel(model, 1))
+    assert len(text.words) == 2 and all(0 <= share <= 1 for share in text.read) and 0 < text.undecided < 1
 
 
 def test_another_word_is_admitted_only_where_the_masked_model_was_in_doubt():

@@ -98,6 +98,11 @@ def test_more_tokens_than_the_context_are_refused():
         speed.decode_speeds(build("gpt2", dtype=torch.float32), IDS, CETT, new_tokens=30, rounds=1)
 
 
+def test_one_new_token_has_no_speed(model, prompts):
+    with pytest.raises(InputError, match="1 new token has no speed"):
+        speed.decode_speeds(model, prompts, CETT, new_tokens=1, rounds=1)
+
+
 def test_a_model_that_no_kernel_fits_is_refused_and_one_without_certificate_is_not(model, prompts):
     with pytest.raises(InputError, match="routed experts"):
         speed.decode_speeds(build_mixture("mixtral", dtype=torch.float32), IDS, CETT, new_tokens=2, rounds=1)
