@@ -27,8 +27,6 @@ from kernels.cpu_threads import alone, on_threads
 from kernels.eight_bits import EightBits
 from kernels.ffn import SparseFFN, forked, run_dense
 
-forget_old_code(Path(__file__).parent)  # before the first kernel is looked up; the other modules import this one
-
 ACTIVATIONS = {name: code for code, name in enumerate(naive.ACTIVATIONS)}
 RELU, RELU2, SILU, GELU, GELU_TANH = (ACTIVATIONS[name] for name in ("relu", "relu2", "silu", "gelu", "gelu_tanh"))
 # Sums may be reordered and fused; unlike with fastmath=True, infinities and NaNs are respected.
@@ -273,3 +271,7 @@ def combine(x, neurons, g, up, down, limits, threshold, by_neuron, act, y):
                 if kept or not math.isfinite(h) or not math.isfinite(g[i, t]):
                     for j in range(down.shape[1]):
                         y[share, t, j] += h * widened(down[i, j])
+
+
+# Before the first call of a kernel: the modules of the other kernels import this one.
+forget_old_code(Path(__file__).parent, Path(computed.stats.cache_path))
