@@ -26,7 +26,7 @@ from sparsity_utils.decoding.kept_text import check_decoder, wait
 from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import FFN, find_ffns
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
-from sparsity_utils.neurons.modes import evaluating
+from sparsity_utils.neurons.modes import evaluating, forward_replaced
 from sparsity_utils.neurons.rules import RULES
 from sparsity_utils.neurons.thresholds import Thresholds
 
@@ -132,7 +132,10 @@ def _can_certify(model: nn.Module, thresholds: Thresholds) -> bool:
 
 
 def _anatomy(model: PreTrainedModel, prompts: Tensor, new_tokens: int, kernels: list[SparseFFN] | None) -> dict:
-    """Share of the time that each part of the model takes, and what a decoding step reads, in runs of their own."""
+    """Share of the time that each part of the model takes, and what a decoding step reads, in runs of their own.
+
+    A share is NaN where the part is not told apart, since decoder layers run as one call.
+    """
     ffns, readings = find_ffns(model), list[Reading]()
     with parts_timed(model, ffns) as parts:
         _, seconds = greedy(model, prompts, new_tokens)
@@ -164,35 +167,39 @@ def _weights(ffn: FFN) -> list[Tensor]:
 
 @contextmanager
 def parts_timed(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[dict[str, float]]:
-    """Seconds that the model spends in each of PARTS while it decodes single tokens inside the block.
+    """Seconds that the model spends in each of PARTS inside the block, after its first pass, that of the prompt.
 
-    On a GPU each part is waited for, which takes time of its own.
+    NaN for FFNs and attention where decoder layers ran as one call (`decoding.layer_kernels`). Modules get another
+    forward and no hooks, with which their layers would not run so. On a GPU each part is waited for, which takes time
+    of its own.
     """
-    seconds, started = dict.fromkeys(PARTS, 0.0), {}
+    seconds, started, passes, ran = dict.fromkeys(PARTS, 0.0), dict[str, float](), list[None](), set[nn.Module]()
 
-    def start(name: str, args: tuple, kwargs: dict) -> None:
-        x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        wait(x)
-        if x.shape[-2] == 1:  # not the prompt
+    def start(name: str, own: Callable, *args: Any, **kwargs: Any) -> Any:
+        if len(passes) > 1:  # not the prompt
+            wait(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
             started[name] = time.perf_counter()
+        return own(*args, **kwargs)
 
-    def stop(name: str, module: nn.Module) -> None:
+    def stop(name: str, module: nn.Module, own: Callable, *args: Any, **kwargs: Any) -> Any:
+        y = own(*args, **kwargs)
         if name in started:
             wait(next(module.parameters()))
             seconds[name] += time.perf_counter() - started.pop(name)
+            ran.add(module)
+        return y
 
     spans = [("ffn", ffn.gate.module, ffn.down) for ffn in ffns]
     spans += [("attention", module, module) for module in _attentions(model)]
     spans += [("head", model.get_output_embeddings(), model.get_output_embeddings())]
     with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(lambda *given: passes.append(None)).remove)
         for name, first, last in spans:
-            before = first.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: start(name, args, kwargs), with_kwargs=True
-            )
-            after = last.register_forward_hook(lambda module, args, output, name=name: stop(name, module))
-            stack.callback(before.remove)
-            stack.callback(after.remove)
+            stack.enter_context(forward_replaced(first, partial(start, name, first.forward)))
+            stack.enter_context(forward_replaced(last, partial(stop, name, last, last.forward)))
         yield seconds
+    if not ran.issuperset(ffn.down for ffn in ffns):
+        seconds |= dict.fromkeys(("ffn", "attention"), np.nan)
 
 
 def _attentions(model: nn.Module) -> list[nn.Module]:

@@ -31,7 +31,7 @@ NAMES = {
     "certified": "with certified gate",
 }
 LOOKS = {way: Look(number) for number, way in enumerate(NAMES)}
-PARTS = {"ffn": "FFN", "attention": "attention", "head": "output head", "other": "all else"}  # of a decoding step
+PARTS = ("FFN", "attention", "output head", "all else", "layers, undivided, and all else")  # of a decoding step
 
 SINGLE_FFN = f"A single FFN of the {SHAPE} shape, float32, one token, random patterns"
 NEARLY_IDEAL = Claim(
@@ -356,25 +356,32 @@ def decoding_figure(steps: pd.DataFrame) -> ShownFigure:
     for axes, ((model, shape, activation, _), table) in zip(panels, models, strict=True):
         _steps(axes, table)
         axes.set(title=f"{shape} {ACTIVATIONS[activation]}, {model}", xlabel="Milliseconds per token")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(PARTS), fontsize=8)
+    named = {label: bars for axes in panels for bars, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside upper right", ncols=len(named), fontsize=8)
+    undivided = " Undivided: each layer ran as one call." if rows["ffn_time"].isna().any() else ""
     return captioned(
         figure,
-        f"Greedy decoding of {rows['new_tokens'].iloc[0]} tokens; sparse rows give the tokens of the masked model. "
-        f"{machine_name(rows)}.",
+        f"Greedy decoding of {rows['new_tokens'].iloc[0]} tokens; sparse rows give the tokens of the masked model."
+        f"{undivided} {machine_name(rows)}.",
     )
 
 
 def _steps(axes: Axes, table: pd.DataFrame) -> None:
-    """One bar per way and sparsity, cut by the part of the model that the time goes to."""
+    """One bar per way and sparsity, cut by the part of the model that the time goes to.
+
+    Where layers ran as one call, their FFNs and attention are NaN and not told apart from all else.
+    """
     full = table["way"].isin(DENSE)
     table = table[~full | ~table["way"].duplicated()]  # full reads were timed anew beside each sparsity
     names = [row.way if row.way in DENSE else f"{row.way}\n{100 * row.sparsity:.0f}%" for row in table.itertuples()]
     left = np.zeros(len(table))
     total = 1e3 / table["tokens_per_second"].to_numpy()
-    known = table[["ffn_time", "attention_time", "head_time"]].to_numpy()
-    shares = np.column_stack([known, 1 - known.sum(axis=1)])
-    for part, label, colour in zip(shares.T, PARTS.values(), COLOURS, strict=False):
+    known = table[["ffn_time", "attention_time", "head_time"]]
+    divided, rest = known["ffn_time"].notna(), 1 - known.sum(axis=1)
+    shares = [*known.fillna(0).to_numpy().T, rest * divided, rest * ~divided]
+    for part, label, colour in zip(map(np.asarray, shares), PARTS, COLOURS, strict=False):
+        if not part.any():
+            continue
         axes.barh(names, part * total, left=left, color=colour, label=label, height=0.6, edgecolor="white")
         left += part * total
     for place, speed in enumerate(table["tokens_per_second"]):

@@ -1,15 +1,17 @@
 """Decoding speeds: greedy tokens, parts of the time, bytes."""
 
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
-from families import build
+from families import build, left_behind
 from mixtures import build as build_mixture
 
 from sparsity_utils.console import InputError
-from sparsity_utils.decoding import speed
+from sparsity_utils.decoding import layer_kernels, speed
+from sparsity_utils.decoding.decode import sparse_kernels
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.neurons.find import find_ffns
 from sparsity_utils.neurons.thresholds import Thresholds
@@ -40,7 +42,8 @@ def test_every_way_is_timed_and_gives_the_masked_model_s_tokens(model, prompts):
     assert list(table.index) == ["dense", "all rows", "sparse", "certified"] and table["same_tokens"].all()
     assert (table["tokens_per_second"] > 0).all() and table.loc["dense", "speedup"] == 1
     times = table[["ffn_time", "attention_time", "head_time"]]
-    assert (times > 0).all(axis=None) and (times.sum(axis=1) < 1).all()
+    assert (times.loc["dense"] > 0).all() and (times["head_time"] > 0).all() and (times.sum(axis=1) < 1).all()
+    assert times.drop(index="dense")[["ffn_time", "attention_time"]].isna().all(axis=None)  # layers in one call each
     config = model.config
     weights = config.num_hidden_layers * 3 * config.hidden_size * config.intermediate_size
     assert table.loc["dense", "ffn_megabytes"] == pytest.approx(4 * weights / 1e6)
@@ -65,15 +68,54 @@ def test_other_tokens_give_no_speed(model, prompts, monkeypatch):
     assert table.loc["dense", "tokens_per_second"] > 0
 
 
-def test_parts_count_the_time_of_single_tokens_alone(model, prompts, monkeypatch):
+def test_parts_count_the_time_after_the_prompt_alone(model, prompts):
+    slept = []
+
+    def first_pass(module, args):
+        time.sleep(0 if slept else 0.3)
+        slept.append(True)
+
     ffn = find_ffns(model)[0]
-    slow = ffn.down.register_forward_pre_hook(lambda module, args: time.sleep(0.02))
-    try:
-        with speed.parts_timed(model, find_ffns(model)) as parts:
-            speed.greedy(model, prompts, 4)
-    finally:
-        slow.remove()
-    assert parts["ffn"] >= 3 * 0.02 > parts["head"]  # three single tokens, slept in one of four FFNs
+    with ExitStack() as stack:
+        slow = ffn.down.register_forward_pre_hook(lambda module, args: time.sleep(0.02))
+        for handle in (slow, model.lm_head.register_forward_pre_hook(first_pass)):
+            stack.callback(handle.remove)
+        parts = parts_of(model, prompts[:, :1])  # a prompt of one token is a prompt, too
+    assert parts["ffn"] >= 3 * 0.02 and parts["attention"] > 0  # three passes, slept in one of four FFNs
+    assert 0 < parts["head"] < 0.3 and not left_behind(model)
+
+
+def parts_of(model, prompts):
+    """Seconds of the parts in the decoding of four tokens."""
+    with torch.no_grad(), speed.parts_timed(model, find_ffns(model)) as parts:
+        speed.greedy(model, prompts, 4)
+    return parts
+
+
+@pytest.mark.parametrize("sequences", [2, 4])
+def test_parts_are_those_of_the_way_that_the_model_runs(model, prompts, sequences, monkeypatch):
+    """Few sequences run layer by layer, whatever is timed; more of them module by module."""
+    calls, own = [], layer_kernels._run
+    monkeypatch.setattr(layer_kernels, "_run", lambda *given: calls.append(given) or own(*given))
+    texts = prompts.repeat(2, 1)[:sequences]
+    with sparse_kernels(model, CETT):
+        calls.clear()
+        with torch.no_grad():
+            speed.greedy(model, texts, 4)
+        untimed = len(calls)
+        parts = parts_of(model, texts)
+    assert len(calls) == 2 * untimed == (2 * 3 * 4 if sequences == 2 else 0)  # two runs, three passes, four layers
+    assert np.isnan([parts["ffn"], parts["attention"]]).all() == (sequences == 2) and parts["head"] > 0
+
+
+def test_parts_of_some_layers_alone_are_none(model, prompts):
+    with sparse_kernels(model, CETT):
+        hook = find_ffns(model)[0].gate.module.register_forward_hook(lambda module, args, y: None)
+        try:
+            parts = parts_of(model, prompts)
+        finally:
+            hook.remove()
+    assert np.isnan(parts["ffn"]) and np.isnan(parts["attention"]) and parts["head"] > 0
 
 
 def test_patterns_are_those_of_the_last_tokens(model):

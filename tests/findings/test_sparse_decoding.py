@@ -120,3 +120,44 @@ def test_decoding_limits_are_bytes_over_bytes():
     table = sparse_decoding.decoding_limits(0.9352)
     assert table.loc["nothing", "whole model, no head"] == pytest.approx(2.875)
     assert table.loc["gate in full, then active rows", "FFN alone"] == pytest.approx(3 / (1 + 2 * 0.0648))
+
+
+def bars(figure):
+    """The widths of each part's bars, of all panels one after the other, and the names in the legend."""
+    widths = {}
+    for axes in figure.axes:
+        for part in axes.containers:
+            widths.setdefault(part.get_label(), []).append([bar.get_width() for bar in part])
+    return widths, [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def steps():
+    """The recorded decoding steps of one model, one sequence."""
+    rows = pd.read_csv(paths.RESULTS / "sparse_decoding.csv")
+    return rows.query("sequences == 1 and activation == 'relu' and model == 'trained'")
+
+
+def test_a_decoding_step_is_divided_where_its_parts_were_timed():
+    rows = steps()
+    figure = sparse_decoding.decoding_figure(rows)
+    widths, names = bars(figure)
+    assert names == list(widths) == ["FFN", "attention", "output head", "all else"]
+    total, shares = 1e3 / rows["tokens_per_second"], rows[["ffn_time", "attention_time", "head_time"]]
+    assert widths["FFN"] == [pytest.approx(rows["ffn_time"] * total)]
+    assert widths["all else"] == [pytest.approx((1 - shares.sum(axis=1)) * total)]
+    assert "Undivided" not in figure.get_supxlabel()
+
+
+def test_layers_that_ran_as_one_call_are_not_divided_and_the_figure_says_so():
+    rows = steps()
+    rows.loc[rows["way"] != "dense", ["ffn_time", "attention_time"]] = np.nan
+    figure = sparse_decoding.decoding_figure(rows)
+    widths, names = bars(figure)
+    dense, kernels = rows.iloc[0], rows.iloc[1:]
+    head = 1e3 / kernels["tokens_per_second"] * kernels["head_time"]
+    assert names[-1] == "layers, undivided, and all else" and len(names) == 5
+    assert widths["FFN"] == [pytest.approx([dense["ffn_time"] * 1e3 / dense["tokens_per_second"], 0, 0, 0])]
+    assert widths["output head"][0][1:] == pytest.approx(head.tolist())
+    assert widths[names[-1]] == [pytest.approx([0, *(1e3 / kernels["tokens_per_second"] - head)])]
+    assert widths["all else"][0][0] > 0 and widths["all else"][0][1:] == [0, 0, 0]
+    assert "Undivided: each layer ran as one call" in figure.get_supxlabel()
