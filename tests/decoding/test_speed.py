@@ -1,7 +1,6 @@
 """Decoding speeds: greedy tokens, parts of the time, bytes."""
 
 import time
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from sparsity_utils.decoding import layer_kernels, speed
 from sparsity_utils.decoding.decode import sparse_kernels
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.neurons.find import find_ffns
+from sparsity_utils.neurons.modes import forward_replaced
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.paths import RECORDED_MODELS
 
@@ -69,20 +69,21 @@ def test_other_tokens_give_no_speed(model, prompts, monkeypatch):
 
 
 def test_parts_count_the_time_after_the_prompt_alone(model, prompts):
-    slept = []
+    calls, own, ffn = [], model.lm_head.forward, find_ffns(model)[0]
 
-    def first_pass(module, args):
-        time.sleep(0 if slept else 0.3)
-        slept.append(True)
+    def slow_first(x):
+        time.sleep(0 if calls else 0.3)
+        calls.append(x)
+        return own(x)
 
-    ffn = find_ffns(model)[0]
-    with ExitStack() as stack:
-        slow = ffn.down.register_forward_pre_hook(lambda module, args: time.sleep(0.02))
-        for handle in (slow, model.lm_head.register_forward_pre_hook(first_pass)):
-            stack.callback(handle.remove)
-        parts = parts_of(model, prompts[:, :1])  # a prompt of one token is a prompt, too
+    slow = ffn.down.register_forward_pre_hook(lambda module, args: time.sleep(0.02))
+    try:
+        with forward_replaced(model.lm_head, slow_first):
+            parts = parts_of(model, prompts[:, :1])  # of one token, as all others
+    finally:
+        slow.remove()
     assert parts["ffn"] >= 3 * 0.02 and parts["attention"] > 0  # three passes, slept in one of four FFNs
-    assert 0 < parts["head"] < 0.3 and not left_behind(model)
+    assert 0 < parts["head"] < 0.3 and len(calls) == 4 and not left_behind(model)
 
 
 def parts_of(model, prompts):
