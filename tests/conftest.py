@@ -10,6 +10,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     MPLBACKEND="Agg",
+    NUMBA_NUM_THREADS="2",  # the most that a test asks for
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
 )

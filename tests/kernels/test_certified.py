@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from ffn_cases import SHAPES, ffn_case, neurons
+from ffn_cases import SHAPES, assert_close, ffn_case, neurons, reference
 
 from kernels import SparseFFN, eight_bits, naive
 from kernels.certified import certified_gate, inactive_region
@@ -15,20 +15,16 @@ def plain_and_certified(case):
     return ffn, ffn.certified()
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 5, 16])
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_the_same_bits_as_without_the_copy(shape, tokens, dtype):
     case = ffn_case(shape, 0.8, tokens=tokens, dtype=dtype, biases=True)
     exact, certified = plain_and_certified(case)
-    assert torch.equal(certified(case["x"]), exact(case["x"]))
-
-
-def test_the_same_bits_with_several_threads(monkeypatch):
-    monkeypatch.setattr("kernels.cpu_threads.BYTES_PER_THREAD", 1)
-    case = ffn_case("tall", 0.8, tokens=3)
-    exact, certified = plain_and_certified(case)
-    assert torch.equal(certified(case["x"]), exact(case["x"]))
+    y = certified(case["x"])
+    assert torch.equal(y, exact(case["x"]))
+    assert_close(y, reference(case))
 
 
 def cancelling(size=300, rows=600):
@@ -84,6 +80,7 @@ def test_another_ffn_has_no_certificate():
     assert dataclasses.replace(certified, threshold=0.0).certificate is None
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("act", sorted(naive.ACTIVATIONS))
 @pytest.mark.parametrize("rule", naive.RULES)
 def test_the_same_bits_under_every_rule_and_activation(act, rule):
@@ -137,6 +134,7 @@ def test_the_inactive_region_is_that_of_the_activation_function(act, limit):
     assert not (naive.ACTIVATIONS[act](g.float()).abs()[inside] > limit).any()  # as computed in float32
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_broken_inputs_and_weights_are_never_certain(bad):
     case = ffn_case("odd", 0.9, tokens=3)

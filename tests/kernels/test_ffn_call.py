@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from ffn_cases import ffn_case, reference
+from ffn_cases import assert_close, ffn_case, reference
 
 from kernels import MAX_TOKENS, SparseFFN, ffn, naive, sparse_ffn
 from sparsity_utils.paths import ROOT
@@ -140,21 +140,13 @@ assert torch.get_num_threads() == before == 1, torch.get_num_threads()
     assert done.returncode == 0, done.stderr
 
 
-def test_numbers_of_threads_change_the_order_of_sums_alone(monkeypatch):
-    import numba
-
-    from kernels import cpu_ffn
-
+def test_numbers_of_threads_change_the_order_of_sums_alone(two_threads):
     given = ffn_case("tall", 0.5, tokens=3)
-    x = given.pop("x")
-    kept = SparseFFN(**given)
-    results, before = [], torch.get_num_threads()
-    monkeypatch.setattr("kernels.cpu_threads.BYTES_PER_THREAD", 1)
-    try:
-        for count in {1, numba.config.NUMBA_NUM_THREADS}:
-            torch.set_num_threads(count)
-            results.append(cpu_ffn.run(kept, x))
-            assert torch.equal(cpu_ffn.run(kept, x), results[-1])
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.allclose(result, results[0], rtol=1e-5, atol=1e-6) for result in results)
+    expected, x = reference(given), given.pop("x")
+    kept, results = SparseFFN(**given), []
+    for count in (2, 1):
+        torch.set_num_threads(count)
+        results.append(kept(x))
+        assert torch.equal(kept(x), results[-1])
+        assert_close(results[-1], expected)
+    assert not torch.equal(*results)  # or the call was not shared

@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 torch.set_num_threads(2)
 sys.path.insert(0, "tests/helpers")
 from ffn_cases import ffn_case, reference
-from kernels import SparseFFN, cpu_ffn
+from kernels import SparseFFN, cpu_threads
 
 given = ffn_case("tall", 0.5, tokens=3)
 expected = reference(given)
 x = given.pop("x")
 ffn = SparseFFN(**given)
-cpu_ffn.threads = lambda ffn: 2
+cpu_threads.BYTES_PER_THREAD = 1
 torch.ones(1000, 1000).exp()  # starts torch's threads
 
 def right(*_):
@@ -33,6 +33,8 @@ def forked():
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 assert forked() == 0, "before the first call of the parent"
+with cpu_threads.on_threads(2) as count:
+    assert count == 2
 with ThreadPoolExecutor(4) as pool:
     assert all(pool.map(right, range(200)))
 assert forked() == 0, "after calls of the parent"

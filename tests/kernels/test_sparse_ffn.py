@@ -9,7 +9,7 @@ from ffn_cases import SHAPES, assert_close, computed, ffn_case, neurons, poisone
 from kernels import naive, sparse_ffn
 
 GPU = torch.cuda.is_available()
-BACKENDS = {"cpu": "kernels.cpu_ffn", "triton": "kernels.triton_ffn"}
+BACKENDS = {"cpu": "kernels.cpu_ffn", "two threads": "kernels.cpu_ffn", "triton": "kernels.triton_ffn"}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -19,6 +19,8 @@ pytestmark = [
 
 @pytest.fixture(params=sorted(BACKENDS))
 def backend(request):
+    if request.param == "two threads":
+        request.getfixturevalue("two_threads")
     return request.param
 
 

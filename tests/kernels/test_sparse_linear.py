@@ -13,7 +13,7 @@ from kernels.naive import ACTIVATIONS
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-BACKENDS = {"cpu": "kernels.cpu_linear", "triton": "kernels.triton_linear"}
+BACKENDS = {"cpu": "kernels.cpu_linear", "two threads": "kernels.cpu_linear", "triton": "kernels.triton_linear"}
 WIDTHS = {"one": (1,), "odd": (70, 33, 129), "wide": (300,)}
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -21,6 +21,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @pytest.fixture(params=sorted(BACKENDS))
 def run(request, monkeypatch):
     """A backend. The maps of its test lie on its device."""
+    if request.param == "two threads":
+        request.getfixturevalue("two_threads")
     monkeypatch.setattr(f"{__name__}.DEVICE", "cuda" if request.param == "triton" and GPU else "cpu")
     return import_module(BACKENDS[request.param]).run
 
@@ -172,7 +174,8 @@ def test_many_tokens_are_masked_and_multiplied(run, rule, eight_bits):
     assert_close(y[whole], reference(linear, x[whole]))
 
 
-@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("tokens", [1, 3, 6])
 @pytest.mark.parametrize("act", ["silu", "relu2"])
 def test_an_ffn_in_one_call(act, tokens):
     gate_up = maps("wide")
