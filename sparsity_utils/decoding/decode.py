@@ -67,7 +67,8 @@ def sparse_kernels(
     `model.generate` then gives what it gives under `sparse_neurons`, or under `sparse_inputs` for a rule on inputs,
     with the same thresholds, up to the rounding of sums in another order and, in half precision, of the numbers that
     are compared with a threshold. Calls of more than 16 tokens, such as prompts, run densely under the same mask. The
-    weights that the kernels keep in another order are copied for the block; change no weights inside it.
+    weights that the kernels keep in another order are copied for the block; change no weights inside it, and no numbers
+    that modules hold, such as an epsilon.
 
     Before the block begins, kernels that skip nothing are compared with the model's own FFNs on a tiny input. On a CPU
     in float32 a decoder layer of the usual form is one call for a single token (`decoding.layer_kernels`).

@@ -148,12 +148,12 @@ def _compared(
     kernel: DecoderLayer,
     errors: list[float],
     own: Callable,
-    x: Tensor,
+    hidden_states: Tensor,
     *args: Any,
     **given: Any,
 ) -> Any:
     """What the module itself computes; of a single token the error of one call is appended to `errors`."""
-    y = own(x, *args, **given)
+    x, y = hidden_states, own(hidden_states, *args, **given)
     cached = _cached(layer, inside, x, args, given)
     if cached is not None and isinstance(y, Tensor):
         before = DynamicLayer()
@@ -166,7 +166,7 @@ def _compared(
 class Inside:
     """The modules inside a layer as a block found them: one call leaves out what somebody puts in their place.
 
-    It is asked at every token of every layer, which takes 3 us.
+    It is asked at every token of every layer, which takes 1.2 us. Numbers and weights of modules it does not look at.
     """
 
     def __init__(self, layer: WholeLayer) -> None:
@@ -267,15 +267,15 @@ def run_whole(layer: WholeLayer, kernel: DecoderLayer) -> Iterator[None]:
     """Inside the block the layer runs as one call where it can."""
     own, inside, rooms = layer.module.forward, Inside(layer), WeakKeyDictionary[DynamicLayer, Room]()
 
-    def forward(x: Tensor, *args: Any, **given: Any) -> Any:
-        cached = _cached(layer, inside, x, args, given)
+    def forward(hidden_states: Tensor, *args: Any, **given: Any) -> Any:
+        cached = _cached(layer, inside, hidden_states, args, given)
         if cached is None:
             rooms.clear()  # the modules write elsewhere
-            return own(x, *args, **given)
+            return own(hidden_states, *args, **given)
         room = rooms.get(cached)
         if room is None or not room.serves(cached):
             room = rooms[cached] = Room(cached)
-        y = _run(kernel, room, x, given["position_embeddings"])
+        y = _run(kernel, room, hidden_states, given["position_embeddings"])
         room.give(cached)
         return y
 

@@ -9,7 +9,7 @@ import torch
 from families import build, left_behind, randomised
 from layer_calls import calls, one_by_one
 from linear_maps import grouped_query
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, Ministral3Config, Ministral3ForCausalLM
 
 from sparsity_utils.decoding import layer_kernels
 from sparsity_utils.decoding.decode import kernel_of, ready_kernels, running, sparse_kernels
@@ -101,6 +101,16 @@ def test_queries_that_are_scaled_far_from_the_first_position_run_module_by_modul
         lambda module, args, kwargs, y: far.update(now=int(kwargs["position_ids"].max()) > beyond), with_kwargs=True
     )
     attention.q_proj.forward = lambda x: own(x) * (1.3 if far["now"] else 1.0)
+    assert whole_layers(model, find_ffns(model), kernel_of) == []
+
+
+def test_queries_that_a_family_scales_beyond_its_context_run_module_by_module():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Ministral3Config(
+        vocab_size=29, num_key_value_heads=1, head_dim=8, max_position_embeddings=64, sliding_window=None, **sizes
+    )
+    config.rope_parameters |= {"original_max_position_embeddings": 64, "factor": 1.0}
+    model = randomised(Ministral3ForCausalLM(config), torch.float32)
     assert whole_layers(model, find_ffns(model), kernel_of) == []
 
 
@@ -209,6 +219,19 @@ def test_a_room_is_kept_only_while_it_is_the_cache(model, monkeypatch):
         model(input_ids=IDS, past_key_values=cache, use_cache=True)
         gc.collect()
         assert not rooms
+
+
+def test_a_layer_takes_its_input_by_name(model, monkeypatch):
+    made, x = calls(monkeypatch), torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        cache, layer = one_by_one(model, IDS, 0).past_key_values, model.model.layers[0]
+        turn = model.model.rotary_emb(x, torch.tensor([[5]]))
+        given = {"hidden_states": x, "position_embeddings": turn}
+        expected = layer(past_key_values=copy.deepcopy(cache), **given)
+        with sparse_kernels(model, None):
+            made.clear()
+            assert torch.allclose(layer(past_key_values=cache, **given), expected, rtol=1e-3, atol=1e-4)
+    assert len(made) == 1
 
 
 def test_texts_at_positions_of_their_own(model, monkeypatch):
