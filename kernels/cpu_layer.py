@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.cpu_ffn import ACTIVATIONS, MATH, Quantised, Rows, computed, size
 from kernels.cpu_linear import ffn_mapped, mapped
 from kernels.cpu_threads import BYTES_PER_THREAD, on_threads
-from kernels.ffn import SparseFFN
+from kernels.ffn import SparseFFN, forked
 from kernels.layer import DecoderLayer
 from kernels.linear import SparseInputFFN
 
@@ -72,7 +72,12 @@ def _neuron_ffn(ffn: SparseFFN) -> NeuronFFN:
 
 
 def run(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
-    """y, (sequences, d), of `x`, (sequences, d): the backend of `DecoderLayer`."""
+    """y, (sequences, d), of `x`, (sequences, d): the backend of `DecoderLayer`.
+
+    Raises `ValueError` in a forked process, which has none of the threads.
+    """
+    if forked():
+        raise ValueError("A layer in one call does not run in a forked process: start it with spawn, or use its maps.")
     parts, nbytes = layer.arrays
     with on_threads(nbytes) as count:
         turn = cos.numpy(), sin.numpy()

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels.ffn import SparseFFN
+from kernels.ffn import SparseFFN, described
 from kernels.linear import SparseInputFFN, SparseLinear
 
 
@@ -40,15 +40,20 @@ class DecoderLayer:
         widths, d = self.qkv.widths, self.qkv.d
         heads = len(widths) == 3 and widths[1] == widths[2] and widths[0] % widths[1] == 0
         whole = self.head_size % 2 == 0 and not any(width % self.head_size for width in widths)
-        follow = self.gains.shape == (2, d) and self.o.d == widths[0] and self.o.widths == (d,) == (self.ffn_inputs,)
-        if not (heads and whole and follow):
+        follow = self.gains.shape == (2, d) and (self.o.d, self.o.widths) == (widths[0], (d,))
+        inputs, outputs = self.ffn_sizes
+        if not (heads and whole and follow and inputs == outputs == d):
             raise ValueError(
                 f"Gains {tuple(self.gains.shape)}, q, k and v of {widths}, o of {self.o.d} to {self.o.widths} and a "
-                f"FFN of {self.ffn_inputs} make no layer of {d} with heads of {self.head_size}."
+                f"FFN of {inputs} to {outputs} make no layer of {d} with heads of {self.head_size}."
             )
-        of_ffn = self.ffn.gate_up.dtype if isinstance(self.ffn, SparseInputFFN) else self.ffn.w_gate.dtype
-        kinds = {self.gains.dtype, self.qkv.dtype, self.o.dtype, of_ffn}
-        devices = {self.gains.device.type, self.qkv.weight_t.device.type, self.o.weight_t.device.type}
+        maps, tensors = [self.qkv, self.o], [self.gains]
+        if isinstance(self.ffn, SparseInputFFN):
+            maps += [self.ffn.gate_up, self.ffn.down]
+        else:
+            tensors += [self.ffn.w_gate]
+        kinds = {linear.dtype for linear in maps} | {tensor.dtype for tensor in tensors}
+        devices = {tensor.device.type for tensor in [*tensors, *(linear.weight_t for linear in maps)]}
         if kinds != {torch.float32} or devices != {"cpu"}:
             raise ValueError(f"The parts are of {kinds} on {devices}: a layer is one call in float32 on a CPU.")
         object.__setattr__(self, "gains", self.gains.detach().contiguous())
@@ -61,9 +66,11 @@ class DecoderLayer:
         return arrays(self)
 
     @property
-    def ffn_inputs(self) -> int:
-        """Number of inputs of the FFN."""
-        return self.ffn.gate_up.d if isinstance(self.ffn, SparseInputFFN) else self.ffn.w_gate.shape[1]
+    def ffn_sizes(self) -> tuple[int, int]:
+        """Numbers of inputs and outputs of the FFN."""
+        if isinstance(self.ffn, SparseInputFFN):
+            return self.ffn.gate_up.d, self.ffn.down.widths[0]
+        return self.ffn.w_gate.shape[1], self.ffn.w_down_t.shape[1]
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
         """The layer's output, (sequences, d), of `x`, (sequences, d), the newest token of each sequence.
@@ -72,7 +79,33 @@ class DecoderLayer:
             cos, sin: of the angles by which the token's position turns a head, (sequences or 1, head_size) each.
             keys, values: (sequences, heads of keys, room, head_size). The first `length` tokens of each sequence are
                 read, and those of the newest are written after them.
+
+        Raises `ValueError` when one of these does not fit the layer, when there is no room, and in a forked process.
         """
         from kernels.cpu_layer import run
 
-        return run(self, x, cos, sin, keys, values, length)
+        self._check_given(x, cos, sin, keys, values, length)
+        return run(self, x.contiguous(), cos.contiguous(), sin.contiguous(), keys, values, length)
+
+    def _check_given(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int) -> None:
+        """Takes 2 us, at every token."""
+        size, groups = self.head_size, self.qkv.widths[1] // self.head_size
+        given, turns, kept = x.shape, cos.shape, keys.shape
+        if given[1:] != (self.qkv.d,):
+            raise ValueError(f"x is {described(x)}; it must be (sequences, {self.qkv.d}), one token of each.")
+        texts = given[0]
+        if turns not in ((texts, size), (1, size)) or sin.shape != turns:
+            raise ValueError(f"cos is {described(cos)} and sin {described(sin)}; both must be ({texts} or 1, {size}).")
+        if kept[:2] != (texts, groups) or kept[3:] != (size,) or values.shape != kept:
+            raise ValueError(
+                f"keys are {described(keys)} and values {described(values)}; both must be ({texts}, {groups}, room, "
+                f"{size})."
+            )
+        if not 0 <= length < kept[2]:
+            raise ValueError(f"length is {length}, and there is room for {kept[2]} tokens: give a length below that.")
+        if not (keys.is_contiguous() and values.is_contiguous()):
+            raise ValueError("keys and values are written to: both must be contiguous.")
+        for one in (x, cos, sin, keys, values):
+            if one.dtype is not torch.float32 or not one.is_cpu or one.requires_grad:
+                needs = ", which needs a gradient" if one.requires_grad else ""
+                raise ValueError(f"A part given is {described(one)}{needs}: a layer is float32 on a CPU, no gradient.")

@@ -19,8 +19,10 @@ from kernels.head import CertifiedHead
 from kernels.layer import DecoderLayer
 from kernels.linear import SparseLinear
 from sparsity_utils.console import InputError, check
+from sparsity_utils.decoding.head_kernels import run_head
 from sparsity_utils.decoding.input_kernels import (
     Stored,
+    check_not_trained,
     checked_maps,
     ffn_kernel,
     linear_kernel,
@@ -65,7 +67,8 @@ def sparse_kernels(
     `model.generate` then gives what it gives under `sparse_neurons`, or under `sparse_inputs` for a rule on inputs,
     with the same thresholds, up to the rounding of sums in another order and, in half precision, of the numbers that
     are compared with a threshold. Calls of more than 16 tokens, such as prompts, run densely under the same mask. The
-    weights that the kernels keep in another order are copied for the block; change no weights inside it.
+    weights that the kernels keep in another order are copied for the block; change no weights inside it, and no numbers
+    that modules hold, such as an epsilon.
 
     Before the block begins, kernels that skip nothing are compared with the model's own FFNs on a tiny input. On a CPU
     in float32 a decoder layer of the usual form is one call for a single token (`decoding.layer_kernels`).
@@ -76,7 +79,9 @@ def sparse_kernels(
         eight_bits: keep the weights of linear maps as 8-bit integers, so that their outputs are rounded; for rules on
             inputs.
         likeliest: the output head computes that many of the likeliest words exactly, and reads an 8-bit copy to tell
-            which (`kernels.head`; CPU): 1 for greedy decoding, k for top-k sampling. Other logits are minus infinity.
+            which (`kernels.head`; CPU). Other logits are minus infinity. 1 for plain greedy decoding, k for sampling
+            with top_k up to k; not for beams, nor with processors that may put the likeliest word behind another
+            (min_new_tokens, repetition_penalty, no_repeat_ngram_size, bad_words_ids), which `generate` then refuses.
         inputs: as `find_ffns` takes them, for models that need it.
 
     Yields the kernels: one per FFN, first layer first, then those of attention and of the head, if any. When the block
@@ -86,7 +91,7 @@ def sparse_kernels(
     function than `kernels.naive.ACTIVATIONS`, or when the model makes more of its parts than the kernel; when
     `thresholds` are for another number of layers or of a rule without a limit, such as "top-k"; when `certified`,
     `eight_bits` or `likeliest` is asked for where it cannot work; and inside the block when the model is in training
-    mode or should give gradients.
+    mode or should give gradients, and when `generate` asks for more than the `likeliest` words.
     """
     kernels = ready_kernels(model, thresholds, Stored(), inputs, certified, eight_bits, likeliest)
     with running(model, kernels):
@@ -154,13 +159,13 @@ def running(model: nn.Module, kernels: ReadyKernels) -> Iterator[None]:
     """Inside the block `model` computes with `kernels`, made for it. Raises `InputError` in a block of others."""
     check_not_bypassed(model)
     with ExitStack() as stack:
-        stack.enter_context(_bypass(model, kernels.ffns, kernels.of_ffns))
+        stack.enter_context(_bypass(kernels.ffns, kernels.of_ffns))
         for readers, kernel in kernels.attention:
             replace_maps(stack, readers, kernel)
         for layer, whole in kernels.layers:
             stack.enter_context(run_whole(layer, whole))
         if kernels.head is not None:
-            stack.enter_context(forward_replaced(head_module(model), kernels.head))
+            stack.enter_context(run_head(model, head_module(model), kernels.head))
         yield
 
 
@@ -173,7 +178,12 @@ def head_module(model: Any) -> nn.Linear:
 
 def head_kernel(model: nn.Module, likeliest: int) -> CertifiedHead:
     """The kernel of the model's output head. Raises `InputError` where there is none."""
-    head = head_module(model)
+    head, config = head_module(model), getattr(model, "config", None)
+    capped = getattr(config and config.get_text_config(), "final_logit_softcapping", None) is not None
+    check(
+        not capped,
+        f"{type(model).__name__} caps its logits after the head: a word left out would count, so leave likeliest out.",
+    )
     try:
         return CertifiedHead(head.weight, likeliest, head.bias)
     except ValueError as error:
@@ -269,7 +279,7 @@ def _check_outputs(model: nn.Module, ffns: list[FFN], inputs: Inputs | None) -> 
         if ffn in given:
             x, y = given[ffn]
             _check_close(kernel(x), y, 1, f"{ffn.name} computes more than W_down (act(W_gate x) * W_up x)")
-    with _bypass(model, ffns, kernels):
+    with _bypass(ffns, kernels):
         y = _output(model, inputs)
     _check_close(
         y, expected, THROUGH_LAYERS, f"{type(model).__name__} makes more of the parts of its FFNs than kernels do"
@@ -305,11 +315,12 @@ def _watch(stack: ExitStack, ffn: FFN, given: dict[FFN, tuple[Tensor, Tensor]]) 
 
 
 @contextmanager
-def _bypass(model: nn.Module, ffns: list[FFN], kernels: Sequence[Kernel]) -> Iterator[None]:
+def _bypass(ffns: list[FFN], kernels: Sequence[Kernel]) -> Iterator[None]:
     """Inside the block, the first module of each FFN computes all of it and the last returns it."""
     with ExitStack() as stack:
-        bypassed.add(model)
-        stack.callback(bypassed.discard, model)
+        last = {ffn.down for ffn in ffns}
+        bypassed.update(last)
+        stack.callback(bypassed.difference_update, last)
         for ffn, kernel in zip(ffns, kernels, strict=True):
             _bypass_one(stack, ffn, kernel)
         yield
@@ -318,12 +329,10 @@ def _bypass(model: nn.Module, ffns: list[FFN], kernels: Sequence[Kernel]) -> Ite
 def _bypass_one(stack: ExitStack, ffn: FFN, kernel: Kernel) -> None:
     outputs, own_last = threading.local(), ffn.down.forward  # one output per thread that runs the model
     widths = {part: _outputs(part) for part in (ffn.gate, ffn.up) if part is not None}
+    modules = {ffn.down, *(part.module for part in widths)}
 
     def first(x: Tensor) -> Tensor:
-        if ffn.gate.module.training or (torch.is_grad_enabled() and x.requires_grad):
-            raise InputError(
-                f"{ffn.name} runs on a sparse kernel, which does not train: use model.eval() and torch.no_grad()."
-            )
+        check_not_trained(ffn.name, modules, x)
         outputs.y = kernel(x)
         return zeros(x, ffn.gate)
 

@@ -6,7 +6,7 @@ computes all of it, the others return their part. No module is replaced.
 
 import math
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -127,15 +127,23 @@ def ffn_kernel(
     return SparseInputFFN(first, last, activation_name(ffn.activation))
 
 
+def check_not_trained(name: str, modules: Collection[nn.Module], x: Tensor) -> None:
+    """Raises `InputError` in training mode, and where autograd would follow what a kernel computes of `x` for them."""
+    followed = torch.is_grad_enabled() and (
+        x.requires_grad or any(one.requires_grad for module in modules for one in module.parameters())
+    )
+    if followed or any(module.training for module in modules):
+        raise InputError(f"{name} runs on a sparse kernel, which does not train: use model.eval() and torch.no_grad().")
+
+
 def replace_maps(stack: ExitStack, readers: list[LinearMap], kernel: SparseLinear) -> None:
     """Inside the stack, the maps that read one vector run on their kernel.
 
     The first module that is given the vector computes all of them; each module returns its own.
     """
     kept = threading.local()  # of each thread that runs the model: the vector, its outputs, and who has not had them
-    modules = {linear.module for linear in readers}
-    for module in modules:
-        stack.enter_context(forward_replaced(module, _part(module, kernel, kept, modules, _places(module, readers))))
+    for module in {linear.module for linear in readers}:
+        stack.enter_context(forward_replaced(module, _part(module, readers, kernel, kept)))
 
 
 def _places(module: nn.Module, readers: list[LinearMap]) -> Tensor | slice:
@@ -149,10 +157,11 @@ def _places(module: nn.Module, readers: list[LinearMap]) -> Tensor | slice:
     return slice(first, first + count) if torch.equal(places, torch.arange(first, first + count)) else places
 
 
-def _part(module: Any, kernel: SparseLinear, kept: Any, modules: set[nn.Module], places: Tensor | slice) -> Any:
+def _part(module: nn.Module, readers: list[LinearMap], kernel: SparseLinear, kept: Any) -> Callable:
+    places, modules = _places(module, readers), {linear.module for linear in readers}
+
     def forward(x: Tensor) -> Tensor:
-        if module.training or (torch.is_grad_enabled() and x.requires_grad):
-            raise InputError("A sparse kernel does not train: use model.eval() and torch.no_grad().")
+        check_not_trained(readers[0].name, modules, x)
         if getattr(kept, "x", None) is not x or module not in kept.left:
             kept.x, kept.y, kept.left = x, kernel(x), set(modules)
         y = kept.y[..., places]

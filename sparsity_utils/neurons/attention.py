@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from sparsity_utils.console import InputError
 from sparsity_utils.neurons.find import widened
-from sparsity_utils.neurons.modes import evaluating
-from sparsity_utils.neurons.trace import TEXTS, Inputs, tiny_inputs
+from sparsity_utils.neurons.modes import eager_attention, evaluating
+from sparsity_utils.neurons.trace import Inputs, tiny_inputs
 
 ROUNDING = 0.02  # relative difference at which a module still counts as computing W x + b: bfloat16 rounds by 0.004
 REACHES = 0.1  # of the largest derivative: above, z_0 depends on a column; below is rounding of the softmax
@@ -88,19 +88,23 @@ def linear_calls(model: nn.Module, inputs: Inputs | None) -> list[LinearCall]:
     """
     _check_unquantised(model)
     given = tiny_inputs(model) if inputs is None else inputs
+    parts = given.values() if isinstance(given, Mapping) else [given]
+    texts = next((len(part) for part in parts if isinstance(part, Tensor) and part.dim()), 1)
     calls: list[LinearCall] = []
 
     def cut(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         transposed = _is_transposed(module, args, output)
-        if transposed is None:
+        x = None if transposed is None else _by_text(args[0], texts)
+        if transposed is None or x is None:
             return None
         y = output.detach().requires_grad_()
-        calls.append(LinearCall(module, transposed, args[0], _by_text(args[0]), y))
+        calls.append(LinearCall(module, transposed, args[0], x, y))
         return y.clone()  # the model may write into it
 
     devices = sorted({x.device.index for x in model.parameters() if x.device.type == "cuda"})
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        stack.enter_context(eager_attention(model))  # flex attention has no derivatives on a CPU
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.enable_grad())
         for module in model.modules():
@@ -128,9 +132,11 @@ def _is_transposed(module: Any, args: tuple, output: object) -> bool | None:
     return None
 
 
-def _by_text(x: Tensor) -> Tensor:
-    """`x` by text and position, also where a model has flattened both."""
-    return x if x.dim() == 3 else x.unflatten(0, (TEXTS, -1))
+def _by_text(x: Tensor, texts: int) -> Tensor | None:
+    """`x` by text and position, also where a model has flattened both; None where its rows are no such."""
+    if x.dim() == 3:
+        return x
+    return x.unflatten(0, (texts, -1)) if len(x) % texts == 0 else None
 
 
 def _mixed(call: LinearCall, calls: list[LinearCall]) -> list[tuple[LinearCall, Tensor, Tensor, Tensor]] | None:
@@ -141,22 +147,29 @@ def _mixed(call: LinearCall, calls: list[LinearCall]) -> list[tuple[LinearCall, 
     """
     if not call.x.requires_grad or not calls:
         return None
-    leaves = [other.y for other in calls]
     generator = torch.Generator().manual_seed(0)
     direction = 1 + torch.rand(call.x.shape[-1], generator=generator)  # of one sign, so that no head cancels another
     z = (call.x * direction.to(call.x)).sum((0, 2))  # (length,)
-    later = torch.autograd.grad(z[1:].sum(), leaves, retain_graph=True, allow_unused=True)
-    if not any(grad is not None and bool(_by_text(grad)[:, 0].any()) for grad in later):
+    later = _gradients(z[1:].sum(), calls)
+    if not any(grad is not None and bool(grad[:, 0].any()) for grad in later):
         return None
-    first = torch.autograd.grad(z[0], leaves, retain_graph=True, allow_unused=True)
+    first = _gradients(z[0], calls)
     parts = []
     for other, at_first, at_later in zip(calls, first, later, strict=True):
         if at_later is None:
             continue
-        own = torch.zeros_like(other.y) if at_first is None else at_first
-        columns = [_by_text(grad).abs().amax(0) for grad in (own, at_later)]  # (length, out)
+        own = torch.zeros_like(at_later) if at_first is None else at_first
+        columns = [grad.abs().amax(0) for grad in (own, at_later)]  # (length, out)
         parts.append((other, columns[0].amax(0), columns[1][0], columns[1][1:].amax(0)))
     return parts
+
+
+def _gradients(z: Tensor, calls: list[LinearCall]) -> list[Tensor | None]:
+    """The derivatives of `z` with respect to the outputs of each call, by text and position; None where it has none."""
+    found = torch.autograd.grad(z, [call.y for call in calls], retain_graph=True, allow_unused=True)
+    return [
+        None if grad is None else grad.reshape(*call.x.shape[:-1], -1) for call, grad in zip(calls, found, strict=True)
+    ]
 
 
 def _roles(

@@ -103,12 +103,15 @@ def _bias(module: nn.Module | None, outputs: slice, size: int) -> Tensor | None:
     return chosen if chosen is not None and len(chosen) == size else None
 
 
-bypassed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose FFNs run on sparse kernels just now
+bypassed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the last modules of FFNs that run on sparse kernels just now
 
 
 def check_not_bypassed(model: nn.Module) -> None:
-    """Raises `InputError` for a model inside a `sparse_kernels` block, where modules of its FFNs are given zeros."""
-    if model in bypassed:
+    """Raises `InputError` for a model whose FFNs, or some of them, are in a `sparse_kernels` block of any model.
+
+    Modules of these FFNs are given zeros there.
+    """
+    if isinstance(model, nn.Module) and any(module in bypassed for module in model.modules()):
         raise InputError(
             f"The FFNs of this {type(model).__name__} run on sparse kernels; leave that block before they are "
             f"observed, masked or replaced."
@@ -167,6 +170,7 @@ def find_ffns(model: nn.Module, inputs: Inputs | None = None) -> list[FFN]:
     check(isinstance(model, nn.Module), f"The model is of type {type(model).__name__}: give a torch module.")
     known, parts = _found.get(model), _parts(model)
     if known is None or known.parts != parts:
+        check_not_bypassed(model)
         check_in_place(model)
         uses, strays = trace(model, inputs)
         check_followed(model, uses, strays)

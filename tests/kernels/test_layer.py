@@ -160,6 +160,8 @@ def test_broken_numbers_reach_the_output():
         {"o": linear((21,), 23, 2)},
         {"o": linear((20,), 24, 2)},
         {"ffn": neurons(20, 35)},
+        {"ffn": SparseInputFFN(linear((33, 33), 21, 3), linear((1,), 33, 4))},
+        {"ffn": SparseFFN(torch.ones(35, 21), torch.ones(35, 21), torch.ones(35, 1), 0.2)},
     ],
 )
 def test_parts_that_do_not_follow_each_other_are_refused(changed):
@@ -172,3 +174,43 @@ def test_other_numbers_than_float32_are_refused():
     half = SparseLinear(half.weight_t.half(), half.widths, half.limits, bias=half.bias.half())
     with pytest.raises(ValueError, match="float16"):
         layer(qkv=half)
+    down = linear((21,), 33, 4)
+    down = SparseLinear(down.weight_t.half(), down.widths, down.limits, bias=down.bias.half())
+    with pytest.raises(ValueError, match="float16"):
+        layer(ffn=SparseInputFFN(linear((33, 33), 21, 3), down))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.ones(2, 20)}, r"x is \(2, 20\).* must be \(sequences, 21\)"),
+        ({"x": torch.ones(21)}, "one token of each"),
+        ({"x": torch.ones(2, 21).double()}, "a layer is float32 on a CPU"),
+        ({"x": torch.ones(2, 21).requires_grad_()}, "needs a gradient"),
+        ({"x": torch.ones(3, 21)}, r"must be \(3 or 1, 6\)"),
+        ({"cos": torch.ones(2, 3)}, r"must be \(2 or 1, 6\)"),
+        ({"sin": torch.ones(1, 6)}, r"must be \(2 or 1, 6\)"),
+        ({"sin": torch.ones(2, 6).half()}, "a layer is float32 on a CPU"),
+        ({"keys": torch.ones(2, 3, 9, 6)}, r"must be \(2, 2, room, 6\)"),
+        ({"keys": torch.ones(2, 2, 6)}, r"must be \(2, 2, room, 6\)"),
+        ({"values": torch.ones(2, 2, 8, 6)}, r"must be \(2, 2, room, 6\)"),
+        ({"values": torch.ones(2, 2, 9, 6).bfloat16()}, "a layer is float32 on a CPU"),
+        ({"keys": torch.ones(2, 2, 6, 9).mT}, "must be contiguous"),
+        ({"keys": torch.ones(2, 2, 9, 6).requires_grad_()}, "needs a gradient"),
+        ({"length": 9}, "there is room for 9 tokens"),
+        ({"length": -1}, "there is room for 9 tokens"),
+    ],
+)
+def test_what_does_not_fit_a_layer_is_refused(changed, message):
+    names = ("x", "cos", "sin", "keys", "values")
+    parts = dict(zip(names, given(layer(), 2, 4, 9), strict=True)) | {"length": 4}
+    with pytest.raises(ValueError, match=message):
+        layer()(**parts | changed)
+
+
+def test_a_forked_process_is_refused(monkeypatch):
+    from kernels import cpu_layer
+
+    monkeypatch.setattr(cpu_layer, "forked", lambda: True)
+    with pytest.raises(ValueError, match="does not run in a forked process"):
+        layer()(*given(layer(), 2, 4, 9), 4)

@@ -37,7 +37,7 @@ def test_maps_are_those_of_the_model(family, dtype):
     assert left_behind(model) == [] and all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_keys_and_values_shared_by_queries_are_told_apart(dtype, attention):
     model = grouped_query(dtype=dtype)
@@ -46,6 +46,16 @@ def test_keys_and_values_shared_by_queries_are_told_apart(dtype, attention):
     assert [one.role for one in maps] == ["q", "k", "v", "o", "gate", "up", "down"] * 2
     assert [len(one.outputs) for one in maps[:4]] == [24, 8, 8, 24]
     assert [one.name.rpartition(".")[2] for one in maps[:4]] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_texts_and_positions_that_a_model_flattens_are_told_apart(texts):
+    model = grouped_query()
+    mlp, attention = model.model.layers[1].mlp, model.model.layers[1].self_attn.q_proj
+    for module in (mlp, attention):
+        module.forward = lambda x, own=module.forward: own(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    given = {"input_ids": IDS["input_ids"][:texts, :5]}
+    assert [one.role for one in find_linears(model, given)] == ["q", "k", "v", "o", "gate", "up", "down"] * 2
 
 
 def test_a_large_scale_of_the_queries_misleads_nobody():
