@@ -262,25 +262,36 @@ def _run(kernel: DecoderLayer, room: Room, x: Tensor, turn: tuple[Tensor, Tensor
     return kernel(x[:, 0], cos[:, 0], sin[:, 0], room.keys, room.values, room.length)[:, None]
 
 
-@contextmanager
-def run_whole(layer: WholeLayer, kernel: DecoderLayer) -> Iterator[None]:
-    """Inside the block the layer runs as one call where it can."""
-    own, inside, rooms = layer.module.forward, Inside(layer), WeakKeyDictionary[DynamicLayer, Room]()
+class OneCall:
+    """The forward of a layer that runs as one call where it can, and as its module otherwise."""
 
-    def forward(hidden_states: Tensor, *args: Any, **given: Any) -> Any:
-        cached = _cached(layer, inside, hidden_states, args, given)
+    def __init__(self, layer: WholeLayer, kernel: DecoderLayer) -> None:
+        self.layer, self.kernel, self.own, self.inside = layer, kernel, layer.module.forward, Inside(layer)
+        self.rooms = WeakKeyDictionary[DynamicLayer, Room]()
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **given: Any) -> Any:
+        cached = _cached(self.layer, self.inside, hidden_states, args, given)
         if cached is None:
-            rooms.clear()  # the modules write elsewhere
-            return own(hidden_states, *args, **given)
-        room = rooms.get(cached)
+            self.rooms.clear()  # the modules write elsewhere
+            return self.own(hidden_states, *args, **given)
+        room = self.rooms.get(cached)
         if room is None or not room.serves(cached):
-            room = rooms[cached] = Room(cached)
-        y = _run(kernel, room, hidden_states, given["position_embeddings"])
+            room = self.rooms[cached] = Room(cached)
+        y = _run(self.kernel, room, hidden_states, given["position_embeddings"])
         room.give(cached)
         return y
 
-    with forward_replaced(layer.module, forward):
+
+@contextmanager
+def run_whole(layer: WholeLayer, kernel: DecoderLayer) -> Iterator[None]:
+    """Inside the block the layer runs as one call where it can."""
+    with forward_replaced(layer.module, OneCall(layer, kernel)):
         yield
+
+
+def run_as_one_call(model: nn.Module, texts: int) -> bool:
+    """Whether the layers of `model` do so now when a token of each of so many texts is decoded."""
+    return texts <= MOST and any(isinstance(vars(module).get("forward"), OneCall) for module in model.modules())
 
 
 def with_kernels(

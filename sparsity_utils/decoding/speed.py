@@ -23,6 +23,7 @@ from kernels.timing import alternate, machine, speedups
 from sparsity_utils.console import InputError, check
 from sparsity_utils.decoding.decode import kernel_rule, replaceable_ffns, sparse_kernels
 from sparsity_utils.decoding.kept_text import check_decoder, wait
+from sparsity_utils.decoding.layer_kernels import run_as_one_call
 from sparsity_utils.neurons.activations import activation_name
 from sparsity_utils.neurons.find import FFN, find_ffns
 from sparsity_utils.neurons.hooks import observe_neurons, sparse_neurons
@@ -137,7 +138,7 @@ def _anatomy(model: PreTrainedModel, prompts: Tensor, new_tokens: int, kernels: 
     A share is NaN where the part is not told apart, since decoder layers run as one call.
     """
     ffns, readings = find_ffns(model), list[Reading]()
-    with parts_timed(model, ffns) as parts:
+    with parts_timed(model, ffns, run_as_one_call(model, len(prompts))) as parts:
         _, seconds = greedy(model, prompts, new_tokens)
     if kernels is not None:
         with _read(ffns, kernels, readings):
@@ -166,14 +167,15 @@ def _weights(ffn: FFN) -> list[Tensor]:
 
 
 @contextmanager
-def parts_timed(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[dict[str, float]]:
+def parts_timed(model: PreTrainedModel, ffns: list[FFN], undivided: bool) -> Iterator[dict[str, float]]:
     """Seconds that the model spends in each of PARTS inside the block, after its first pass, that of the prompt.
 
-    NaN for FFNs and attention where decoder layers ran as one call (`decoding.layer_kernels`). Modules get another
-    forward and no hooks, with which their layers would not run so. On a GPU each part is waited for, which takes time
-    of its own.
+    On a GPU each part is waited for, which takes time of its own.
+
+    Args:
+        undivided: decoder layers run as one call, which nothing may be put into: FFNs and attention are NaN.
     """
-    seconds, started, passes, ran = dict.fromkeys(PARTS, 0.0), dict[str, float](), list[None](), set[nn.Module]()
+    seconds, started, passes = dict.fromkeys(PARTS, 0.0), dict[str, float](), list[None]()
 
     def start(name: str, own: Callable, *args: Any, **kwargs: Any) -> Any:
         if len(passes) > 1:  # not the prompt
@@ -186,20 +188,20 @@ def parts_timed(model: PreTrainedModel, ffns: list[FFN]) -> Iterator[dict[str, f
         if name in started:
             wait(next(module.parameters()))
             seconds[name] += time.perf_counter() - started.pop(name)
-            ran.add(module)
         return y
 
-    spans = [("ffn", ffn.gate.module, ffn.down) for ffn in ffns]
-    spans += [("attention", module, module) for module in _attentions(model)]
-    spans += [("head", model.get_output_embeddings(), model.get_output_embeddings())]
+    spans = [("head", model.get_output_embeddings(), model.get_output_embeddings())]
+    if undivided:
+        seconds |= dict.fromkeys(("ffn", "attention"), np.nan)
+    else:
+        spans += [("ffn", ffn.gate.module, ffn.down) for ffn in ffns]
+        spans += [("attention", module, module) for module in _attentions(model)]
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(lambda *given: passes.append(None)).remove)
         for name, first, last in spans:
             stack.enter_context(forward_replaced(first, partial(start, name, first.forward)))
             stack.enter_context(forward_replaced(last, partial(stop, name, last, last.forward)))
         yield seconds
-    if not ran.issuperset(ffn.down for ffn in ffns):
-        seconds |= dict.fromkeys(("ffn", "attention"), np.nan)
 
 
 def _attentions(model: nn.Module) -> list[nn.Module]:
