@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.eight_bits import EightBits, eight_bits
 from kernels.ffn import MAX_TOKENS, described
+from kernels.selection import kth_largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,5 +61,5 @@ class CertifiedHead:
         """Which words' full rows are read for `x`, (tokens, d): bool, (tokens, vocabulary); the rule in float64."""
         middle, reach, trusted = self.copy.estimates(x, self.bias)
         low = torch.where(trusted, middle - reach, -torch.inf)
-        least = low.topk(self.k, dim=1).values[:, -1:]
+        least = kth_largest(low, self.k)
         return ~(trusted & (middle + reach < least))

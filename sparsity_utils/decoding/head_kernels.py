@@ -12,9 +12,8 @@ from sparsity_utils.console import InputError
 from sparsity_utils.decoding.input_kernels import check_not_trained
 from sparsity_utils.neurons.modes import forward_replaced
 
-PREPARE = (
-    "_get_logits_processor"  # transformers' method by which `generate` makes, of its settings, what changes logits
-)
+# transformers' method by which `generate` makes, of its settings, what changes logits
+PREPARE = "_get_logits_processor"
 
 
 @contextmanager
