@@ -66,7 +66,7 @@ def speeds(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
     shown = pd.DataFrame(
         {
             "way": rows["engine"].where(rows["engine"] == "transformers", rows["rule"].replace(NAMES)),
-            "at": rows["setting"],
+            "at": rows["setting"].fillna(""),
             "weights": rows["weights"],
             "head": rows["head"],
             "skipped %": (100 * rows["skipped"]).round(1),
@@ -84,6 +84,7 @@ def speeds(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
     beside = _beside(rows)
     last = {
         "way": beside["engine"],
+        "at": "",
         "weights": beside["weights"],
         "head": "full",
         "skipped %": 0.0,
@@ -101,7 +102,7 @@ def _ranged(rows: pd.DataFrame, column: str) -> pd.Series:
 
 
 def break_even(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
-    """Percent of the maps' weights that must be skipped to be as fast as each way that skips nothing.
+    """Percent of the maps' weights that must be skipped to be as fast as each way that skips nothing, to one decimal.
 
     One row for each rule, weights and head; 0 where it is as fast with nothing skipped, NaN where no measured setting
     is. Between two settings the log of the speed is interpolated linearly.
@@ -123,7 +124,7 @@ def break_even(table: pd.DataFrame, model: str | None = None) -> pd.DataFrame:
             name: 100 * _crossing(points["skipped"].to_numpy(), np.log(points["tokens_per_second"].to_numpy() / rival))
             for name, rival in rivals.items()
         }
-    return pd.DataFrame(found).T.rename_axis(["rule", "weights", "head"])
+    return pd.DataFrame(found).T.rename_axis(["rule", "weights", "head"]).round(1)
 
 
 def _crossing(skipped: np.ndarray, gain: np.ndarray) -> float:

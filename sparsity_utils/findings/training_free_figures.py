@@ -98,8 +98,9 @@ def theory_table(found: "Found") -> pd.DataFrame:
     """What checks of the printed theory found, by kind: maps or stacks, vectors or masks tried, how often it fails."""
     rows = []
     for (model, check), group in found.theory.groupby(["model", "check"], sort=False):
-        counts = group[["draws", "violations", "beaten", "errs_less"]].sum()
-        rows.append({"model": model, "check": check, "maps or stacks": len(group), **counts})
+        counts = group[["draws", "violations", "beaten", "errs_less"]].sum(min_count=1)  # the last two are of stacks
+        whole = {name: "" if pd.isna(count) else int(count) for name, count in counts.items()}
+        rows.append({"model": model, "check": check, "maps or stacks": len(group), **whole})
         rows[-1]["identity"] = group["identity"].max()
     names = {"violations": "fails", "beaten": "lower bound by |x|", "errs_less": "lower error by |x|"}
     table = pd.DataFrame(rows).rename(columns=names)

@@ -102,6 +102,7 @@ def test_tables_and_figures_show_what_was_found(tmp_path):
     theory = shown.theory_table(found).set_index(["model", "check"])
     assert theory.loc[("example", "stack"), "lower bound by |x|"] == 4
     assert theory.loc[("planted", "lemma k"), "identity"] == "1e-14"
+    assert theory.loc[("planted", "lemma k"), "lower bound by |x|"] == ""  # it was not looked at
     assert shown.blocks_table(found).loc["planted", "error"] == pytest.approx(90, abs=0.3)
     drawn = dict(training_free.figures(Tables("planted", tmp_path)))
     assert {name: len(figure.axes) for name, figure in drawn.items()} == {"10_pareto": 2, "10_down": 2}
