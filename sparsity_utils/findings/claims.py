@@ -143,7 +143,7 @@ class Verdicts(list[Verdict]):
         for found in self:
             known = bool(np.isfinite([found.here, *found.interval]).all())
             here = f"{_rounded(found.here)} {found.claim.unit}" if known else "none"
-            level = "" if found.claim.level == LEVEL else f" ({found.claim.level:.0%})"
+            level = "" if found.claim.level == LEVEL else f" ({100 * found.claim.level:.3g}%)"
             interval = " to ".join(map(_rounded, found.interval)) + level if known else "none"
             rows.append((found.claim.claim, found.claim.published, here, interval, found.verdict))
         table = pd.DataFrame(rows, columns=["question", "published", "here", "interval", "verdict"])

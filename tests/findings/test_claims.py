@@ -14,7 +14,9 @@ from sparsity_utils.laws import data_law
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Estimate, no_estimate
 from sparsity_utils.paths import collection
 
-FINDINGS = {notebook.stem.partition("_")[2]: None for notebook in collection()} | {"one_dimension": None}
+FINDINGS = {notebook.stem.partition("_")[2]: None for notebook in collection()} | dict.fromkeys(
+    ("one_dimension", "initial_gradient")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +105,8 @@ def test_tables_are_text_rounded_and_complete():
 def test_an_interval_of_another_level_says_so():
     rows = Verdicts([claim(level=0.95).judged(estimate(0.5, 0.7)), claim(level=0.95).undecided("no runs")])
     assert rows.table()["interval"].tolist() == ["50.0 to 70.0 (95%)", "none"]
+    rows = Verdicts([claim(level=0.9973).judged(estimate(0.5, 0.7))])
+    assert rows.table()["interval"].tolist() == ["50.0 to 70.0 (99.7%)"]
 
 
 @pytest.fixture(scope="module")
