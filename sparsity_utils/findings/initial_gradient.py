@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
 from sparsity_utils.findings.style import Look, ShownFigure, captioned, side_by_side, styled
@@ -34,7 +35,7 @@ VARIANCE = 1 / WIDTH  # of an output weight, so that outputs are of the size of 
 SMALLEST, LARGEST = 0.25, 4.0  # |p|: evenly spaced between them, on both sides of 0
 ERRORS = 3  # standard errors to each side of an estimate
 THREE_ERRORS = math.erf(ERRORS / math.sqrt(2))  # the level of such an interval: 99.7%
-REACH = 0.1  # the ratio of slopes must be known to this on each side of 1
+REACH = 0.1  # how far from the exact slope the interval may reach, relative to it
 GAUSSIAN = "Gaussian"
 DRAWS = {(GAUSSIAN, 32): 100_000, (GAUSSIAN, 1024): 10_000, ("uniform", 32): 100_000, ("Rademacher", 32): 100_000}
 
@@ -43,20 +44,22 @@ Found = Mapping[Case, Mapping[str, InitialGradient]]  # gradients of each case a
 
 EXACT = {
     loss: Claim(
-        f"exact_{loss.replace(' ', '_').replace('-', '_')}",
+        key,
         QUESTION,
         f"At initialisation the mean gradient of an active neuron has its exact size, {loss}",
         f"above 0 (arXiv 2210.06313); derived here: {value}",
-        "times the exact slope",
+        "% above the exact slope",
         f"{WIDTH} neurons, Gaussian V, 32 and 1,024 outputs; slope of the mean gradient on p_i over draws of V, by the "
-        f"exact one; interval of {ERRORS} standard errors over draws, those of the exact value included",
-        f"interval contains 1 and lies inside {1 - REACH:g} to {1 + REACH:g} for both numbers of outputs; not supported "
-        "if one does not contain 1: sign or size is wrong; else inconclusive",
-        region=(1 - REACH, 1 + REACH),
-        scale=1.0,
+        f"exact one, less 1; interval of {ERRORS} standard errors over draws, those of the exact slope included",
+        f"interval contains 0 and lies inside {-100 * REACH:g} to {100 * REACH:g}% for both numbers of outputs; not "
+        "supported if one does not contain 0: sign or size is wrong; else inconclusive",
+        region=(-REACH, REACH),
         level=THREE_ERRORS,
     )
-    for loss, value in ((CROSS_ENTROPY, "v p_i E[1 - sum q^2]"), (SQUARED_ERROR, "v n_out p_i"))
+    for key, loss, value in (
+        ("exact_cross_entropy", CROSS_ENTROPY, "v p_i E[1 - sum q^2]"),
+        ("exact_squared_error", SQUARED_ERROR, "v n_out p_i"),
+    )
 }
 POSITIVE = Claim(
     "positive_gradient",
@@ -95,23 +98,29 @@ def verdicts(found: Found) -> Verdicts:
     return Verdicts([*(_exact(found, loss) for loss in LOSSES), _positive(found)])
 
 
-def slope_ratio(gradient: InitialGradient) -> Estimate:
-    """The measured slope by the exact one, with the interval of ERRORS standard errors of both together."""
+def excess(gradient: InitialGradient) -> Estimate:
+    """Measured slope / exact slope - 1, with the interval of ERRORS standard errors of both together."""
     ratio = gradient.slope / gradient.predicted
     reach = ERRORS * math.hypot(gradient.slope_error, ratio * gradient.predicted_error) / gradient.predicted
-    return Estimate(ratio, ratio - reach, ratio + reach, gradient.draws)
+    return Estimate(ratio - 1, ratio - 1 - reach, ratio - 1 + reach, gradient.draws)
 
 
 def _exact(found: Found, loss: str) -> Verdict:
-    claim, cases = EXACT[loss], {case: gradients[loss] for case, gradients in found.items() if case[0] == GAUSSIAN}
-    ratios = {f"{outputs:,} outputs": slope_ratio(gradient) for (_, outputs), gradient in cases.items()}
+    claim = EXACT[loss]
+    gradients = {f"{outputs:,} outputs": losses[loss] for outputs, losses in _gaussian(found).items()}
+    excesses = {name: excess(gradient) for name, gradient in gradients.items()}
 
-    def word(ratio: Estimate) -> str:
-        if not ratio.low <= 1 <= ratio.high:
+    def word(estimate: Estimate) -> str:
+        if not estimate.low <= 0 <= estimate.high:
             return NOT_SUPPORTED
-        return SUPPORTED if claim.decide(ratio) == SUPPORTED else INCONCLUSIVE
+        return SUPPORTED if claim.decide(estimate) == SUPPORTED else INCONCLUSIVE
 
-    return claim.judged_all(ratios, "draws", words={name: word(ratio) for name, ratio in ratios.items()})
+    return claim.judged_all(excesses, "draws", words={name: word(estimate) for name, estimate in excesses.items()})
+
+
+def _gaussian(found: Found) -> dict[int, Mapping[str, InitialGradient]]:
+    """The cases of Gaussian V, by their number of outputs."""
+    return {outputs: losses for (entries, outputs), losses in found.items() if entries == GAUSSIAN}
 
 
 def _positive(found: Found) -> Verdict:
@@ -126,20 +135,23 @@ def _positive(found: Found) -> Verdict:
 
 
 def table(found: Found) -> pd.DataFrame:
-    """One row per case and loss as rounded text: entries of V, outputs, loss, draws, slope, exact slope, ratio, lowest.
+    """One row per case and loss, as rounded text.
 
-    lowest: the smallest mean gradient of an active neuron, in its standard errors.
+    Columns: entries_of_V, outputs, loss, draws, slope (measured), exact_slope, excess (in percent, with its interval)
+    and lowest_in_errors (the smallest mean gradient of an active neuron, in its standard errors).
     """
     rows = []
     for (entries, outputs), gradients in found.items():
         for loss, gradient in gradients.items():
-            ratio, known = slope_ratio(gradient), math.isfinite(gradient.predicted)
-            exact = f"{gradient.predicted:.4g}" if known else "not known"
-            interval = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" if known else "none"
-            about = (entries, f"{outputs:,}", loss, f"{gradient.draws:,}")
+            exact = between = "not known"
+            if math.isfinite(gradient.predicted):
+                above = excess(gradient)
+                exact = f"{gradient.predicted:.4g}"
+                between = f"{100 * above.value:+z.1f}% ({100 * above.low:+z.1f} to {100 * above.high:+z.1f})"
             lowest = f"{(gradient.mean / gradient.error).min():.1f}"
-            rows.append((*about, f"{gradient.slope:.4g}", exact, interval, lowest))
-    columns = ["entries_of_V", "outputs", "loss", "draws", "slope", "exact_slope", "ratio", "lowest_in_errors"]
+            about = (entries, f"{outputs:,}", loss, f"{gradient.draws:,}")
+            rows.append((*about, f"{gradient.slope:.4g}", exact, between, lowest))
+    columns = ["entries_of_V", "outputs", "loss", "draws", "slope", "exact_slope", "excess", "lowest_in_errors"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -149,34 +161,34 @@ def figure(found: Found) -> ShownFigure:
 
     Squared error is drawn per output: its exact line is then the same for every number of outputs.
     """
-    shown, panels = side_by_side(len(LOSSES))
+    shown, panels = side_by_side(len(LOSSES), share_y=True)
+    cases = _gaussian(found)
     for axes, loss in zip(panels, LOSSES, strict=True):
-        cases = {outputs: gradients[loss] for (entries, outputs), gradients in found.items() if entries == GAUSSIAN}
-        for number, (outputs, gradient) in enumerate(cases.items()):
-            look, unit = Look(number), 1e-3 * (outputs if loss == SQUARED_ERROR else 1)
-            style = {"color": look.colour, "linewidth": 1}
-            ends = np.array([0, LARGEST])
-            axes.plot(ends, gradient.predicted * ends / unit, look.line, **style)
-            axes.errorbar(
-                gradient.p,
-                gradient.mean / unit,
-                ERRORS * gradient.error / unit,
-                label=f"{outputs:,} outputs",
-                fmt=look.marker,
-                capsize=2,
-                markersize=3,
-                elinewidth=0.8,
-                color=look.colour,
-            )
-        per = " and output" if loss == SQUARED_ERROR else ""
-        axes.set(title=loss.capitalize(), xlabel="Activation p of the neuron")
-        axes.set_ylabel(f"Mean gradient per neuron{per} (1e-3)")
+        for number, (outputs, gradients) in enumerate(cases.items()):
+            unit = 1e-3 * (outputs if loss == SQUARED_ERROR else 1)
+            _draw(axes, gradients[loss], unit, Look(number), f"{outputs:,} outputs")
         axes.axhline(0, color="dimgrey", linewidth=0.8)
+        axes.set(title=loss.capitalize(), xlabel="Activation p of the neuron")
         axes.legend(loc="upper left")
-    counts = ", ".join(
-        f"{gradients[CROSS_ENTROPY].draws:,} draws for {outputs:,} outputs"
-        for (entries, outputs), gradients in found.items()
-        if entries == GAUSSIAN
-    )
-    about = f"Bars: {ERRORS} standard errors; lines: exact values, not fitted. Gaussian V: {counts}."
+    panels[0].set_ylabel("Mean d loss / d p (1e-3)")
+    panels[1].set_title(f"{SQUARED_ERROR.capitalize()}, per output")
+    counts = ", ".join(f"{losses[CROSS_ENTROPY].draws:,} at {outputs:,} outputs" for outputs, losses in cases.items())
+    about = f"Bars: {ERRORS} standard errors; lines: exact, not fitted. Draws of Gaussian V: {counts}."
     return captioned(shown, about)
+
+
+def _draw(axes: Axes, gradient: InitialGradient, unit: float, look: Look, label: str) -> None:
+    """Points with their errors, hollow and larger the later they are drawn, and the exact line from 0."""
+    ends = np.array([0, gradient.p.max()])
+    axes.plot(ends, gradient.predicted * ends / unit, look.line, color=look.colour, linewidth=1)
+    style = {"color": look.colour, "fillstyle": "none" if look.number else "full", "markersize": 3 + 2 * look.number}
+    axes.errorbar(
+        gradient.p,
+        gradient.mean / unit,
+        ERRORS * gradient.error / unit,
+        label=label,
+        fmt=look.marker,
+        capsize=2,
+        elinewidth=0.8,
+        **style,
+    )

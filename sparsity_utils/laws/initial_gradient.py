@@ -7,15 +7,16 @@ the label y (sum of y = 1), with mean zero and variance v > 0. For an active neu
     d loss / d p_i = sum_k V_ki r_k,    r_k = q_k - y_k    cross-entropy, q = softmax(f)
                                         r_k = f_k - y_k    squared error, loss 1/2 ||f - y||^2.
 
-In the mean over V the label drops out, since E[V_ki] = 0; what is left is the sum over k of the covariances of V_ki with
-q_k or f_k. With all other entries held, q_k and f_k increase in V_ki, because h_i > 0, so every covariance is positive:
-on average a step of gradient descent lowers each active neuron. Its size is known exactly in two cases:
+In the mean over V the label drops out, since E[V_ki] = 0; what is left is the sum over k of the covariances of V_ki
+with q_k or f_k. With all other entries held, q_k and f_k increase in V_ki, because h_i > 0, so every covariance is
+positive: on average a step of gradient descent lowers each active neuron. Its size is known exactly in two cases:
 
     squared error, any V:        sum_k E[V_ki f_k] = v n_out p_i
     cross-entropy, Gaussian V:   sum_k E[V_ki q_k] = v p_i E[1 - sum_k q_k^2].
 
-The second is Stein's lemma, E[x g(x)] = v E[g'(x)] for x ~ N(0, v), with x = V_ki and d q_k / d V_ki = q_k (1 - q_k) p_i.
-Both are proportional to p_i: `slope` is the factor. All numbers here are float64, and a seed gives the same ones again.
+The second is Stein's lemma, E[x g(x)] = v E[g'(x)] for x ~ N(0, v), with x = V_ki and g = q_k, whose derivative is
+q_k (1 - q_k) p_i. Both are proportional to p_i, and `slope` is the factor. All numbers here are float64, and a seed
+gives the same ones again.
 """
 
 import math
@@ -34,7 +35,6 @@ LABEL = 0  # the right output; all outputs are alike, so that which one it is do
 BLOCK = 2**20  # random numbers at a time: 8 MB
 
 Array = NDArray[np.float64]
-
 
 # How to draw entries of mean zero and variance one.
 ENTRIES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Array]] = {
@@ -73,7 +73,7 @@ def initial_gradients(
         variance: v, of the entries of V.
         entries: their distribution, a key of ENTRIES.
 
-    Raises InputError for anything else.
+    Raises InputError for numbers that are not finite, too few or out of range, and for other entries.
     """
     p = finite(p, "p")
     active = p[p > 0]  # the others are zero: they have no gradient and add nothing to the outputs
@@ -90,12 +90,12 @@ def initial_gradients(
     predictions = {CROSS_ENTROPY: (math.nan, math.nan), SQUARED_ERROR: (variance * outputs, 0.0)}
     if entries == "Gaussian":
         predictions[CROSS_ENTROPY] = _stein(predicting, draws, outputs, variance, float(active @ active))
-    return {
-        loss: InitialGradient(
-            active, *_mean(gradients[:, at]), *map(float, _mean(slopes[:, at])), *predictions[loss], draws
-        )
-        for at, loss in enumerate(LOSSES)
-    }
+    found = {}
+    for at, loss in enumerate(LOSSES):
+        (mean, error), (slope, slope_error) = _mean(gradients[:, at]), _mean(slopes[:, at])
+        measured = (active, mean, error, float(slope), float(slope_error))
+        found[loss] = InitialGradient(*measured, *predictions[loss], draws)
+    return found
 
 
 def _gradients(v: Array, active: Array) -> Array:
