@@ -7,6 +7,12 @@ from sparsity_utils.console import check
 ACTIVATIONS = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "relu2": "ReLU²"}  # as configured -> as written
 DTYPES = ("float32", "bfloat16", "float16")  # of a model's weights, named as in torch
 LAST_CHECKPOINTS = 5  # stable ones solved together by the stabilised protocol (arXiv 2411.02335, appendix E)
+FFNS = ("gated", "plain")  # h = act(W_gate x) * (W_up x); h = act(W_gate x)
+PARTS = 16  # what shares of kept inputs are told in: the same share at every width that 16 divides
+RESCALES = ("none", "ratio", "unit")  # of the inputs that are kept, see `input_training`
+TARGETS = ("next", "uniform", "unigram", "function")  # what a token is trained to predict, see `text.random_data`
+TEXTS = ("corpus", "random")
+RANDOM_TARGETS = "random_targets"  # true in the config.json of a model that was trained on random data
 WHOLE = 1e-6  # how far rounding may take d_model x (d_ff / d_model) from the whole number d_ff
 
 
@@ -22,6 +28,12 @@ class ModelConfig:
     head_size: int = 12  # wanted head size; the nearest even divisor of d_model is taken
     base_width: int = 64  # d_base: the width at which muP's multipliers are one
     ffn_ratio: float = 2.5  # d_ff / d_model
+    ffn: str = "gated"  # or "plain", without a second factor
+    keep: int = PARTS  # sixteenths of the inputs of every linear map that it reads, those of the largest size
+    block: int = 0  # neighbouring inputs among which they are chosen; 0: all inputs of the map
+    straight_through: bool = True  # whether inputs that are not read get the gradient that they would have had
+    rescale: str = "none"  # how the size of what is read is made up for
+    quantised: bool = False  # inputs of 8 bits, weights of -1, 0 and 1 times a scale
 
     def __post_init__(self) -> None:
         check(
@@ -42,6 +54,26 @@ class ModelConfig:
             f"model.ffn_ratio {self.ffn_ratio:g} gives {neurons:g} neurons at d_model {self.d_model}; d_ff must be a "
             "whole number.",
         )
+        self._check_variant(round(neurons))
+
+    def _check_variant(self, neurons: int) -> None:
+        """Raise InputError for a way to train that this shape does not have."""
+        check(self.ffn in FFNS, f"model.ffn is {self.ffn!r}; choose one of {', '.join(FFNS)}.")
+        check(self.rescale in RESCALES, f"model.rescale is {self.rescale!r}; choose one of {', '.join(RESCALES)}.")
+        check(
+            1 <= self.keep <= PARTS,
+            f"model.keep is {self.keep}; choose 1 to {PARTS}, the sixteenths of its inputs that a map reads.",
+        )
+        check(self.block >= 0, f"model.block is {self.block}; give a number of inputs, or 0 for all of a map.")
+        check(self.keep < PARTS or not self.block, f"model.block is {self.block}, but model.keep {PARTS} reads all.")
+        for width in (self.d_model, neurons) if self.keep < PARTS else ():
+            group = self.block or width
+            check(width % group == 0, f"model.block {group} does not divide the {width} inputs of a map; change one.")
+            check(
+                group * self.keep % PARTS == 0,
+                f"model.keep {self.keep} is no whole number of {group} inputs, of which a sixteenth is "
+                f"{group / PARTS:g}; choose another share or width.",
+            )
 
 
 @dataclass(frozen=True)
@@ -63,6 +95,10 @@ class TrainConfig:
     devices: int = 1  # that train the run together; each takes an equal part of every batch
     micro_tokens: int | None = None  # of a device at a time, gradients of a batch are summed; None: its part at once
     recompute: bool = False  # the activations within a layer in the backward pass, in place of keeping them
+    l1: float = 0.0  # times the mean over layers and tokens of sum |h_i| is added to the loss (arXiv 2603.23198)
+    text: str = "corpus"  # or "random": every token drawn alone, as often as in the corpus
+    targets: str = "next"  # what is predicted; others than the next token are random
+    distinct_tokens: int | None = None  # of the text, read over and over; None: all of a corpus
 
     def __post_init__(self) -> None:
         check(self.devices >= 1, f"train.devices is {self.devices}; at least 1 is needed.")
@@ -84,6 +120,34 @@ class TrainConfig:
         check(
             self.checkpoints >= 6,
             f"train.checkpoints is {self.checkpoints}; at least 6 are needed (the last five are solved together).",
+        )
+        self._check_variant()
+
+    @property
+    def random(self) -> bool:
+        """Whether text or targets are random, so that a loss on the corpus says nothing of the model."""
+        return self.text != "corpus" or self.targets != "next"
+
+    def _check_variant(self) -> None:
+        """Raise InputError for a penalty or data that cannot be trained with."""
+        check(self.l1 >= 0, f"train.l1 is {self.l1}; it may not be negative.")
+        check(
+            not self.l1 or (not self.recompute and self.devices == 1),
+            "train.l1 penalises activations as they are computed, on one device and without train.recompute; drop one.",
+        )
+        check(self.text in TEXTS, f"train.text is {self.text!r}; choose one of {', '.join(TEXTS)}.")
+        check(self.targets in TARGETS, f"train.targets is {self.targets!r}; choose one of {', '.join(TARGETS)}.")
+        check(
+            not (self.text == "random" and self.targets == "next"),
+            "train.text random has no next token that could be learnt; choose other train.targets.",
+        )
+        check(
+            not self.random or self.distinct_tokens is not None,
+            "Random text and targets are drawn before training; say of how many tokens in train.distinct_tokens.",
+        )
+        check(
+            self.distinct_tokens is None or self.distinct_tokens >= self.batch_tokens,
+            f"train.distinct_tokens is {self.distinct_tokens}, less than a batch of {self.batch_tokens}.",
         )
 
     def check_windows(self, context: int) -> None:

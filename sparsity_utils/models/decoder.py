@@ -10,6 +10,9 @@ start at std 0.1 and norm gains at 1, both at the full lr. m is a matrix's numbe
 model: d / d_base, and d_ff / (2.5 d_base) for the down projection, which is the same at d_ff = 2.5 d. Weight decay
 is AdamW's own, so it is coupled to each group's learning rate: a hidden matrix shrinks by lr / m x weight_decay a step;
 norm gains are not decayed.
+
+A plain FFN, h = act(W_gate x), is a gated one whose second factor is 1 for good: W_up = 0 with a bias of 1, neither of
+them trained. So it is a Granite like all others.
 """
 
 import math
@@ -18,6 +21,7 @@ import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from sparsity_utils.models.config import ModelConfig
+from sparsity_utils.models.input_training import KEPT_INPUTS, KeptInputs
 from sparsity_utils.models.shapes import d_ff, head_count
 
 EMBEDDING_MULTIPLIER = 12.0
@@ -28,7 +32,7 @@ BASE_FFN_RATIO = 2.5  # d_ff / d_model of the base model
 
 def granite_config(config: ModelConfig) -> GraniteConfig:
     """The `transformers` configuration of this architecture, all muP multipliers set."""
-    heads = head_count(config)
+    heads, kept = head_count(config), KeptInputs.of(config)
     return GraniteConfig(
         architectures=["GraniteForCausalLM"],
         vocab_size=config.vocabulary,
@@ -47,6 +51,8 @@ def granite_config(config: ModelConfig) -> GraniteConfig:
         bos_token_id=0,
         eos_token_id=0,
         use_cache=False,
+        mlp_bias=config.ffn == "plain",  # for the second factor of 1
+        **({KEPT_INPUTS: kept.written()} if kept else {}),
     )
 
 
@@ -56,8 +62,12 @@ def build_model(config: ModelConfig, seed: int) -> GraniteForCausalLM:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
+            if name.endswith("_proj.bias"):
+                parameter.fill_(float("up_proj" in name)).requires_grad_(False)
+            elif parameter.ndim == 1:
                 parameter.fill_(1.0)
+            elif config.ffn == "plain" and "up_proj" in name:
+                parameter.zero_().requires_grad_(False)
             else:
                 std = INITIAL_STD if _is_embedding(name) else INITIAL_STD / math.sqrt(input_multiplier(name, config))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
@@ -68,7 +78,7 @@ def parameter_groups(
     model: GraniteForCausalLM, config: ModelConfig, learning_rate: float, weight_decay: float
 ) -> list[dict]:
     """Optimizer groups under muP: hidden matrices at learning_rate / m, embeddings and norm gains at the full rate."""
-    named = list(model.named_parameters())
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     embeddings = [p for name, p in named if p.ndim == 2 and _is_embedding(name)]
     gains = [p for _, p in named if p.ndim == 1]
     hidden: dict[float, list[torch.nn.Parameter]] = {}  # by m: one group at d_ff = 2.5 d, two elsewhere

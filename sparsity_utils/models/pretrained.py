@@ -29,6 +29,7 @@ from sparsity_utils.models.adapters import CONFIG as ADAPTER
 from sparsity_utils.models.adapters import base_folder, merged
 from sparsity_utils.models.decoder import default_device
 from sparsity_utils.models.gguf_file import open_gguf
+from sparsity_utils.models.input_training import attach_as_trained
 from sparsity_utils.models.minicpm import granite_config, is_minicpm
 from sparsity_utils.models.weights import quiet, read_weights
 
@@ -74,7 +75,7 @@ def load_weights(folder: Path, weights: str | None = None) -> PreTrainedModel:
     weights: the safetensors file in it; by default model.safetensors or its shards.
     """
     with quiet():
-        return read_weights(folder, *_architecture(folder), weights=weights)
+        return attach_as_trained(read_weights(folder, *_architecture(folder), weights=weights))
 
 
 def _place(name: str | Path, revision: str | None) -> Path:
@@ -102,7 +103,7 @@ def _open_folder(
     tokenizer = None
     if model_class.main_input_name == "input_ids":
         tokenizer = _tokenizer(folder if any((folder / file).is_file() for file in TOKENIZER) else base)
-    model = read_weights(base, config, model_class, dtype, device_map=device_map)
+    model = attach_as_trained(read_weights(base, config, model_class, dtype, device_map=device_map))
     return (merged(model, folder) if (folder / ADAPTER).is_file() else model), tokenizer
 
 

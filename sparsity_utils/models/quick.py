@@ -36,10 +36,11 @@ class _Product(torch.autograd.Function):
 
 
 class QuickLinear(nn.Linear):
-    """A linear map without bias through `product`."""
+    """A linear map through `product`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x.reshape(-1, self.in_features), self.weight).view(*x.shape[:-1], self.out_features)
+        y = _Product.apply(x.reshape(-1, self.in_features), self.weight).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
 
 
 class _Rotation(torch.autograd.Function):

@@ -30,9 +30,13 @@ class Shape:
         )
 
 
-def non_embedding_parameters(d_model: int, n_layers: int, ffn_ratio: float = 2.5) -> int:
-    """Weights of all attention and FFN matrices, (4 + 3 ffn_ratio) n_layers d^2: 11.5 n_layers d^2 at ratio 2.5."""
-    return n_layers * (4 * d_model**2 + 3 * d_model * d_ff(d_model, ffn_ratio))
+def non_embedding_parameters(d_model: int, n_layers: int, ffn_ratio: float = 2.5, ffn: str = "gated") -> int:
+    """Weights of all attention and FFN matrices, (4 + 3 ffn_ratio) n_layers d^2: 11.5 n_layers d^2 at ratio 2.5.
+
+    A plain FFN has two matrices in place of three.
+    """
+    matrices = {"gated": 3, "plain": 2}[ffn]
+    return n_layers * (4 * d_model**2 + matrices * d_model * d_ff(d_model, ffn_ratio))
 
 
 def d_ff(d_model: int, ffn_ratio: float = 2.5) -> int:
@@ -97,7 +101,7 @@ def training_flops_per_token(config: ModelConfig) -> float:
     Matrices: 6 N. Head: 6 d V. Attention scores and values: 6 n_layers d context (half of the square is masked).
     As in PaLM, arXiv 2204.02311, appendix B, with the causal half counted once.
     """
-    matrices = non_embedding_parameters(config.d_model, config.n_layers, config.ffn_ratio)
+    matrices = non_embedding_parameters(config.d_model, config.n_layers, config.ffn_ratio, config.ffn)
     head = config.d_model * config.vocabulary
     attention = config.n_layers * config.d_model * config.context
     return 6.0 * (matrices + head + attention)

@@ -23,13 +23,16 @@ from safetensors.torch import load_file, save_file
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from sparsity_utils import paths
-from sparsity_utils.models.config import LAST_CHECKPOINTS, ModelConfig, TrainConfig
+from sparsity_utils.models.config import LAST_CHECKPOINTS, RANDOM_TARGETS, ModelConfig, TrainConfig
 from sparsity_utils.models.decoder import build_model, default_device, parameter_groups
 from sparsity_utils.models.devices import Group, load_sharded, save_sharded, shard, state_step, states, whole_tensors
+from sparsity_utils.models.input_training import as_computed, prepare_to_train
 from sparsity_utils.models.loss import linear_cross_entropy
+from sparsity_utils.models.penalty import ActivationPenalty
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.models.quick import quicken
 from sparsity_utils.models.shapes import training_flops_per_token
+from sparsity_utils.text.random_data import RandomData
 from sparsity_utils.text.windows import TrainingBatches
 
 LOG_EVERY = 20  # steps
@@ -104,9 +107,15 @@ class Training:
         self.group = Group() if dist.is_initialized() else None  # None: this process trains alone
         self.device = default_device()
         self.half = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.batches = TrainingBatches(tokens, model_config.context, train_config.batch_tokens, train_config.seed)
+        data = random_data(model_config, train_config).training(tokens)
+        self.batches = TrainingBatches(
+            data[0], model_config.context, train_config.batch_tokens, train_config.seed, data[1]
+        )
         self.schedule = Schedule(train_config)
-        self.model = quicken(build_model(model_config, train_config.seed).to(self.device).train())
+        self.model = trainable(model_config, train_config.seed, self.device)
+        if train_config.random:
+            setattr(self.model.config, RANDOM_TARGETS, True)
+        self.penalty = ActivationPenalty(self.model, train_config.l1) if train_config.l1 else None
         if train_config.recompute:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.objective = shard(self.model, self._loss, self.half) if self.group else self._loss
@@ -181,7 +190,8 @@ class Training:
             hidden = self.backbone(input_ids=inputs).last_hidden_state.flatten(0, 1)  # (tokens, d)
         hidden = hidden.to(torch.bfloat16) if self.half else hidden
         scale = 1.0 / self.model.config.logits_scaling
-        return linear_cross_entropy(hidden, self.model.lm_head.weight, targets.flatten(), scale)
+        loss = linear_cross_entropy(hidden, self.model.lm_head.weight, targets.flatten(), scale)
+        return loss + self.penalty.taken() if self.penalty else loss
 
     def _check_losses(self) -> None:
         """Raise Diverged if a loss since the last check is NaN or too high. All are fetched in one synchronisation."""
@@ -276,6 +286,16 @@ class Training:
         self.first_loss, self.sizes = log["first_loss"], log.get("devices", [])
 
 
+def trainable(config: ModelConfig, seed: int, device: torch.device) -> GraniteForCausalLM:
+    """The fresh model of a run on `device`, in training mode, its maps reading what the configuration says."""
+    return prepare_to_train(quicken(build_model(config, seed).to(device).train()))
+
+
+def random_data(model: ModelConfig, training: TrainConfig) -> RandomData:
+    """What a run reads and predicts."""
+    return RandomData(training.text, training.targets, training.distinct_tokens, model.vocabulary, training.seed)
+
+
 def saved_step(folder: Path) -> int:
     """The steps that an unfinished run in `folder` would not have to do again; 0 without a state that can be read."""
     if sharded := states(folder):
@@ -307,7 +327,9 @@ def save_checkpoint(model: GraniteForCausalLM, folder: Path) -> None:
 def write_checkpoint(config: GraniteConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """`save_checkpoint`, of weights at hand."""
     config.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})  # as transformers expects
+    save_file(
+        as_computed(config, tensors), folder / "model.safetensors", metadata={"format": "pt"}
+    )  # as transformers expects
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -317,13 +339,14 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def validation_loss(model, batches: list) -> float:
-    """Mean next-token loss over batches of input_ids, in float32, nats per predicted token."""
+    """Mean loss over batches of input_ids, in float32, nats per predicted token: the next one, or their targets."""
     device, scale = model.lm_head.weight.device, 1.0 / model.config.logits_scaling
     total = count = 0
     for batch in batches:
         ids = batch["input_ids"].to(device)  # (windows, context)
-        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)  # (tokens, d)
-        targets = ids[:, 1:].flatten()
+        targets = batch["targets"].to(device) if "targets" in batch else ids[:, 1:]
+        hidden = model.model(input_ids=ids).last_hidden_state[:, : targets.shape[1]].flatten(0, 1)  # (tokens, d)
+        targets = targets.flatten()
         total += linear_cross_entropy(hidden, model.lm_head.weight, targets, scale).item() * targets.numel()
         count += targets.numel()
     return total / count

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsity_utils.console import InputError, explained
+from sparsity_utils.console import InputError, check, explained
+from sparsity_utils.models.config import RANDOM_TARGETS
 from sparsity_utils.neurons.find import FFN, widened
 from sparsity_utils.neurons.hooks import observe_neurons
 from sparsity_utils.neurons.modes import evaluating
@@ -143,6 +144,11 @@ def checked(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], role: str
     than the model's context, shapes that differ, token ids outside the vocabulary, batches without any token to
     predict, padded images or sounds, and models that order their vectors by position.
     """
+    check(
+        not getattr(model.config, RANDOM_TARGETS, False),
+        f"This model was trained on random data ({RANDOM_TARGETS} in its config.json), so that its loss on a text "
+        "would say nothing; measure another one.",
+    )
     main, fresh, predicted, seen = getattr(model, "main_input_name", "input_ids"), count(), 0, 0
     for index, batch in enumerate(batches):
         where = f"{role} batch {index}"

@@ -15,6 +15,7 @@ from sparsity_utils.sparsity.calibration import TOLERANCE, Calibration, solve_st
 from sparsity_utils.sparsity.metrics import measure_sparsity
 from sparsity_utils.sparsity.passes import checked
 from sparsity_utils.sparsity.patterns import DEAD, Patterns, activation_patterns, transfer_matrix
+from sparsity_utils.study.ends import run_ends
 from sparsity_utils.study.profiles import MeasureConfig
 from sparsity_utils.study.runs import Run
 from sparsity_utils.text.corpus import Corpus
@@ -229,6 +230,7 @@ MEASUREMENTS = {
     "vocabulary": token_ratios,
     "dead": dead_curve,
     "transfer": domain_transfer,
+    "ends": run_ends,
 }
 # Processor time of each, in training tokens per calibration token and per evaluation token. Measured on 32x4, where
 # training took 18 microseconds a token: with 16,384 and 49,152 of them the curve took 21 s, metrics 21, dead 10,
@@ -240,6 +242,7 @@ EFFORT = {
     "vocabulary": (0.0, 0.8),
     "dead": (5.6, 9.7),
     "transfer": (0.0, 11.6),
+    "ends": (5.0, 3.0),
 }
 
 

@@ -5,9 +5,12 @@ from typing import NamedTuple
 
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.shapes import solve_shape
+from sparsity_utils.study.experiments import EXPERIMENTS
 from sparsity_utils.study.profiles import Profile, Size
 
 SCHEMA = 1  # of the tables; raise it when a column changes its meaning
+# Of the runs of an experiment; arm and learning_rate are added to what a run says of itself.
+ARM = ("run", "arm", "learning_rate", "d_model", "n_layers", "d_ff", "parameters", "seed", "tokens", "validation_loss")
 IDENTITY = ("run", "activation", "d_model", "n_layers", "seed")
 # Speeds are of this machine, not of a run; the question whose runs or shapes they are measured with.
 SPEEDS = {"sparse_ffn": "relu_vs_silu", "sparse_decoding": "relu_vs_silu", "depth_cost": "width_depth_ratio"}
@@ -47,11 +50,13 @@ QUESTIONS = {
     "sparse_ffn": Question("sparse_ffn.csv", None),
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
+    **{name: Question(f"{name}.csv", "ends", ARM) for name in EXPERIMENTS},
     **{name: Question(f"{name}.csv", None) for name in (*OF_MODELS, INPUT_SPEEDS)},
 }
 COVERING = (  # questions that together need every run of a profile
     *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
     "tuning",
+    *EXPERIMENTS,
 )
 PRIMARY = ("relu_vs_silu", "second_line", "width_depth_ratio")  # what primary claims rest on
 # What `python -m sparsity_utils refit` makes of the published curves: recorded once, read by every study.
@@ -65,6 +70,8 @@ def planned(profile: Profile, question: str) -> list[Settings]:
     study = profile.study
     if question in (*SPEEDS, *PRETRAINED, *CORRECTION, INPUT_SPEEDS):
         return []
+    if question in EXPERIMENTS:
+        return [(run.model, run.train) for run in profile.arm_runs(question)]
     if question in TRAINING_FREE_TABLES:
         return _decoders(profile)
     if question == "width_depth_ratio":

@@ -18,6 +18,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
 from sparsity_utils.models.config import ACTIVATIONS, ModelConfig, TrainConfig
 from sparsity_utils.neurons.input_rules import TRAINING_FREE
+from sparsity_utils.study.experiments import EXPERIMENTS, ArmRun, Experiment
 from sparsity_utils.study.sections import as_mapping, check_known, parsed, read_section, typed
 from sparsity_utils.text.config import CorpusConfig
 
@@ -298,6 +299,7 @@ class Profile:
     training_free: TrainingFreeConfig = TrainingFreeConfig()
     input_speeds: InputSpeedConfig = InputSpeedConfig()
     correction: CorrectionConfig = CorrectionConfig()
+    experiments: dict[str, Experiment] = field(default_factory=dict)  # by question: notebooks 11 and 12
     workers: int = 2  # runs side by side
     threads: int = 1  # torch threads of each
     cluster: ClusterConfig | None = None  # None: worker processes of this machine
@@ -328,6 +330,11 @@ class Profile:
         """The training settings of a named size: the shared ones, its own batch if it has one, then `changes`."""
         own = {} if size.batch_tokens is None else {"batch_tokens": size.batch_tokens}
         return self.train_config(size.tokens, seed, **{**own, **changes})
+
+    def arm_runs(self, question: str) -> list[ArmRun]:
+        """The runs of an experiment; none where the profile leaves it out."""
+        experiment = self.experiments.get(question)
+        return experiment.runs(self.model, self.train, self.corpus.vocabulary) if experiment else []
 
     def on(self, engine: str | None) -> "Profile":
         """The profile with its runs done by an engine, `local` or `slurm`; None: by the one that it names."""
@@ -395,6 +402,10 @@ def _checked(profile: Profile, folder: Path) -> Profile:
         profile.train_config(study.ratio_tokens, seed)
     for size, rate, batch in itertools.product(study.tuning_sizes, study.tuning_rates, study.tuning_batches):
         profile.size_training(size, size.seeds[0], learning_rate=rate, batch_tokens=batch)
+    for question in profile.experiments:
+        check(question in EXPERIMENTS, f"experiments has {question!r}; known are {', '.join(EXPERIMENTS)}.")
+        for run in profile.arm_runs(question):
+            run.train.check_windows(run.model.context)
     corpus = profile.corpus
     if corpus.path and (corpus.source == "path" or (folder / corpus.path).is_dir()):
         corpus = dataclasses.replace(corpus, path=str(folder / Path(corpus.path).expanduser()))

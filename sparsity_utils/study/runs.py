@@ -34,14 +34,21 @@ from sparsity_utils.models.decoder import default_device
 from sparsity_utils.models.devices import trained_by
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.models.shapes import d_ff, head_count, non_embedding_parameters, training_flops_per_token
-from sparsity_utils.models.training import Diverged, checkpoint_folder, clear, train
+from sparsity_utils.models.training import Diverged, checkpoint_folder, clear, random_data, train
 from sparsity_utils.text.corpus import Corpus
-from sparsity_utils.text.windows import measurement_batches
+from sparsity_utils.text.windows import measurement_batches, random_batches
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # as transformers names the files of a checkpoint
 OLD_NAMES = {"ratio": "activation_ratio"}  # of columns of measurements that runs of the second study keep
 FORWARD = 0.3  # of the time of training on a token: that of its validation loss
-LATER = ("devices", "micro_tokens", "recompute")  # settings of training that joined later: not hashed at their default
+# Settings that joined later: not hashed at their default, so that runs keep the keys that they had.
+LATER = {
+    "model": (ModelConfig, ("ffn", "keep", "block", "straight_through", "rescale", "quantised")),
+    "train": (
+        TrainConfig,
+        ("devices", "micro_tokens", "recompute", "l1", "text", "targets", "distinct_tokens"),
+    ),
+}
 RECIPE = 1  # raise it when the same configuration would train to other weights
 
 
@@ -64,9 +71,10 @@ class RunConfig:
     def identity(self) -> dict:
         """All settings but those that joined later and are at their default, so that keys stay what they were."""
         content = dataclasses.asdict(self)
-        for setting in dataclasses.fields(TrainConfig):
-            if setting.name in LATER and content["train"][setting.name] == setting.default:
-                del content["train"][setting.name]
+        for part, (settings, later) in LATER.items():
+            for setting in dataclasses.fields(settings):
+                if setting.name in later and content[part][setting.name] == setting.default:
+                    del content[part][setting.name]
         return content
 
     @classmethod
@@ -82,7 +90,7 @@ class RunConfig:
     @property
     def parameters(self) -> int:
         """Non-embedding parameters."""
-        return non_embedding_parameters(self.model.d_model, self.model.n_layers, self.model.ffn_ratio)
+        return non_embedding_parameters(self.model.d_model, self.model.n_layers, self.model.ffn_ratio, self.model.ffn)
 
     @property
     def tokens(self) -> float:
@@ -159,7 +167,7 @@ class Run:
             "n_layers": model.n_layers,
             "d_ff": d_ff(model.d_model, model.ffn_ratio),
             "head_size": model.d_model // head_count(model),
-            "parameters": non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio),
+            "parameters": non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio, model.ffn),
             "width_depth_ratio": model.d_model / model.n_layers,
             "seed": training["seed"],
         }
@@ -245,8 +253,19 @@ def working_folder(config: RunConfig) -> Path:
 
 
 def validation_batches(config: RunConfig, corpus: Corpus) -> list:
-    """The windows whose loss is told at every checkpoint."""
-    wanted = config.train.validation_tokens
+    """The windows whose loss is told at every checkpoint: of text that training does not read.
+
+    Targets that can only be learnt by heart are those of training.
+    """
+    return run_batches(config, corpus, config.train.validation_tokens)
+
+
+def run_batches(config: RunConfig, corpus: Corpus, wanted: int) -> list:
+    """About `wanted` tokens on which a run is evaluated, see `validation_batches`."""
+    if config.train.targets != "next":
+        data = random_data(config.model, config.train)
+        drawn = data.held_out(corpus.tokens("train"), corpus.tokens("validation"))
+        return random_batches(*drawn, config.model.context, wanted)
     return measurement_batches(corpus.tokens("validation"), config.model.context, "evaluation", wanted)
 
 

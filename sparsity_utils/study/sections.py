@@ -71,7 +71,11 @@ def typed(value: Any, hint: Any, where: str) -> Any:
         check(isinstance(value, list), f"{where} is {value!r}; it should be a list.")
         return tuple(typed(item, typing.get_args(hint)[0], f"{where}[{i}]") for i, item in enumerate(value))
     if typing.get_origin(hint) is dict:
-        return as_mapping(value, where)
+        of = typing.get_args(hint)[1]
+        mapping = as_mapping(value, where)
+        if not (isinstance(of, type) and dataclasses.is_dataclass(of)):
+            return mapping
+        return {key: typed(item, of, f"{where}.{key}") for key, item in mapping.items()}
     allowed = typing.get_args(hint) or (hint,)
     for section in filter(dataclasses.is_dataclass, allowed):  # one that may be left out
         return typed(value, section, where)

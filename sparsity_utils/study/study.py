@@ -222,6 +222,8 @@ class Study(Tables):
         if not configs:
             raise InputError(f"Profile {self.name} trains no runs for {question}; its section study leaves them out.")
         self.complete(question)
+        arms = [run.arm for run in self.profile.arm_runs(question)]
+        named = dict(zip(configs, arms, strict=True)) if arms else {}
         tables = []
         for config in configs:
             run = find_run(config)
@@ -234,8 +236,11 @@ class Study(Tables):
                 measured = measurement(run, self.corpus, self.profile.measure, what)
                 for note in measured["note"].dropna().unique() if "note" in measured else ():
                     warnings.warn(f"{config.title}: {note}.", stacklevel=3)
-                beside = list(about or run.checkpoints.columns)
-                table = run.checkpoints[list(dict.fromkeys([*beside, "step"]))].merge(measured, on="step")
+                rows = run.checkpoints
+                if config in named:
+                    rows = rows.assign(arm=named[config], learning_rate=config.train.learning_rate)
+                beside = list(about or rows.columns)
+                table = rows[list(dict.fromkeys([*beside, "step"]))].merge(measured, on="step")
                 tables.append(table if "step" in beside else table.drop(columns="step"))
         if not tables:
             raise InputError(f"Every run of {question} diverged; lower train.learning_rate in profile {self.name}.")

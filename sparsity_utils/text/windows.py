@@ -37,8 +37,11 @@ class TrainingBatches:
     so a batch depends on (seed, step) alone and a resumed run sees what it would have seen.
     """
 
-    def __init__(self, tokens: np.ndarray, context: int, batch_tokens: int, seed: int):
-        self.tokens, self.context, self.seed = tokens, context, seed
+    def __init__(
+        self, tokens: np.ndarray, context: int, batch_tokens: int, seed: int, targets: np.ndarray | None = None
+    ):
+        """targets: what each position of `tokens` predicts; None: the next token."""
+        self.tokens, self.targets, self.context, self.seed = tokens, targets, context, seed
         self.windows = (len(tokens) - 1) // context
         self.batch_windows = batch_tokens // context
         if batch_tokens % context or not batch_tokens:
@@ -56,10 +59,10 @@ class TrainingBatches:
         )
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and next-token targets of `step`, each (windows, context) int64."""
+        """Inputs and targets of `step`, each (windows, context) int64."""
         places = range(step * self.batch_windows, (step + 1) * self.batch_windows)
         chosen = [self._permutation(place // self.windows)[place % self.windows] for place in places]
-        return _inputs_and_targets(self.tokens, np.asarray(chosen), self.context)
+        return _inputs_and_targets(self.tokens, np.asarray(chosen), self.context, self.targets)
 
     def passes(self, steps: int) -> float:
         """How often `steps` steps read the training text."""
@@ -82,6 +85,17 @@ def measurement_batches(tokens: np.ndarray, context: int, part: str, wanted: int
             f"in windows of {context}; give more text, a larger corpus.validation_share, or ask for fewer."
         )
     return _spaced_batches(tokens, context, first, last, count)
+
+
+def random_batches(tokens: np.ndarray, targets: np.ndarray, context: int, wanted: int) -> list[dict[str, torch.Tensor]]:
+    """At most `wanted` tokens with targets of their own, evenly spaced: {"input_ids", "targets": (windows, context)}.
+
+    Such batches are of `random_data`; a text is predicted with those of `measurement_batches`.
+    """
+    windows = (len(tokens) - 1) // context
+    groups = _spaced_groups(0, windows, max(1, min(wanted // context, windows)))
+    pairs = (_inputs_and_targets(tokens, group, context, targets) for group in groups)
+    return [{"input_ids": ids, "targets": predicted} for ids, predicted in pairs]
 
 
 def domain_batches(
@@ -144,15 +158,22 @@ def evenly_spaced(count: int, total: int, *, centred: bool = False) -> list[int]
 
 def _spaced_batches(tokens: np.ndarray, context: int, first: int, last: int, count: int) -> list[dict]:
     """`count` of the windows `first` to `last`, evenly spaced, as batches of {"input_ids": (windows, context)}."""
-    chosen = first + np.array(evenly_spaced(count, last - first))
-    groups = np.array_split(chosen, -(-count // BATCH_WINDOWS))
+    groups = _spaced_groups(first, last, count)
     return [{"input_ids": _inputs_and_targets(tokens, group, context)[0]} for group in groups]
 
 
-def _inputs_and_targets(tokens: np.ndarray, windows: np.ndarray, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _spaced_groups(first: int, last: int, count: int) -> list[np.ndarray]:
+    """The numbers of `count` windows from `first` to `last`, evenly spaced, in groups of a batch."""
+    chosen = first + np.array(evenly_spaced(count, last - first))
+    return np.array_split(chosen, -(-count // BATCH_WINDOWS))
+
+
+def _inputs_and_targets(
+    tokens: np.ndarray, windows: np.ndarray, context: int, targets: np.ndarray | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     index = windows[:, None] * context + np.arange(context + 1)  # (windows, context + 1)
     ids = torch.from_numpy(tokens[index].astype(np.int64))
-    return ids[:, :-1], ids[:, 1:]
+    return ids[:, :-1], ids[:, 1:] if targets is None else torch.from_numpy(targets[index[:, :-1]])
 
 
 def read_documents(path: Path) -> list[str]:
