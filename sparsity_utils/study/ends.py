@@ -33,11 +33,12 @@ def run_ends(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:
         initial_gradient, final_gradient: Euclidean norm of the gradient of the layer's matrices on the first batch.
         loss: on evaluation tokens, nats; of random data on what training read, or on more of the kind.
         activation_ratio: CETT-PPL-p%; empty for random data and quantised inputs, on which it is not solved.
+        read_parameters: weights that a token is allowed to read: keep / 16 of the matrices, and the output head.
         weights_read: share of the weights of all linear maps whose inputs are not zero, mean over tokens.
         rise_untrained: by how much the loss rises if every map reads only the largest 10 / 16 of its inputs; empty for
             runs that were trained to read less.
 
-    `activation_ratio` and what follows it are of the whole model and stand in every row.
+    `loss` and what follows it are of the whole model and stand in every row.
     """
     config = RunConfig.from_identity(run.manifest["config"])
     batches = run_batches(config, corpus, settings.evaluation_tokens)
@@ -51,6 +52,8 @@ def run_ends(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:
     whole = {
         "loss": (loss := validation_loss(model, batches)),
         "activation_ratio": _activation_ratio(model, config, corpus, settings),
+        "read_parameters": config.parameters * config.model.keep / PARTS
+        + config.model.d_model * config.model.vocabulary,
         "weights_read": weights_read(model, batches),
         "rise_untrained": _loss_untrained(model, config, batches) - loss,
     }
