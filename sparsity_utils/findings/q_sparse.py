@@ -6,21 +6,22 @@ runs; results change neither.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
+from sparsity_utils.findings.q_sparse_arms import DENSE, KEPT, LEVELS, NEAR_BEST, as_sizes, gaps_of_sizes
+from sparsity_utils.findings.q_sparse_figures import frontier_figure, gradients_figure, loss_figure, sizes_figure
+from sparsity_utils.findings.style import ShownFigure
 from sparsity_utils.laws.arms import at_chosen_rates, chosen_rates, of_arm, paired, run_means
 from sparsity_utils.laws.sparsity_law import held_out_errors
 from sparsity_utils.laws.trends import Estimate, mean_over_runs, no_estimate
+from sparsity_utils.study.tables import Tables
 
 QUESTION = "q_sparse"
-LEVELS = {"dense": 0.0, "keep_11": 5 / 16, "keep_8": 0.5, "keep_6": 10 / 16, "keep_3": 13 / 16}  # arm -> S
-DENSE, KEPT, SIZED = "_dense", "_keep_6", ("16x2", "32x2", "48x3")  # arms of q_sparse_sizes; 64x4 is of q_sparse
-NEAR_BEST = ("keep_10", "keep_7")  # of equal_active: S of 38% and 56%, on both sides of the printed optimum
 BOTTOM = 0  # the layer next to the embedding
 
 STRAIGHT_THROUGH = Claim(
@@ -215,19 +216,11 @@ def analyse(
     rates = [chosen_rates(one).assign(experiment=name) for name, one in given.items() if one is not None]
     return Found(
         runs,
-        None if sizes is None else pd.concat([run_means(at_chosen_rates(sizes)), _as_sizes(runs)], ignore_index=True),
+        None if sizes is None else pd.concat([run_means(at_chosen_rates(sizes)), as_sizes(runs)], ignore_index=True),
         None if active is None else run_means(at_chosen_rates(active)),
         flow,
         pd.concat(rates, ignore_index=True),
     )
-
-
-def _as_sizes(runs: pd.DataFrame) -> pd.DataFrame:
-    """The dense arm and keep_6 of q_sparse under the names that q_sparse_sizes gives such arms."""
-    shape = runs["d_model"].astype(str) + "x" + runs["n_layers"].astype(str)
-    named = {"dense": DENSE, "keep_6": KEPT}
-    chosen = runs["arm"].isin(named)
-    return runs[chosen].assign(arm=shape[chosen] + runs.loc[chosen, "arm"].map(named))
 
 
 def verdicts(found: Found | None) -> Verdicts:
@@ -305,13 +298,6 @@ def _flow(claim: Claim, flow: pd.DataFrame | None, way: str) -> Verdict:
     return claim.counted(mean_over_runs(bottom[way] / bottom["dense"]), "seeds", f"{flow['layer'].max() + 1} layers")
 
 
-def gaps_of_sizes(sizes: pd.DataFrame) -> pd.DataFrame:
-    """Of each size and seed, the loss of keep_6 less that of the dense model: shape, seed, parameters, gap."""
-    losses = sizes.assign(shape=sizes["arm"].str.split("_").str[0], kind=sizes["arm"].str.split("_", n=1).str[1])
-    wide = losses.pivot_table("loss", ["shape", "seed", "parameters"], "kind").dropna().reset_index()
-    return wide.assign(gap=wide["keep_6"] - wide["dense"])[["shape", "seed", "parameters", "gap"]]
-
-
 def _gap_shrinks(found: Found) -> Verdict:
     if found.sizes is None:
         return GAP_SHRINKS.undecided("this study has no runs of q_sparse_sizes")
@@ -342,3 +328,17 @@ def _larger_tolerates(found: Found) -> Verdict:
         return LARGER_TOLERATES.undecided("this study has no runs of q_sparse_sizes")
     slope = _size_slope(found.sizes, DENSE, "rise_untrained", np.log10(found.sizes["parameters"]))
     return LARGER_TOLERATES.counted(slope, "seeds")
+
+
+def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
+    """The figures of a study that has the tables for them, by name."""
+    names = ("q_sparse", "q_sparse_sizes", "equal_active", "gradient_flow")
+    found = analyse(*map(study.table_or_none, names))
+    if found is None:
+        return
+    yield "12_loss", loss_figure(found)
+    yield "12_frontier", frontier_figure(found)
+    if found.sizes is not None:
+        yield "12_sizes", sizes_figure(found)
+    if found.flow is not None:
+        yield "12_gradients", gradients_figure(found.flow)

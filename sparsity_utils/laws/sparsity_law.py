@@ -17,7 +17,7 @@ from sparsity_utils.console import check
 
 Array = NDArray[np.float64]
 LARGEST = 0.95  # of the shares that are looked at; A(S) leaves every scale towards 1
-BETAS = np.geomspace(0.01, 10, 200)  # that are tried
+BETAS = np.geomspace(0.01, 10, 40)  # that are tried first
 ROUNDING = 0.005  # of a coefficient with two decimals
 
 
@@ -63,15 +63,20 @@ def exponential_fit(s: ArrayLike, loss: ArrayLike) -> tuple[float, float, float]
     """
     s, loss = np.asarray(s, dtype=float), np.asarray(loss, dtype=float)
     check(len(np.unique(s)) >= 3, f"A curve of loss over sparsity needs three shares, not {len(np.unique(s))}.")
-    best = (math.inf, 0.0, 0.0, 0.0)
-    for beta in BETAS:
-        design = np.column_stack([np.ones_like(s), np.exp(beta / (1 - s) - beta)])
-        (a, c), *_ = np.linalg.lstsq(design, loss, rcond=None)
-        if c < 0:
-            a, c = loss.mean(), 0.0
-        error = float(((design @ [a, c] - loss) ** 2).sum())
-        best = min(best, (error, a, c * math.exp(-beta), beta))
-    return best[1], best[2], best[3]
+    place = min(range(len(BETAS)), key=lambda at: _linear_part(s, loss, BETAS[at])[2])
+    around = (BETAS[max(place - 1, 0)], BETAS[min(place + 1, len(BETAS) - 1)])
+    beta = float(minimize_scalar(lambda beta: _linear_part(s, loss, beta)[2], bounds=around, method="bounded").x)
+    a, c, _ = _linear_part(s, loss, beta)
+    return a, c, beta
+
+
+def _linear_part(s: Array, loss: Array, beta: float) -> tuple[float, float, float]:
+    """(a, c, sum of squared errors) of loss = a + c exp(beta / (1 - S)) at a given beta."""
+    growth = np.exp(beta / (1 - s) - beta)  # 1 at S = 0, so that the two columns are of one size
+    (a, c), *_ = np.linalg.lstsq(np.column_stack([np.ones_like(s), growth]), loss, rcond=None)
+    if c < 0:
+        a, c = loss.mean(), 0.0
+    return float(a), float(c * math.exp(-beta)), float(((a + c * growth - loss) ** 2).sum())
 
 
 def held_out_errors(s: ArrayLike, loss: ArrayLike) -> dict[str, float]:
