@@ -63,7 +63,7 @@ def exponential_fit(s: ArrayLike, loss: ArrayLike) -> tuple[float, float, float]
     """
     s, loss = np.asarray(s, dtype=float), np.asarray(loss, dtype=float)
     check(len(np.unique(s)) >= 3, f"A curve of loss over sparsity needs three shares, not {len(np.unique(s))}.")
-    place = min(range(len(BETAS)), key=lambda at: _linear_part(s, loss, BETAS[at])[2])
+    place = min(range(len(BETAS)), key=lambda at: _linear_part(s, loss, float(BETAS[at]))[2])
     around = (BETAS[max(place - 1, 0)], BETAS[min(place + 1, len(BETAS) - 1)])
     beta = float(minimize_scalar(lambda beta: _linear_part(s, loss, beta)[2], bounds=around, method="bounded").x)
     a, c, _ = _linear_part(s, loss, beta)
