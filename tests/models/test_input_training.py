@@ -28,8 +28,7 @@ WAYS = {  # of training
     "half": {"keep": 8, "activation": "relu2"},
     "blocks": {"keep": 3, "block": 16, "rescale": "unit", "activation": "silu"},
     "no_straight_through": {"keep": 8, "straight_through": False},
-    # ReLU² has a slope without a jump: sums of small whole numbers may be zero but for rounding
-    "ternary": {"keep": 8, "quantised": True, "rescale": "ratio", "activation": "relu2"},
+    "ternary": {"keep": 8, "quantised": True, "rescale": "ratio", "activation": "gelu"},
     "ternary_dense": {"quantised": True, "activation": "relu2"},
     "plain": {"ffn": "plain", "keep": 6, "activation": "gelu"},
     "plain_ternary": {"ffn": "plain", "quantised": True, "activation": "silu"},
