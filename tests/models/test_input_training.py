@@ -33,7 +33,7 @@ WAYS = {  # of training
     "plain": {"ffn": "plain", "keep": 6, "activation": "gelu"},
     "plain_ternary": {"ffn": "plain", "quantised": True, "activation": "silu"},
 }
-SAVED = ("blocks", "ternary", "plain_ternary")
+SAVED = ("ternary", "plain")
 IDS = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(5))
 
 
