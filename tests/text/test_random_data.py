@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sparsity_utils.console import InputError
-from sparsity_utils.text.random_data import RandomData
+from sparsity_utils.text.random_data import RandomData, mixed
 from sparsity_utils.text.windows import TrainingBatches, random_batches
 
 VOCABULARY = 50
@@ -72,12 +72,26 @@ def test_a_function_gives_equal_pairs_equal_targets_also_those_held_out():
         assert len({known.get((second, first)) for second in range(VOCABULARY)}) > 5
 
 
-def test_the_function_is_the_hash_that_it_says():
-    tokens = np.array([7, 7, 49, 0, 1], dtype=np.uint16)
-    a, b = (int(number) | 1 for number in np.random.default_rng([5, 2]).integers(1 << 62, size=2))
-    pairs = [(7, 7), (7, 7), (7, 49), (49, 0), (0, 1)]  # the first token stands for the one before it
-    wanted = [((a * (before * VOCABULARY + token + 1) + b) % 2**64 >> 32) % VOCABULARY for before, token in pairs]
-    assert data("random", "function", seed=5).function(tokens).tolist() == wanted
+def test_bits_are_mixed_as_splitmix64_does():
+    def literal(number: int) -> int:
+        number = (number + 0x9E3779B97F4A7C15) % 2**64
+        number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) % 2**64
+        return number ^ (number >> 31)
+
+    numbers = [0, 1, 2, 2**63, 2**64 - 1]
+    assert mixed(np.array(numbers, dtype=np.uint64)).tolist() == [literal(number) for number in numbers]
+    assert literal(0) == 0xE220A8397B1DCDAF  # the first output of a generator with seed 0, as published
+
+
+def test_a_function_of_pairs_cannot_be_told_from_its_parts():
+    """Knowing what (a, x) and (b, x) lead to says nothing of (a, y) and (b, y): no sum of two parts explains it."""
+    random = data("random", "function")
+    tokens = np.arange(VOCABULARY)
+    targets = np.array([random.function(np.array([one, two]))[1] for one in tokens[:20] for two in tokens[:20]])
+    table = targets.reshape(20, 20)
+    steps = (table[:, 1:] - table[:, :-1]) % VOCABULARY  # equal in every row if it were a sum
+    assert len(np.unique(steps[:, 0])) > 10
 
 
 def test_what_is_held_out_was_not_trained_on_but_for_targets_learnt_by_heart():
