@@ -61,10 +61,11 @@ def speedups(seconds: Mapping[str, np.ndarray], way: str, all_weights: Iterable[
     """How much faster `way` is than another: the median over rounds of seconds of the other / seconds of `way`.
 
     Columns: speedup (over the way "dense") and strict_speedup (over the fastest way in `all_weights` that has times),
-    each with its 90% interval, low_ and high_.
+    each with its 90% interval, low_ and high_. A way without times, NaN, gives NaN.
     """
-    timed_ways = (name for name in all_weights if name in seconds and not np.isnan(seconds[name]).any())
-    fastest = min(timed_ways, key=lambda name: np.median(seconds[name]))
+    others = [name for name in all_weights if name in seconds]
+    timed_ways = [name for name in others if not np.isnan(seconds[name]).any()]
+    fastest = min(timed_ways or others, key=lambda name: np.median(seconds[name]))
     columns: dict[str, float] = {}
     for name, other in (("speedup", "dense"), ("strict_speedup", fastest)):
         low, median, high = median_interval(seconds[other] / seconds[way])

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from kernels.timing import alternate, median_interval, timed
+from kernels.timing import alternate, median_interval, speedups, timed
 
 
 def test_all_ways_take_their_turn_and_every_other_round_is_backwards():
@@ -42,3 +42,12 @@ def test_the_interval_of_a_median_covers_it_at_least_as_often_as_it_says(n):
 def test_below_five_values_a_median_has_no_interval():
     low, median, high = median_interval(np.array([3.0, 1.0, 2.0]))
     assert median == 2 and np.isnan(low) and np.isnan(high)
+
+
+def test_a_way_without_times_has_no_speedup_and_gives_none():
+    fast, slow, none = (np.full(5, seconds) for seconds in (1.0, 2.0, np.nan))
+    found = speedups({"dense": slow, "whole": none, "own": fast}, "own", ("whole",))
+    assert found["speedup"] == 2 and np.isnan(found["strict_speedup"])
+    found = speedups({"dense": slow, "whole": none, "own": fast}, "own", ("whole", "dense"))
+    assert found["strict_speedup"] == 2  # over the fastest that has times
+    assert np.isnan(list(speedups({"dense": slow, "own": none}, "own", ("dense",)).values())).all()
