@@ -26,7 +26,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kernels.selection import kth_largest
+from sparsity_utils.console import check
 from sparsity_utils.models.config import PARTS, ModelConfig
+from sparsity_utils.neurons.linears import find_linears
+from sparsity_utils.neurons.thresholds import Thresholds
 
 KEPT_INPUTS = "kept_inputs"  # the key of config.json under which a checkpoint says what its maps read
 SMALLEST = 1e-12  # norm, or size of the largest weight, below which a vector counts as zero
@@ -137,6 +140,26 @@ def attach_as_trained(model: PreTrainedModel) -> PreTrainedModel:
     if written := getattr(model.config, KEPT_INPUTS, None):
         read_kept_inputs(model, KeptInputs(**written))
     return model
+
+
+def trained_thresholds(model: PreTrainedModel) -> Thresholds | None:
+    """The thresholds with which `sparse_inputs` and `sparse_kernels` have maps read what they were trained to read.
+
+    model: opened to read everything, as `load_weights` does with `as_trained=False`.
+
+    Returns those of the rule "teal-top-k", a number of inputs for each map; None where maps were trained to read
+    everything. Raises InputError where that rule computes something else than was trained.
+    """
+    written = getattr(model.config, KEPT_INPUTS, None)
+    if not written:
+        return None
+    how = KeptInputs(**written)
+    check(
+        not how.block and not how.quantised and how.rescale == "none",
+        f"The model was trained with {written}; thresholds stand for inputs that are chosen among all of a map, and "
+        "neither rescaled nor quantised: open it as trained.",
+    )
+    return Thresholds("teal-top-k", tuple(float(one.inputs * how.keep // PARTS) for one in find_linears(model)))
 
 
 def prepare_to_train(model: PreTrainedModel) -> PreTrainedModel:

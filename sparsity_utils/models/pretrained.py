@@ -69,13 +69,15 @@ def open_checkpoint(
     return (model if device_map else model.to(default_device())), tokenizer
 
 
-def load_weights(folder: Path, weights: str | None = None) -> PreTrainedModel:
+def load_weights(folder: Path, weights: str | None = None, as_trained: bool = True) -> PreTrainedModel:
     """The model alone of a checkpoint's folder, in evaluation mode, on the CPU; errors as of `open_checkpoint`.
 
     weights: the safetensors file in it; by default model.safetensors or its shards.
+    as_trained: False: its linear maps read all of their inputs, also those of a model that was trained to read a part.
     """
     with quiet():
-        return attach_as_trained(read_weights(folder, *_architecture(folder), weights=weights))
+        model = read_weights(folder, *_architecture(folder), weights=weights)
+    return attach_as_trained(model) if as_trained else model
 
 
 def _place(name: str | Path, revision: str | None) -> Path:

@@ -179,9 +179,9 @@ class Run:
         )
         return table
 
-    def load(self, step: int) -> transformers.GraniteForCausalLM:
-        """The model after `step` steps, in evaluation mode, on the GPU where there is one."""
-        return load_weights(*self.checkpoint(step)).to(default_device())
+    def load(self, step: int, as_trained: bool = True) -> transformers.GraniteForCausalLM:
+        """The model after `step` steps, in evaluation mode, on the GPU where there is one; see `load_weights`."""
+        return load_weights(*self.checkpoint(step), as_trained=as_trained).to(default_device())
 
     def has_measured(self, name: str, settings: dict) -> bool:
         """Whether `measured` would only read."""
