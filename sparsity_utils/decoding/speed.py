@@ -4,7 +4,7 @@ A speed is reported only where the kernels give the tokens that the masked dense
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -141,7 +141,7 @@ def _anatomy(model: PreTrainedModel, prompts: Tensor, new_tokens: int, kernels: 
     with parts_timed(model, ffns, run_as_one_call(model, len(prompts))) as parts:
         _, seconds = greedy(model, prompts, new_tokens)
     if kernels is not None:
-        with _read(ffns, kernels, readings):
+        with ffns_read(ffns, kernels, readings):
             greedy(model, prompts, min(new_tokens, 16))
     dense_ffn = sum(w.nbytes for ffn in ffns for w in _weights(ffn))
     ffn_bytes = sum(r.nbytes for r in readings) / (len(readings) / len(ffns)) if readings else dense_ffn
@@ -212,8 +212,11 @@ def _attentions(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _read(ffns: list[FFN], kernels: list[SparseFFN], readings: list[Reading]) -> Iterator[None]:
-    """Append what each kernel reads for each single token that its FFN is given."""
+def ffns_read(ffns: Sequence[FFN], kernels: Sequence[Any], readings: list[Reading]) -> Iterator[None]:
+    """Inside the block, what kernels read for each single token that their FFNs are given is appended to `readings`.
+
+    kernels: each a `SparseFFN`, of one FFN.
+    """
 
     def keep(kernel: SparseFFN) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:

@@ -50,8 +50,8 @@ def run_ends(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:
     layers = {
         "initial_share": nonzero_shares(fresh, batches),
         "final_share": nonzero_shares(model, batches),
-        "initial_gradient": gradient_norms(fresh, config, corpus),
-        "final_gradient": gradient_norms(model, config, corpus),
+        "initial_gradient": first_gradients(fresh, config, corpus)[0],
+        "final_gradient": first_gradients(model, config, corpus)[0],
     }
     whole = {
         "loss": (loss := validation_loss(model, batches)),
@@ -102,8 +102,8 @@ def weights_read(model: GraniteForCausalLM, batches: Sequence[dict]) -> float:
     return float(read[0] / read[1])
 
 
-def gradient_norms(model: GraniteForCausalLM, config: RunConfig, corpus: Corpus) -> list[float]:
-    """Of each layer, the norm of the loss's gradient in its trained matrices, on the first batch of training."""
+def first_gradients(model: GraniteForCausalLM, config: RunConfig, corpus: Corpus) -> tuple[list[float], float]:
+    """Of each layer, the norm of the loss's gradient in its trained matrices; and the loss. First batch of training."""
     tokens, targets = random_data(config.model, config.train).training(corpus.tokens("train"))
     batches = TrainingBatches(
         tokens, config.model.context, config.train.batch_tokens, config.train.seed, targets=targets
@@ -112,13 +112,14 @@ def gradient_norms(model: GraniteForCausalLM, config: RunConfig, corpus: Corpus)
     with torch.enable_grad():
         hidden = model.model(input_ids=inputs).last_hidden_state.flatten(0, 1)  # (tokens, d)
         scale = 1.0 / model.config.logits_scaling
-        linear_cross_entropy(hidden, model.lm_head.weight, wanted.flatten(), scale).backward()
+        loss = linear_cross_entropy(hidden, model.lm_head.weight, wanted.flatten(), scale)
+        loss.backward()
     norms = [
         torch.stack([linear.weight.grad.square().sum() for linear in _maps(layer)]).sum()
         for layer in model.base_model.layers
     ]
     model.zero_grad(set_to_none=True)
-    return [norm.sqrt().item() for norm in norms]
+    return [norm.sqrt().item() for norm in norms], loss.item()
 
 
 def _maps(layer: nn.Module) -> list[nn.Linear]:

@@ -82,6 +82,37 @@ class Experiment:
 
 
 @dataclass(frozen=True)
+class GradientFlowConfig:
+    """Of which untrained models gradients are compared layer by layer, with and without straight-through estimator."""
+
+    d_model: int = 64
+    n_layers: int = 12
+    head_size: int = 32
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the weights and of the batch
+    batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        check(
+            len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds),
+            f"gradient_flow.seeds are {list(self.seeds)}; give one or more, each once.",
+        )
+
+
+@dataclass(frozen=True)
+class TrainedDecodingConfig:
+    """How fast the trained models of q_sparse decode: the table trained_decoding."""
+
+    prompt: int = 32  # tokens
+    new_tokens: int = 64
+    rounds: int = 11  # of each way; medians are quoted
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompt", 1), ("new_tokens", 2), ("rounds", 1)):
+            value = getattr(self, name)
+            check(value >= least, f"trained_decoding.{name} is {value}; at least {least} is needed.")
+
+
+@dataclass(frozen=True)
 class ArmRun:
     """A run of an arm."""
 

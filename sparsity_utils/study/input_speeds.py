@@ -240,8 +240,8 @@ class _Work:
                     **way.about,
                     "differing": int(found["differing"][place].max()),
                     "wrong": int(wrong[place]),
-                    **_interval("prompt_tokens_per_second", before),
-                    **_interval("tokens_per_second", speed),
+                    **interval("prompt_tokens_per_second", before),
+                    **interval("tokens_per_second", speed),
                     **speedups(compared, "own", ("whole",)),
                     "memory_share": float(np.median(rates)),
                     "read_gb_per_s": float(np.median(found["memory"]) / 1e9),
@@ -250,7 +250,8 @@ class _Work:
         return pd.DataFrame(rows)
 
 
-def _interval(name: str, values: np.ndarray) -> dict[str, float]:
+def interval(name: str, values: np.ndarray) -> dict[str, float]:
+    """The columns of a speed: its median over rounds, and its 90% interval, low_ and high_."""
     low, median, high = median_interval(values)
     return {name: median, f"low_{name}": low, f"high_{name}": high}
 

@@ -11,6 +11,7 @@ from typing import Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsity_utils.study.pieces import Frames
+from sparsity_utils.study.plan import Settings
 from sparsity_utils.study.profiles import Profile
 from sparsity_utils.study.runs import RunConfig
 from sparsity_utils.text.corpus import Corpus
@@ -31,6 +32,9 @@ class Asked(Protocol):
 
     def configs(self, question: str) -> list[RunConfig]:
         """The runs that a question needs."""
+
+    def configs_of(self, settings: list[Settings]) -> list[RunConfig]:
+        """Runs on the study's text with the given settings."""
 
     def trained_model(self, activation: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The study's own model of an activation function, and its tokenizer."""

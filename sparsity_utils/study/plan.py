@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.shapes import solve_shape
-from sparsity_utils.study.experiments import EXPERIMENTS
+from sparsity_utils.study.experiments import EXPERIMENTS, ArmRun
 from sparsity_utils.study.profiles import Profile, Size
 
 SCHEMA = 1  # of the tables; raise it when a column changes its meaning
@@ -22,6 +22,9 @@ TRAINING_FREE_TABLES = ("training_free", "training_free_documents", "training_fr
 CORRECTION = ("correction", "correction_prefixes", "correction_speeds", "correction_text")
 OF_MODELS = (*PRETRAINED, *TRAINING_FREE_TABLES, *CORRECTION)
 INPUT_SPEEDS = "input_speeds"  # of this machine and of models that need no run
+# Beside the experiment q_sparse: of its shapes before training, and of some of its runs, on this machine.
+GRADIENT_FLOW, TRAINED_DECODING = "gradient_flow", "trained_decoding"
+DECODED = ("dense", "keep_8", "keep_3", "relu", "relu_l1_strong")  # the arms whose models are timed, where there are
 
 
 class Question(NamedTuple):
@@ -51,7 +54,7 @@ QUESTIONS = {
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
     **{name: Question(f"{name}.csv", "ends", ARM) for name in EXPERIMENTS},
-    **{name: Question(f"{name}.csv", None) for name in (*OF_MODELS, INPUT_SPEEDS)},
+    **{name: Question(f"{name}.csv", None) for name in (*OF_MODELS, INPUT_SPEEDS, GRADIENT_FLOW, TRAINED_DECODING)},
 }
 COVERING = (  # questions that together need every run of a profile
     *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
@@ -68,8 +71,10 @@ Settings = tuple[ModelConfig, TrainConfig]
 def planned(profile: Profile, question: str) -> list[Settings]:
     """The settings of the runs that a question needs; none where the profile leaves the question out."""
     study = profile.study
-    if question in (*SPEEDS, *PRETRAINED, *CORRECTION, INPUT_SPEEDS):
+    if question in (*SPEEDS, *PRETRAINED, *CORRECTION, INPUT_SPEEDS, GRADIENT_FLOW):
         return []
+    if question == TRAINED_DECODING:
+        return [(run.model, run.train) for run in decoded_runs(profile)]
     if question in EXPERIMENTS:
         return [(run.model, run.train) for run in profile.arm_runs(question)]
     if question in TRAINING_FREE_TABLES:
@@ -88,6 +93,15 @@ def planned(profile: Profile, question: str) -> list[Settings]:
     lines = {"second_line": study.second_sizes, "data_limited": study.data_limited}
     activations = ("relu",) if question == "dead_neurons" else study.activations
     return _line(profile, lines.get(question, study.sizes), activations)
+
+
+def decoded_runs(profile: Profile) -> list[ArmRun]:
+    """The runs of q_sparse whose models are timed: of some arms the first seed, with each learning rate.
+
+    Which rate counts is known once all seeds are measured (`laws.arms`); whoever reads the table picks its rows.
+    """
+    runs = [run for run in profile.arm_runs("q_sparse") if run.arm in DECODED]
+    return [run for run in runs if run.train.seed == profile.experiments["q_sparse"].seeds[0]]
 
 
 def ratio_shapes(profile: Profile) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
 from sparsity_utils.models.config import ACTIVATIONS, ModelConfig, TrainConfig
 from sparsity_utils.neurons.input_rules import TRAINING_FREE
-from sparsity_utils.study.experiments import EXPERIMENTS, ArmRun, Experiment
+from sparsity_utils.study.experiments import EXPERIMENTS, ArmRun, Experiment, GradientFlowConfig, TrainedDecodingConfig
 from sparsity_utils.study.sections import as_mapping, check_known, parsed, placed, read_section, typed
 from sparsity_utils.text.config import CorpusConfig
 
@@ -300,6 +300,8 @@ class Profile:
     input_speeds: InputSpeedConfig = InputSpeedConfig()
     correction: CorrectionConfig = CorrectionConfig()
     experiments: dict[str, Experiment] = field(default_factory=dict)  # by question: notebooks 11 and 12
+    gradient_flow: GradientFlowConfig = field(default_factory=GradientFlowConfig)
+    trained_decoding: TrainedDecodingConfig = field(default_factory=TrainedDecodingConfig)
     workers: int = 2  # runs side by side
     threads: int = 1  # torch threads of each
     cluster: ClusterConfig | None = None  # None: worker processes of this machine

@@ -196,7 +196,7 @@ def test_hooks_are_gone_after_a_measurement(built):
     batches = run_batches(config, study.corpus, EVALUATED)
     first = ends.nonzero_shares(model, batches), ends.weights_read(model, batches)
     ends._loss_untrained(model, config, batches)
-    ends.gradient_norms(model, config, study.corpus)
+    ends.first_gradients(model, config, study.corpus)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not any(p.grad is not None for p in model.parameters())
     assert first == (ends.nonzero_shares(model, batches), ends.weights_read(model, batches))

@@ -13,7 +13,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig
 from sparsity_utils.models.shapes import d_ff, head_count, non_embedding_parameters
 from sparsity_utils.study.experiments import EXPERIMENTS
-from sparsity_utils.study.plan import COVERING, QUESTIONS, planned, ratio_shapes
+from sparsity_utils.study.plan import COVERING, QUESTIONS, TRAINED_DECODING, planned, ratio_shapes
 from sparsity_utils.study.profiles import profile_names, read_profile
 from sparsity_utils.study.runs import digest
 from sparsity_utils.study.sections import parsed
@@ -55,7 +55,7 @@ def test_studies_share_no_seed():
     """Runs of the first recorded study had the seeds 0 to 2; nothing of it enters the tests of later ones."""
     profile = read_profile("long")
     seeds = {question: {train.seed for _, train in planned(profile, question)} for question in QUESTIONS}
-    experiments = set.union(*(seeds.pop(question) for question in EXPERIMENTS))
+    experiments = set.union(*(seeds.pop(question) for question in (*EXPERIMENTS, TRAINED_DECODING)))
     assert set.union(*seeds.values()) == {10, 11, 12, 13, 14} and experiments == {20, 21, 22}
 
 
