@@ -12,7 +12,7 @@ from sparsity_utils.laws.one_model import POSITIONS, layer_sums, over_documents
 from sparsity_utils.laws.published import PUBLISHED_LAWS
 from sparsity_utils.models.shapes import non_embedding_parameters
 from sparsity_utils.neurons.rules import METRICS
-from sparsity_utils.study.profiles import PRICE
+from sparsity_utils.study.opened_models import PRICE
 
 if TYPE_CHECKING:
     from sparsity_utils.findings.pretrained_model import Found

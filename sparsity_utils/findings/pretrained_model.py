@@ -35,7 +35,7 @@ from sparsity_utils.laws.one_model import (
     sparse_band,
 )
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, Estimate
-from sparsity_utils.study.profiles import PRICE
+from sparsity_utils.study.opened_models import PRICE
 from sparsity_utils.study.tables import Tables
 
 QUESTION = "pretrained_model"

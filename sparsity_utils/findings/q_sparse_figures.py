@@ -52,6 +52,33 @@ def law_table() -> pd.DataFrame:
     return pd.DataFrame({"value": rows})
 
 
+def decoding_table(decoding: pd.DataFrame, found: "Found") -> pd.DataFrame:
+    """Tokens per second of trained models, each at the learning rate that counts; the table trained_decoding.
+
+    A dash stands where a word differed from what the model itself writes.
+    """
+    chosen = found.rates.loc[found.rates["experiment"] == "q_sparse", ["arm", "learning_rate"]]
+    rows = decoding.merge(chosen, on=["arm", "learning_rate"])
+
+    def times(row: pd.Series, column: str) -> str:
+        return f"{row[column]:.2f} ({row[f'low_{column}']:.2f} to {row[f'high_{column}']:.2f})"
+
+    shown = pd.DataFrame(
+        {
+            "arm": [ARMS[arm][0] for arm in rows["arm"]],
+            "computed by": rows["engine"],
+            "way": rows["way"],
+            "weights read %": (100 * rows["read_share"]).round(1),
+            "tokens per second": [f"{speed:,.0f}" for speed in rows["tokens_per_second"]],
+            "times transformers": [times(row, "speedup") for _, row in rows.iterrows()],
+            "times kernels that skip nothing": [times(row, "strict_speedup") for _, row in rows.iterrows()],
+        }
+    )
+    speeds = ["tokens per second", "times transformers", "times kernels that skip nothing"]
+    shown.loc[rows["wrong"] > 0, speeds] = "-"
+    return shown.replace(r"^nan.*", "-", regex=True).set_index(["arm", "computed by"])
+
+
 def rates_table(found: "Found") -> pd.DataFrame:
     """Which learning rate counts for each arm."""
     shown = found.rates.rename(columns={"learning_rate": "learning rate", "at_edge": "at the edge of the grid"})

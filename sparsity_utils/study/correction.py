@@ -29,10 +29,10 @@ from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
 from sparsity_utils.study.correction_prompts import Documents, read_prompts
 from sparsity_utils.study.correction_speed import PERIOD, SHARE, THRESHOLD, speeds
 from sparsity_utils.study.maker import Asked, Maker
+from sparsity_utils.study.opened_models import CorrectionConfig
 from sparsity_utils.study.pieces import Frames, Pieces, measurement_key
 from sparsity_utils.study.plan import CORRECTION
 from sparsity_utils.study.pretrained import not_here, opened
-from sparsity_utils.study.profiles import CorrectionConfig
 from sparsity_utils.text.windows import measurement_batches
 
 VERSION = 1  # raise it when the same settings would measure other numbers

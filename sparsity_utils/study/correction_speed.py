@@ -16,7 +16,7 @@ from sparsity_utils.decoding.correction import Correction, corrected, drafted
 from sparsity_utils.decoding.drafters import Drafter, FromPrompt, Masked, OnKernels, Shrunk
 from sparsity_utils.decoding.speed import greedy
 from sparsity_utils.neurons.thresholds import Thresholds
-from sparsity_utils.study.profiles import CorrectionConfig
+from sparsity_utils.study.opened_models import CorrectionConfig
 
 SHARE = 0.5  # of the neurons, kept by FSparse and by CSparse; of the inputs of all linear maps, by TEAL
 ON_KERNELS = ("teal", "cett")  # FSparse has a limit of its own for each token, which no kernel of neurons takes

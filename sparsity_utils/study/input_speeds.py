@@ -35,10 +35,11 @@ from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.study.input_settings import Calibrated, Setting
 from sparsity_utils.study.maker import Asked, Maker
+from sparsity_utils.study.opened_models import InputSpeedConfig, PretrainedConfig
 from sparsity_utils.study.pieces import Frames, Pieces, measurement_key
 from sparsity_utils.study.plan import INPUT_SPEEDS
 from sparsity_utils.study.pretrained import SECONDS_PER_TOKEN_AND_PARAMETER, Text, found_model, not_here, read_texts
-from sparsity_utils.study.profiles import InputSpeedConfig, PretrainedConfig, Profile
+from sparsity_utils.study.profiles import Profile
 
 VERSION = 1  # raise it when the same settings would measure something else
 WHOLE = "nothing skipped"

@@ -17,8 +17,8 @@ from sparsity_utils.decoding.speed import greedy
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.paths import RESULTS
 from sparsity_utils.study import correction, correction_prompts, pretrained
+from sparsity_utils.study.opened_models import CorrectionConfig
 from sparsity_utils.study.plan import CORRECTION
-from sparsity_utils.study.profiles import CorrectionConfig
 from sparsity_utils.study.study import Study
 
 TEXTS = ("english", "python", "arithmetic")

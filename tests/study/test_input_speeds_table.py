@@ -10,7 +10,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.decoding.masked_text import MaskedText
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.study import input_settings, input_speeds
-from sparsity_utils.study.profiles import InputSpeedConfig, PretrainedConfig
+from sparsity_utils.study.opened_models import InputSpeedConfig, PretrainedConfig
 
 SETTINGS = InputSpeedConfig(
     models=("silu",), rules=("teal", "wina", "cats", "cett"), sparsities=(0.4,), prices=(5.0,), window=32,

@@ -15,8 +15,8 @@ from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import apply_thresholds
 from sparsity_utils.study import pretrained
+from sparsity_utils.study.opened_models import PretrainedConfig
 from sparsity_utils.study.plan import PRETRAINED
-from sparsity_utils.study.profiles import PretrainedConfig
 from sparsity_utils.study.study import Study
 
 SETTINGS = PretrainedConfig(window=32, calibration_tokens=256, evaluation_tokens=512, prices=(1.0, 10.0))
