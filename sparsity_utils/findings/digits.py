@@ -6,6 +6,7 @@ alone: all ReLU neurons, or the 21 largest of 512.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -53,18 +54,20 @@ POOLED += "top-k, trained on true labels; bootstrap over seeds, percentiles"
 
 
 def _claim(model: str, name: str) -> Claim:
-    points = LOWER_ERROR[1] if name == CALIBRATION else GAINS[name][3]
-    clean = {"threshold": f"{LEVEL:.0%} interval above {-100 * WORSE:g} point", "region": (-WORSE, math.inf)}
-    return Claim(
+    error = name == CALIBRATION
+    published = f"{LOWER_ERROR[1]:g} points lower (ViT)" if error else f"{GAINS[name][3]:+.2f} points (ViT)"
+    claim = Claim(
         f"digits_{model}_{name}",
         "digits",
         SENTENCES[name].format(MODELS[model]),
-        f"{-points if name == CALIBRATION else points:+.2f} points (ViT)",
-        "points lower" if name == CALIBRATION else "points",
-        POOLED if name == CALIBRATION else PAIRED,
+        published,
+        "points lower" if error else "points",
+        POOLED if error else PAIRED,
         primary=model == "mlp",
-        **(clean if name == "clean" else {}),
     )
+    if name != "clean":
+        return claim
+    return replace(claim, threshold=f"{LEVEL:.0%} interval above {-100 * WORSE:g} point", region=(-WORSE, math.inf))
 
 
 CLAIMS = {(model, name): _claim(model, name) for model in MODELS for name in SENTENCES}

@@ -299,7 +299,7 @@ class Profile:
     training_free: TrainingFreeConfig = TrainingFreeConfig()
     input_speeds: InputSpeedConfig = InputSpeedConfig()
     correction: CorrectionConfig = CorrectionConfig()
-    digits: DigitsConfig = DigitsConfig()
+    digits: DigitsConfig = field(default_factory=DigitsConfig)
     workers: int = 2  # runs side by side
     threads: int = 1  # torch threads of each
     cluster: ClusterConfig | None = None  # None: worker processes of this machine

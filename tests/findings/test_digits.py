@@ -69,7 +69,7 @@ def test_the_bootstrap_draws_seeds_in_pairs_and_again_the_same():
     shared = table["seed"] * 7.0  # between seeds the error differs, between arms it never does
     table["gap_9"] = shared + np.where(table["arm"] == digits.ALL, 5.0, 0.0)
     found = digits.lower_error(table, "mlp")
-    assert found.low == pytest.approx(0.01) == found.high == found.value
+    assert (found.low, found.value, found.high) == pytest.approx((0.01, 0.01, 0.01))
     table["gap_9"] = shared * np.where(table["arm"] == digits.ALL, 1.0, 0.5)
     spread = digits.lower_error(table, "mlp")
     assert spread.low < spread.value < spread.high and spread == digits.lower_error(table, "mlp")
