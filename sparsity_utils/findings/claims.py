@@ -14,6 +14,9 @@ The thirteenth is that at one size the limit rises with the width-depth ratio. E
 90% interval, without correction for their number, by a test whose unit is a size. All other claims are secondary; most
 of their tests are means over runs or regressions with seeds as blocks. If all seeds of a size share a deviation, such
 an interval is too narrow: a secondary verdict says where to look, not what holds.
+
+Beside them, the seven claims of `findings.digits` on a two-layer network are primary: that table has a design of its
+own, 20 seeds of each arm, and the unit of its tests is a pair of runs with one seed.
 """
 
 import math

@@ -22,6 +22,7 @@ TRAINING_FREE_TABLES = ("training_free", "training_free_documents", "training_fr
 CORRECTION = ("correction", "correction_prefixes", "correction_speeds", "correction_text")
 OF_MODELS = (*PRETRAINED, *TRAINING_FREE_TABLES, *CORRECTION)
 INPUT_SPEEDS = "input_speeds"  # of this machine and of models that need no run
+DIGITS = "digits"  # of small networks on images, which are no runs of the store
 
 
 class Question(NamedTuple):
@@ -51,7 +52,7 @@ QUESTIONS = {
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
     **{name: Question(f"{name}.csv", "ends", ARM) for name in EXPERIMENTS},
-    **{name: Question(f"{name}.csv", None) for name in (*OF_MODELS, INPUT_SPEEDS)},
+    **{name: Question(f"{name}.csv", None) for name in (*OF_MODELS, INPUT_SPEEDS, DIGITS)},
 }
 COVERING = (  # questions that together need every run of a profile
     *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
@@ -68,7 +69,7 @@ Settings = tuple[ModelConfig, TrainConfig]
 def planned(profile: Profile, question: str) -> list[Settings]:
     """The settings of the runs that a question needs; none where the profile leaves the question out."""
     study = profile.study
-    if question in (*SPEEDS, *PRETRAINED, *CORRECTION, INPUT_SPEEDS):
+    if question in (*SPEEDS, *PRETRAINED, *CORRECTION, INPUT_SPEEDS, DIGITS):
         return []
     if question in EXPERIMENTS:
         return [(run.model, run.train) for run in profile.arm_runs(question)]

@@ -18,6 +18,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
 from sparsity_utils.models.config import ACTIVATIONS, ModelConfig, TrainConfig
 from sparsity_utils.neurons.input_rules import TRAINING_FREE
+from sparsity_utils.study.digits_config import DigitsConfig
 from sparsity_utils.study.experiments import EXPERIMENTS, ArmRun, Experiment
 from sparsity_utils.study.sections import as_mapping, check_known, parsed, read_section, typed
 from sparsity_utils.text.config import CorpusConfig
@@ -300,6 +301,7 @@ class Profile:
     input_speeds: InputSpeedConfig = InputSpeedConfig()
     correction: CorrectionConfig = CorrectionConfig()
     experiments: dict[str, Experiment] = field(default_factory=dict)  # by question: notebooks 11 and 12
+    digits: DigitsConfig = field(default_factory=DigitsConfig)
     workers: int = 2  # runs side by side
     threads: int = 1  # torch threads of each
     cluster: ClusterConfig | None = None  # None: worker processes of this machine

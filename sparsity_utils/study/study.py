@@ -20,7 +20,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.shapes import head_count
-from sparsity_utils.study import correction, input_speeds, pretrained, speeds, training_free
+from sparsity_utils.study import correction, digits, input_speeds, pretrained, speeds, training_free
 from sparsity_utils.study.engines import do_jobs
 from sparsity_utils.study.jobs import Job, longest_first
 from sparsity_utils.study.measurements import measurement
@@ -34,7 +34,7 @@ from sparsity_utils.text.packed_text import unpack_text
 
 MAKERS = {
     question: maker
-    for module in (speeds, pretrained, training_free, input_speeds, correction)
+    for module in (speeds, pretrained, training_free, input_speeds, correction, digits)
     for maker in module.MAKERS
     for question in maker.questions
 }
