@@ -147,16 +147,19 @@ def figure(table: pd.DataFrame) -> ShownFigure:
     rows = checked(table)
     shown = ShownFigure(figsize=(11, 6.2), layout="constrained")
     panels = shown.subplots(len(MODELS), 3)
-    for number, (line, (model, network)) in enumerate(zip(panels, MODELS.items(), strict=True)):
+    for line, (model, network) in zip(panels, MODELS.items(), strict=True):
         _accuracies(line[0], rows, model)
         _gains(line[1], estimates(rows, model))
         _calibration(line[2], rows, model)
-        line[0].set_title(network.capitalize())
-        for axes in line if number == 0 else ():
+        line[0].set_title(f"Accuracy of a {network}")
+        for axes in line:
             axes.legend(fontsize=8)
     seeds, images = rows["seed"].nunique(), rows["images"].iloc[0]
-    about = f"{seeds} seeds, {images} test images each. Bars: {LEVEL:.0%} interval over seeds. Published: ViT, "
-    return captioned(shown, about + "arXiv 2210.06313, Table 1. Calibration: trained on true labels, seeds pooled.")
+    about = (
+        f"{seeds} seed{'s' if seeds > 1 else ''}, {images} test images each. Bars: {LEVEL:.0%} interval over seeds. "
+    )
+    about += "Published: ViT, arXiv 2210.06313, Table 1.\nCalibration: trained on true labels, seeds pooled."
+    return captioned(shown, about)
 
 
 def _accuracies(axes: Axes, table: pd.DataFrame, model: str) -> None:
