@@ -15,8 +15,11 @@ The thirteenth is that at one size the limit rises with the width-depth ratio. E
 of their tests are means over runs or regressions with seeds as blocks. If all seeds of a size share a deviation, such
 an interval is too narrow: a secondary verdict says where to look, not what holds.
 
-Beside them, the seven claims of `findings.digits` on a two-layer network are primary: that table has a design of its
-own, 20 seeds of each arm, and the unit of its tests is a pair of runs with one seed.
+Beside them, two experiments with designs of their own have primary claims, and the unit of their tests is a seed:
+
+- three of `findings.lazy_neuron`, three seeds: a plain FFN begins with half of its neurons, every layer grows sparser,
+  and does so with random labels without weight decay;
+- the seven of `findings.digits` on a two-layer network, 20 seeds.
 """
 
 import math
