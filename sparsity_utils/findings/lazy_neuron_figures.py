@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
 from sparsity_utils.laws.data_law import LEVEL
@@ -120,13 +121,14 @@ def needs_figure(falls: Mapping[str, Estimate], margin: float) -> ShownFigure:
         reach = [[100 * (fall.value - fall.low)], [100 * (fall.high - fall.value)]]
         axes.errorbar(100 * fall.value, place, xerr=reach, fmt="o", color=COLOURS[0], capsize=3)
     axes.axvline(0, color="grey", linewidth=0.8)
-    axes.axvline(100 * margin, color=COLOURS[2], linestyle="--", linewidth=1, label=f"margin, {100 * margin:g} points")
+    axes.axvline(100 * margin, color=COLOURS[2], linestyle="--", linewidth=1)
     axes.set_yticks(range(len(arms)), [ARMS.get(arm, arm) for arm in arms])
-    axes.invert_yaxis()
-    axes.set(xlabel="Fall of the share of non-zeros, first step to last (points)")
-    axes.legend(loc="lower right")
-    counts = sorted({fall.n for fall in falls.values()})
-    return captioned(figure, f"Mean over layers; {LEVEL:.0%} t interval over seeds ({' or '.join(map(str, counts))}).")
+    axes.set(xlabel="Fall of the share of non-zeros, first step to last (points)", ylim=(len(arms) - 0.5, -0.5))
+    counts = " or ".join(map(str, sorted({fall.n for fall in falls.values()})))
+    about = (
+        f"Mean over layers; {LEVEL:.0%} t interval over seeds ({counts}). Dashed: the margin, {100 * margin:g} points."
+    )
+    return captioned(figure, about)
 
 
 @styled
@@ -146,7 +148,9 @@ def sizes_figure(points: pd.DataFrame) -> ShownFigure:
                 lower.plot(line[dimension], line[metric] * line["d_ff"], **style)
         _published(upper, lower, dimension)
         lower.set(xscale="log", yscale="log", xlabel=AXES[dimension])
+        lower.minorticks_off()
         for axis in (lower.xaxis, lower.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
         upper.set(ylim=(0, None))
         upper.set_title({"n_layers": "Deeper", "d_model": "Wider", "d_ff": "More neurons per layer"}[dimension])
