@@ -80,6 +80,7 @@ class Claim:
     scale: float = 100.0  # an estimate times this is in `unit`: shares are shown in points or percent
     primary: bool = False
     level: float = LEVEL  # of its interval
+    against: tuple[float, float] | None = None  # where an interval must lie to count against; None: outside `region`
 
     @property
     def rank(self) -> str:
@@ -93,8 +94,14 @@ class Claim:
         return replace(self, key=f"{self.key}_{line}", claim=f"{self.claim}, at a second width-depth ratio")
 
     def decide(self, estimate: Estimate) -> str:
-        """Supported if the interval lies inside the region, not supported if wholly outside; else inconclusive."""
-        return decide(estimate, *self.region)
+        """Supported if the interval lies inside the region, not supported if it counts against; else inconclusive.
+
+        It counts against the claim if it lies wholly outside the region, or inside `against` where that is given.
+        """
+        word = decide(estimate, *self.region)
+        if word != NOT_SUPPORTED or self.against is None:
+            return word
+        return NOT_SUPPORTED if decide(estimate, *self.against) == SUPPORTED else INCONCLUSIVE
 
     def judged(self, estimate: Estimate, *reasons: str, verdict: str = "") -> Verdict:
         """The verdict on this claim, by `decide` unless one is given, with the reasons that are not empty."""

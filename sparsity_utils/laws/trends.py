@@ -120,6 +120,13 @@ def mean_over_runs(values: ArrayLike) -> Estimate:
     return Estimate(float(described.mean), float(low), float(high), values.size)
 
 
+def means_over_runs(values: Array) -> list[Estimate]:
+    """`mean_over_runs` of every row of `values`, (draws, runs), which has no gaps and two runs or more."""
+    mean, count = values.mean(axis=1), values.shape[1]
+    reach = stats.t.ppf((1 + LEVEL) / 2, count - 1) * values.std(axis=1, ddof=1) / math.sqrt(count)
+    return [Estimate(m, m - r, m + r, count) for m, r in zip(mean.tolist(), reach.tolist(), strict=True)]
+
+
 def fit_line(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> Line:
     """y = slope x + intercept of the group, by ordinary least squares; `groups` become fixed effects."""
     x, y = _xy(x, y)

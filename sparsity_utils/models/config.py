@@ -66,6 +66,11 @@ class ModelConfig:
         )
         check(self.block >= 0, f"model.block is {self.block}; give a number of inputs, or 0 for all of a map.")
         check(self.keep < PARTS or not self.block, f"model.block is {self.block}, but model.keep {PARTS} reads all.")
+        check(
+            self.keep < PARTS or (self.rescale == "none" and self.straight_through),
+            f"model.rescale is {self.rescale} and model.straight_through {self.straight_through}, but model.keep "
+            f"{PARTS} reads all, so that neither would do anything; leave them out.",
+        )
         for width in (self.d_model, neurons) if self.keep < PARTS else ():
             group = self.block or width
             check(width % group == 0, f"model.block {group} does not divide the {width} inputs of a map; change one.")

@@ -6,8 +6,9 @@ and one for down. Each of them, x with n entries, is replaced by
     x_hat = scale (quantise(x) * M)
 
 M keeps the K = n keep / 16 entries of the largest |x| of each token (section 2.1), among all of them or in every block
-of `block` neighbours (section 4.1); ties with the K-th stay. `scale` is 1, ||x|| / ||x * M|| ("ratio") or
-sqrt(n) / ||x * M|| ("unit", the norm of 1 that the paper prints in words, times what vectors after an RMSNorm have).
+of `block` neighbours (section 4.1); ties with the K-th stay. `scale` is 1, ||x|| / ||y|| ("ratio") or
+sqrt(n) / ||y|| ("unit", the norm of 1 that the paper prints in words, times what vectors after an RMSNorm have), where
+y = quantise(x) * M.
 
 Gradients are those of a straight-through estimator: dL/dx = scale dL/dx_hat for every entry, also for those that M left
 out (equation 13); without it they get none. Quantised inputs have 8 bits, round(127 x / max |x|), and the weights are

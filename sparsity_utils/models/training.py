@@ -327,9 +327,8 @@ def save_checkpoint(model: GraniteForCausalLM, folder: Path) -> None:
 def write_checkpoint(config: GraniteConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """`save_checkpoint`, of weights at hand."""
     config.save_pretrained(folder)
-    save_file(
-        as_computed(config, tensors), folder / "model.safetensors", metadata={"format": "pt"}
-    )  # as transformers expects
+    computed = as_computed(config, tensors)
+    save_file(computed, folder / "model.safetensors", metadata={"format": "pt"})  # as transformers expects
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from sparsity_utils.models.config import PARTS, RANDOM_TARGETS, ModelConfig
 from sparsity_utils.models.decoder import build_model, default_device
 from sparsity_utils.models.input_training import KeptInputs, as_computed, attach_as_trained, read_kept_inputs
 from sparsity_utils.models.loss import linear_cross_entropy
+from sparsity_utils.models.shapes import d_ff
 from sparsity_utils.models.training import model_tensors, random_data, validation_loss
 from sparsity_utils.neurons.hooks import observe_neurons
 from sparsity_utils.sparsity.metrics import measure_sparsity
@@ -29,15 +30,18 @@ def run_ends(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:
     Columns:
         step: of the last checkpoint, which all numbers are of unless they are called initial.
         layer: from 0.
-        initial_share, final_share: of the neurons, those that are not zero, mean over tokens.
-        initial_gradient, final_gradient: Euclidean norm of the gradient of the layer's matrices on the first batch.
+        initial_share, final_share: of the neurons, those that are not zero as the map down reads them, mean over
+            tokens: a neuron that it leaves out counts as zero.
+        initial_gradient, final_gradient: Euclidean norm of the gradient of the cross-entropy, without a penalty, in the
+            layer's trained matrices on the first batch.
         loss: on evaluation tokens, nats; of random data on what training read, or on more of the kind.
         activation_ratio: CETT-PPL-p%; empty for random data and quantised inputs, on which it is not solved.
+        read_parameters: weights that a token is allowed to read: keep / 16 of the matrices, and the output head.
         weights_read: share of the weights of all linear maps whose inputs are not zero, mean over tokens.
         rise_untrained: by how much the loss rises if every map reads only the largest 10 / 16 of its inputs; empty for
-            runs that were trained to read less.
+            runs that were trained to read less or quantised inputs, and where that is no whole number of inputs.
 
-    `activation_ratio` and what follows it are of the whole model and stand in every row.
+    `loss` and what follows it are of the whole model and stand in every row.
     """
     config = RunConfig.from_identity(run.manifest["config"])
     batches = run_batches(config, corpus, settings.evaluation_tokens)
@@ -51,6 +55,8 @@ def run_ends(run: Run, corpus: Corpus, settings: MeasureConfig) -> pd.DataFrame:
     whole = {
         "loss": (loss := validation_loss(model, batches)),
         "activation_ratio": _activation_ratio(model, config, corpus, settings),
+        "read_parameters": config.parameters * config.model.keep / PARTS
+        + config.model.d_model * config.model.vocabulary,
         "weights_read": weights_read(model, batches),
         "rise_untrained": _loss_untrained(model, config, batches) - loss,
     }
@@ -82,16 +88,13 @@ def nonzero_shares(model: GraniteForCausalLM, batches: Sequence[dict]) -> list[f
 
 def weights_read(model: GraniteForCausalLM, batches: Sequence[dict]) -> float:
     """The share of the weights of the layers' linear maps that meet an input that is not zero, mean over tokens."""
-    read, linears = torch.zeros(2, dtype=torch.float64), []  # weights times tokens: read, all
+    read = torch.zeros(2, dtype=torch.float64)  # weights times tokens: read, all
 
     def count(linear: nn.Linear, args: tuple) -> None:
         inputs = torch.tensor([(args[0] != 0).sum().item(), args[0].numel()], dtype=torch.float64)
         read.add_(inputs * linear.out_features)
 
-    constant = model.config.mlp_bias  # up of a plain FFN multiplies nothing: it has zeros alone
-    for name, module in model.base_model.layers.named_modules():
-        if isinstance(module, nn.Linear) and not (constant and name.endswith("up_proj")):
-            linears.append(module)
+    linears = [linear for layer in model.base_model.layers for linear in _maps(layer)]
     with torch.inference_mode(), _hooked([linear.register_forward_pre_hook(count) for linear in linears]):
         for batch in batches:
             model.model(input_ids=batch["input_ids"].to(model.device))
@@ -99,7 +102,7 @@ def weights_read(model: GraniteForCausalLM, batches: Sequence[dict]) -> float:
 
 
 def gradient_norms(model: GraniteForCausalLM, config: RunConfig, corpus: Corpus) -> list[float]:
-    """Of each layer, the norm of the loss's gradient in all its matrices, on the first batch of training."""
+    """Of each layer, the norm of the loss's gradient in its trained matrices, on the first batch of training."""
     tokens, targets = random_data(config.model, config.train).training(corpus.tokens("train"))
     batches = TrainingBatches(
         tokens, config.model.context, config.train.batch_tokens, config.train.seed, targets=targets
@@ -110,18 +113,22 @@ def gradient_norms(model: GraniteForCausalLM, config: RunConfig, corpus: Corpus)
         scale = 1.0 / model.config.logits_scaling
         linear_cross_entropy(hidden, model.lm_head.weight, wanted.flatten(), scale).backward()
     norms = [
-        torch.stack([p.grad.square().sum() for p in layer.parameters() if p.ndim == 2 and p.grad is not None]).sum()
+        torch.stack([linear.weight.grad.square().sum() for linear in _maps(layer)]).sum()
         for layer in model.base_model.layers
     ]
     model.zero_grad(set_to_none=True)
     return [norm.sqrt().item() for norm in norms]
 
 
-def _activation_ratio(
-    model: GraniteForCausalLM, config: RunConfig, corpus: Corpus, settings: MeasureConfig
-) -> float | None:
+def _maps(layer: nn.Module) -> list[nn.Linear]:
+    """The linear maps of a layer that are trained: without up of a plain FFN, whose weights are zero for good."""
+    named = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    return [linear for name, linear in named.items() if name != "mlp.up_proj" or linear.bias is None]
+
+
+def _activation_ratio(model: GraniteForCausalLM, config: RunConfig, corpus: Corpus, settings: MeasureConfig) -> float:
     if getattr(model.config, RANDOM_TARGETS, False) or config.model.quantised:
-        return None
+        return float("nan")
     parts = {"calibration": settings.calibration_tokens, "evaluation": settings.evaluation_tokens}
     texts = {
         part: measurement_batches(corpus.tokens("validation"), config.model.context, part, wanted)
@@ -134,7 +141,8 @@ def _activation_ratio(
 
 
 def _loss_untrained(model: GraniteForCausalLM, config: RunConfig, batches: Sequence[dict]) -> float:
-    if KeptInputs.of(config.model) or config.model.d_model % PARTS:
+    widths = config.model.d_model, d_ff(config.model.d_model, config.model.ffn_ratio)
+    if KeptInputs.of(config.model) or any(width * UNTRAINED.keep % PARTS for width in widths):
         return float("nan")
     with _hooked(read_kept_inputs(model, UNTRAINED)):
         return validation_loss(model, list(batches))

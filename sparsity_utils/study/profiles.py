@@ -20,7 +20,7 @@ from sparsity_utils.models.config import ACTIVATIONS, ModelConfig, TrainConfig
 from sparsity_utils.neurons.input_rules import TRAINING_FREE
 from sparsity_utils.study.digits_config import DigitsConfig
 from sparsity_utils.study.experiments import EXPERIMENTS, ArmRun, Experiment
-from sparsity_utils.study.sections import as_mapping, check_known, parsed, read_section, typed
+from sparsity_utils.study.sections import as_mapping, check_known, parsed, placed, read_section, typed
 from sparsity_utils.text.config import CorpusConfig
 
 
@@ -336,7 +336,10 @@ class Profile:
     def arm_runs(self, question: str) -> list[ArmRun]:
         """The runs of an experiment; none where the profile leaves it out."""
         experiment = self.experiments.get(question)
-        return experiment.runs(self.model, self.train, self.corpus.vocabulary) if experiment else []
+        if experiment is None:
+            return []
+        with placed(f"experiments.{question}"):
+            return experiment.runs(self.model, self.train, self.corpus.vocabulary)
 
     def on(self, engine: str | None) -> "Profile":
         """The profile with its runs done by an engine, `local` or `slurm`; None: by the one that it names."""
@@ -377,12 +380,10 @@ def read_profile(name: str) -> Profile:
         content = parsed(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{path.name} is not valid YAML ({str(error).splitlines()[0]}); correct it.") from error
-    try:
+    with placed(f"Profile {path.name}"):
         content = as_mapping(content, "the profile")
         check("name" not in content, "the key name is not for the file: a profile is named by its file.")
         return _checked(read_section(Profile, {"name": path.stem, **content}), path.resolve().parent)
-    except InputError as error:
-        raise InputError(f"Profile {path.name}: {error}") from error
 
 
 def _checked(profile: Profile, folder: Path) -> Profile:
@@ -406,8 +407,7 @@ def _checked(profile: Profile, folder: Path) -> Profile:
         profile.size_training(size, size.seeds[0], learning_rate=rate, batch_tokens=batch)
     for question in profile.experiments:
         check(question in EXPERIMENTS, f"experiments has {question!r}; known are {', '.join(EXPERIMENTS)}.")
-        for run in profile.arm_runs(question):
-            run.train.check_windows(run.model.context)
+        profile.arm_runs(question)
     corpus = profile.corpus
     if corpus.path and (corpus.source == "path" or (folder / corpus.path).is_dir()):
         corpus = dataclasses.replace(corpus, path=str(folder / Path(corpus.path).expanduser()))

@@ -3,12 +3,13 @@
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
 
-from sparsity_utils.console import check
+from sparsity_utils.console import InputError, check
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,6 +43,15 @@ def as_mapping(content: Any, where: str) -> dict:
     """`content` if it is a mapping, else InputError."""
     check(isinstance(content, dict), f"{where} should hold 'key: value' lines, not {content!r}.")
     return content
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Say of an InputError in the block what it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def read_section(cls: type, content: dict, where: str = "") -> Any:

@@ -173,7 +173,7 @@ def _inputs_and_targets(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     index = windows[:, None] * context + np.arange(context + 1)  # (windows, context + 1)
     ids = torch.from_numpy(tokens[index].astype(np.int64))
-    return ids[:, :-1], ids[:, 1:] if targets is None else torch.from_numpy(targets[index[:, :-1]])
+    return ids[:, :-1], ids[:, 1:] if targets is None else torch.from_numpy(targets[index[:, :-1]].astype(np.int64))
 
 
 def read_documents(path: Path) -> list[str]:
