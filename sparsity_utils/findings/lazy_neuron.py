@@ -10,7 +10,7 @@ initialisation is in `initial_gradient`, sizes at equal tokens per parameter in 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ import pandas as pd
 from sparsity_utils.findings import digits, initial_gradient
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
 from sparsity_utils.findings.lazy_neuron_figures import DATA, METRICS, layers_figure, needs_figure, sizes_figure
-from sparsity_utils.findings.one_dimension import share_falls
+from sparsity_utils.findings.one_dimension import FALL as PER_DOUBLING
 from sparsity_utils.findings.style import ShownFigure
 from sparsity_utils.laws.arms import at_chosen_rates, chosen_rates, mean_of_arm, paired, run_means
 from sparsity_utils.laws.limits import require
@@ -137,15 +137,15 @@ DEEPER = Claim(
     "points per doubling of depth",
     _SHAPES.format("depth", "the final share of non-zeros"),
     "90% interval below -2 points; not supported if wholly above 0",
+    region=(-math.inf, PER_DOUBLING),
+    against=(0.0, math.inf),
 )
-MORE_NEURONS = Claim(
-    "more_neurons_sparser_equal_steps",
-    QUESTION,
-    "More neurons per layer are sparser at equal steps, counted by non-zeros",
-    _PUBLISHED,
-    "points per doubling of d_ff",
-    _SHAPES.format("d_ff", "the final share of non-zeros"),
-    "90% interval below -2 points; not supported if wholly above 0",
+MORE_NEURONS = replace(
+    DEEPER,
+    key="more_neurons_sparser_equal_steps",
+    claim="More neurons per layer are sparser at equal steps, counted by non-zeros",
+    unit="points per doubling of d_ff",
+    test=_SHAPES.format("d_ff", "the final share of non-zeros"),
 )
 COUNT = Claim(
     "count_rises_equal_steps",
@@ -265,10 +265,11 @@ def verdicts(found: Found | None) -> Verdicts:
     for arm in (PLAIN, GATED):
         own |= {START[arm]: _half(START[arm], found, arm), EVERY_LAYER[arm]: _layers(EVERY_LAYER[arm], found, arm)}
     own |= {claim: _without(claim, found, arms) for claim, arms in WITHOUT.items()}
-    own |= {DEEPER: _sparser(DEEPER, found, "n_layers"), MORE_NEURONS: _sparser(MORE_NEURONS, found, "d_ff")}
-    change = found.changes.get("d_ff")
-    lone = "this study has no arms that differ in d_ff alone"
-    own[COUNT] = COUNT.counted(change.count["non-zeros"], "pairs", _pair(change)) if change else COUNT.undecided(lone)
+    own |= {
+        DEEPER: _sized(DEEPER, found.changes.get("n_layers"), "share", "depth"),
+        MORE_NEURONS: _sized(MORE_NEURONS, found.changes.get("d_ff"), "share", "d_ff"),
+        COUNT: _sized(COUNT, found.changes.get("d_ff"), "count", "d_ff"),
+    }
     return Verdicts(own[claim] for claim in CLAIMS)
 
 
@@ -327,16 +328,12 @@ def _fresh_data(found: Found) -> Verdict:
     return FRESH_DATA.judged(difference, difference.reason or f"{difference.n} pairs", verdict=same_word(difference))
 
 
-def _sparser(claim: Claim, found: Found, dimension: str) -> Verdict:
-    change = found.changes.get(dimension)
+def _sized(claim: Claim, change: Change | None, what: str, dimension: str) -> Verdict:
+    """The verdict on what doubling a dimension does to non-zeros: to their share, or to the log2 of their count."""
     if change is None:
         return claim.undecided(f"this study has no arms that differ in {dimension} alone")
-    share = change.share["non-zeros"]
-    return claim.judged(share, share.reason or f"{share.n} pairs", _pair(change), verdict=share_falls(share))
-
-
-def _pair(change: Change) -> str:
-    return f"{change.small} to {change.large}"
+    estimate = getattr(change, what)["non-zeros"]
+    return claim.counted(estimate, "pairs", f"{change.small} to {change.large}")
 
 
 def _seeds(estimate: Estimate) -> str:

@@ -18,15 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy import stats
 
 from sparsity_utils import paths
 from sparsity_utils.findings import lazy_neuron
 from sparsity_utils.findings.claims import Claim
-from sparsity_utils.findings.one_dimension import share_falls
-from sparsity_utils.laws.data_law import LEVEL
-from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Estimate
+from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Estimate, means_over_runs
 
 DRAWS, SEED = 1000, 0
 SEEDS, LAYERS, NEURONS, DOUBLINGS = 3, 4, 80, 2  # of the experiment in the profile long
@@ -39,8 +35,6 @@ START = 0.5  # share before the first step
 FIRST_FALL = 0.14  # of the first study: to a share of non-zeros of 36%, the mean of 16x2 to 64x4
 T5_FALL = 0.473
 FIRST_DEEPER = -0.031  # per doubling of depth, if depth alone explains the line of ratio 8 of the first study
-
-Array = NDArray[np.float64]
 
 
 class Case(NamedTuple):
@@ -60,14 +54,7 @@ def power() -> pd.DataFrame:
     for claim, effect, words in (*_halves(rng), *_falls(rng, run), *_same(rng, run), *_sizes(rng, run)):
         shares = [round(100 * words.count(word) / DRAWS) for word in (SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE)]
         rows.append((claim.claim, claim.rank, effect, *shares))
-    return pd.DataFrame(rows, columns=["claim", "rank", "effect", "supported_%", "not_supported_%", "inconclusive_%"])
-
-
-def intervals(values: Array) -> list[Estimate]:
-    """`trends.mean_over_runs` of every row. values: (draws, seeds)."""
-    mean, count = values.mean(axis=1), values.shape[1]
-    reach = stats.t.ppf((1 + LEVEL) / 2, count - 1) * values.std(axis=1, ddof=1) / math.sqrt(count)
-    return [Estimate(m, m - r, m + r, count) for m, r in zip(mean.tolist(), reach.tolist(), strict=True)]
+    return pd.DataFrame(rows, columns=["claim", "rank", "effect", "supported %", "not supported %", "inconclusive %"])
 
 
 def _halves(rng: np.random.Generator) -> list[Case]:
@@ -75,7 +62,7 @@ def _halves(rng: np.random.Generator) -> list[Case]:
     for share in (START, lazy_neuron.HALF[1]):
         for name, spread in STARTS.items():
             layers = share + rng.normal(0, spread, (DRAWS, SEEDS, LAYERS))
-            means, by_layer = intervals(layers.mean(axis=2)), layers.mean(axis=1).tolist()
+            means, by_layer = means_over_runs(layers.mean(axis=2)), layers.mean(axis=1).tolist()
             words = [lazy_neuron.half_word(*pair) for pair in zip(means, by_layer, strict=True)]
             cases.append(Case(lazy_neuron.START[lazy_neuron.PLAIN], f"{100 * share:g}% of neurons{name}", words))
     return cases
@@ -98,7 +85,7 @@ def _falls(rng: np.random.Generator, run: float) -> list[Case]:
             for name, start in STARTS.items():
                 ends = START - fall + rng.normal(0, spread, (parts, DRAWS, SEEDS))
                 falls = START + rng.normal(0, share * start, ends.shape) - ends
-                pairs = zip(map(intervals, falls), map(intervals, ends), strict=True)
+                pairs = zip(map(means_over_runs, falls), map(means_over_runs, ends), strict=True)
                 words = [[lazy_neuron.fall_word(*pair) for pair in zip(*both, strict=True)] for both in pairs]
                 cases.append(Case(claim, effect + name, [_worst(part) for part in zip(*words, strict=True)]))
     return cases
@@ -125,7 +112,7 @@ def _sizes(rng: np.random.Generator, run: float) -> list[Case]:
     cases = []
     for claim in (lazy_neuron.DEEPER, lazy_neuron.MORE_NEURONS):
         cases += [
-            Case(claim, effect, list(map(share_falls, _paired(rng, slope, run, DOUBLINGS))))
+            Case(claim, effect, list(map(claim.decide, _paired(rng, slope, run, DOUBLINGS))))
             for effect, slope in slopes.items()
         ]
     for effect, rise in {"the count stays": 0.0, "it rises by half a doubling": 0.5, "the share stays": 1.0}.items():
@@ -137,4 +124,4 @@ def _sizes(rng: np.random.Generator, run: float) -> list[Case]:
 
 def _paired(rng: np.random.Generator, effect: float, spread: float, over: int = 1) -> list[Estimate]:
     """Estimates of a difference of two runs of each seed, divided by `over`, whose true value is `effect`."""
-    return intervals(effect + rng.normal(0, math.sqrt(2) * spread / over, (DRAWS, SEEDS)))
+    return means_over_runs(effect + rng.normal(0, math.sqrt(2) * spread / over, (DRAWS, SEEDS)))
