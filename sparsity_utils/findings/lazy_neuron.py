@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t
 
 from sparsity_utils.findings import digits, initial_gradient
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
@@ -21,6 +22,7 @@ from sparsity_utils.findings.lazy_neuron_figures import DATA, METRICS, layers_fi
 from sparsity_utils.findings.one_dimension import FALL as PER_DOUBLING
 from sparsity_utils.findings.style import ShownFigure
 from sparsity_utils.laws.arms import at_chosen_rates, chosen_rates, mean_of_arm, paired, run_means
+from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.limits import require
 from sparsity_utils.laws.lines import nonzero_share, relu_ratio
 from sparsity_utils.laws.trends import (
@@ -242,8 +244,8 @@ def _change(runs: pd.DataFrame, dimension: str) -> Change:
 def size_points(runs: pd.DataFrame, shapes: pd.DataFrame | None) -> pd.DataFrame:
     """Shares of shapes, means over seeds, of which dimensions are varied one at a time.
 
-    Columns: data (one of DATA), d_model, n_layers, d_ff, runs,
-    and the share by each of METRICS.
+    Columns: data (one of DATA), d_model, n_layers, d_ff, runs, the share by each of METRICS, and with ` reach` how far
+    its t interval reaches to each side, NaN for a single run.
     """
     steps = [arm for name in ("n_layers", "d_ff") if (ends := _ends(runs, name)) for arm in (*ends, PLAIN)]
     own = runs[runs["arm"].isin(steps)].rename(columns={column: name for name, column in METRICS.items()})
@@ -254,7 +256,9 @@ def size_points(runs: pd.DataFrame, shapes: pd.DataFrame | None) -> pd.DataFrame
         found["d_ff"] = found["run"].map(shapes.drop_duplicates("run").set_index("run")["d_ff"])
         both.append(found.assign(data=DATA[1]))
     groups = pd.concat(both).groupby(["data", *SHAPE], sort=True)
-    return groups[list(METRICS)].mean().assign(runs=groups.size()).reset_index()
+    runs, shares = groups.size(), groups[list(METRICS)]
+    reach = shares.sem().mul(t.ppf((1 + LEVEL) / 2, (runs - 1).clip(lower=1)), axis=0).add_suffix(" reach")
+    return shares.mean().join(reach).assign(runs=runs).reset_index()
 
 
 def verdicts(found: Found | None) -> Verdicts:

@@ -143,9 +143,10 @@ def sizes_figure(points: pd.DataFrame) -> ShownFigure:
         for number, (data, metric) in enumerate((data, metric) for data in DATA for metric in METRICS):
             line, look = along(points, data, dimension), Look(number)
             style = {"color": look.colour, "marker": look.marker, "linestyle": look.line, "label": f"{metric}, {data}"}
-            if len(line):
-                upper.plot(line[dimension], 100 * line[metric], **style)
-                lower.plot(line[dimension], line[metric] * line["d_ff"], **style)
+            for axes, scale in ((upper, 100), (lower, line["d_ff"])) if len(line) else ():
+                axes.errorbar(
+                    line[dimension], scale * line[metric], scale * line[f"{metric} reach"], capsize=2, **style
+                )
         _published(upper, lower, dimension)
         lower.set(xscale="log", yscale="log", xlabel=AXES[dimension])
         lower.minorticks_off()
@@ -158,8 +159,12 @@ def sizes_figure(points: pd.DataFrame) -> ShownFigure:
     panels[1, 0].set(ylabel="Active neurons of a layer")
     found = {name: line for axes in panels.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=3, fontsize=8)
-    about = "Lines: one dimension alone changes. Published models (black) differ in all three at once; they join the "
-    return captioned(figure, about + "picture, not a line. CETT-PPL at 1%; published CETT-PPL: limits.")
+    runs = " or ".join(map(str, sorted(points["runs"].unique())))
+    about = f"Lines: one dimension alone changes; bars: {LEVEL:.0%} t interval over seeds ({runs} a point). Black: "
+    about += (
+        "published, of models that\ndiffer in all three dimensions at once, CETT-PPL as limits; they join the picture, "
+    )
+    return captioned(figure, about + "not a line. CETT-PPL at 1%.")
 
 
 def along(points: pd.DataFrame, data: str, dimension: str) -> pd.DataFrame:

@@ -60,15 +60,13 @@ class RandomData:
     def function(self, tokens: np.ndarray) -> np.ndarray:
         """A random entry of the vocabulary for every pair of a token and the one before it, the same for equal pairs.
 
-        Two random numbers a and b of the seed make it: the upper half of the bits of a * (pair + 1) + b modulo 2^64,
-        modulo the vocabulary (multiply-shift hashing, Dietzfelbinger et al. 1997).
+        A random number of the seed is added to the number of the pair, its bits are mixed (`mixed`), and the upper 32
+        of them are taken modulo the vocabulary. The first token of all stands before itself.
         """
-        a, b = (int(number) | 1 for number in self._rng(FUNCTION).integers(1 << 62, size=2))
+        start = np.uint64(self._rng(FUNCTION).integers(1 << 62))
         before = np.concatenate([tokens[:1], tokens[:-1]]).astype(np.uint64)
-        pairs = before * np.uint64(self.vocabulary) + tokens.astype(np.uint64) + np.uint64(1)
-        with np.errstate(over="ignore"):
-            hashed = pairs * np.uint64(a) + np.uint64(b)
-        return ((hashed >> np.uint64(32)) % np.uint64(self.vocabulary)).astype(np.int64)
+        pairs = before * np.uint64(self.vocabulary) + tokens.astype(np.uint64)
+        return ((mixed(pairs + start) >> np.uint64(32)) % np.uint64(self.vocabulary)).astype(np.int64)
 
     def _drawn(self, corpus: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Tokens as frequent as in the corpus, each drawn alone: as many as are distinct, and one."""
@@ -76,3 +74,12 @@ class RandomData:
 
     def _rng(self, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, stream])
+
+
+def mixed(numbers: np.ndarray) -> np.ndarray:
+    """uint64 -> uint64 so that neighbours come out as if drawn: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        numbers = (numbers + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return numbers ^ (numbers >> np.uint64(31))

@@ -10,7 +10,7 @@ from planted_lazy_neuron import ARMS, FALLS, OTHER_SHAPES, planted
 
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import lazy_neuron, lazy_neuron_figures, lazy_neuron_power, one_dimension
-from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Estimate
+from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Estimate, mean_over_runs
 from sparsity_utils.study.tables import Tables
 
 LARGER = {"depth_2": 0.14, "depth_8": 0.26, "d_ff_40": 0.14, "d_ff_160": 0.26}  # 6 points in two doublings
@@ -183,6 +183,12 @@ def test_points_of_both_studies_lie_on_lines_of_one_dimension():
     assert along(points, tokens, "d_model")["d_model"].tolist() == [16, 32, 64]
     assert along(points, tokens, "d_ff")["CETT-PPL"].tolist() == pytest.approx([0.175, 0.125])
     assert along(points, steps, "d_model").empty and set(points["runs"]) == {2, 3}
+    found = lazy_neuron.analyse(planted(FALLS | LARGER, noise=0.02))
+    deep, runs = along(found.points, steps, "n_layers").iloc[-1], found.runs.query("arm == 'depth_8'")
+    wanted = mean_over_runs(runs["final_share"])
+    assert (deep["non-zeros"], deep["non-zeros reach"]) == pytest.approx((wanted.value, wanted.high - wanted.value))
+    single = lazy_neuron.analyse(planted(FALLS, seeds=1)).points
+    assert single["non-zeros reach"].isna().all() and len(single) == 5
 
 
 def test_tables_and_figures_show_what_was_found():

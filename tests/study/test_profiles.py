@@ -12,6 +12,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig
 from sparsity_utils.models.shapes import d_ff, head_count, non_embedding_parameters
+from sparsity_utils.study.experiments import EXPERIMENTS
 from sparsity_utils.study.plan import COVERING, QUESTIONS, planned, ratio_shapes
 from sparsity_utils.study.profiles import profile_names, read_profile
 from sparsity_utils.study.runs import digest
@@ -50,11 +51,12 @@ def parameters(model: ModelConfig) -> int:
     return non_embedding_parameters(model.d_model, model.n_layers, model.ffn_ratio)
 
 
-def test_the_second_study_shares_no_seed_with_the_first():
-    """Runs of the first recorded study had the seeds 0 to 2; nothing of it enters the tests of the second."""
+def test_studies_share_no_seed():
+    """Runs of the first recorded study had the seeds 0 to 2; nothing of it enters the tests of later ones."""
     profile = read_profile("long")
-    seeds = {train.seed for question in QUESTIONS for _, train in planned(profile, question)}
-    assert seeds == {10, 11, 12, 13, 14}
+    seeds = {question: {train.seed for _, train in planned(profile, question)} for question in QUESTIONS}
+    experiments = set.union(*(seeds.pop(question) for question in EXPERIMENTS))
+    assert set.union(*seeds.values()) == {10, 11, 12, 13, 14} and experiments == {20, 21, 22}
 
 
 @pytest.mark.parametrize(("name", "text"), [("long", 90_000_000), ("laptop", 18_000_000)])

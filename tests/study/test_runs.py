@@ -18,6 +18,7 @@ from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.study import runs
 from sparsity_utils.study.runs import RunConfig, find_run, train_run
+from sparsity_utils.study.sections import parsed
 from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.corpus import Corpus, build_corpus
 from sparsity_utils.text.windows import TrainingBatches
@@ -54,6 +55,45 @@ def test_the_key_names_everything_that_decides_the_weights(corpus):
     ]
     assert len({each.key for each in [base, *others]}) == len(others) + 1
     assert config(corpus).key == base.key
+
+
+LATER = [
+    *(
+        "ffn plain",
+        "keep 8",
+        "keep 8 block 2",
+        "keep 8 straight_through false",
+        "keep 8 rescale ratio",
+        "quantised true",
+    ),
+    *("l1 0.1", "targets uniform distinct_tokens 512", "targets unigram distinct_tokens 512", "distinct_tokens 512"),
+    *("text random targets function distinct_tokens 512", "devices 2", "micro_tokens 128", "recompute true"),
+]
+
+
+def later(base: RunConfig, written: str) -> RunConfig:
+    """`base` with settings written as "name value name value"."""
+    names, values = written.split()[::2], written.split()[1::2]
+    given = {name: parsed(value) for name, value in zip(names, values, strict=True)}
+    own = {"model": {}, "train": {}}
+    for name, value in given.items():
+        own["model" if name in {field.name for field in dataclasses.fields(ModelConfig)} else "train"][name] = value
+    model = dataclasses.replace(base.model, ffn_ratio=2.0, **own["model"])
+    return dataclasses.replace(base, model=model, train=dataclasses.replace(base.train, **own["train"]))
+
+
+def test_settings_that_joined_later_count_where_they_are_set_and_only_there(corpus):
+    base = later(config(corpus), "")
+    others = [later(base, written) for written in LATER]
+    assert len({each.key for each in [base, *others]}) == len(others) + 1
+    first = ["activation", "base_width", "context", "d_model", "ffn_ratio", "head_size", "n_layers", "vocabulary"]
+    assert sorted(base.identity()["model"]) == first  # of the first study
+    for each, written in zip(others, LATER, strict=True):
+        stored = json.loads(json.dumps(each.identity()))
+        assert RunConfig.from_identity(stored) == each and RunConfig.from_identity(stored).key == each.key
+        added = {name for part in ("model", "train") for name in set(stored[part]) - set(base.identity()[part])}
+        assert added == set(written.split()[::2])
+    assert RunConfig.from_identity(base.identity()) == base
 
 
 def test_a_finished_run_is_never_trained_again(corpus, monkeypatch):
@@ -201,18 +241,6 @@ def test_what_a_killed_process_was_writing_aside_is_not_kept(corpus):
     for name in (".state.safetensors.half", "checkpoints/.step-000001.half"):
         (runs.working_folder(config(corpus)) / name).mkdir(parents=True)
     assert not list(train_run(config(corpus), corpus).folder.rglob(".*"))
-
-
-def test_settings_that_joined_later_leave_keys_as_they_were(corpus):
-    plain = config(corpus)
-    content = dataclasses.asdict(plain)
-    for name in runs.LATER:
-        del content["train"][name]
-    assert plain.key == runs.digest(content) and runs.RunConfig.from_identity(content) == plain
-    others = [{"devices": 2}, {"micro_tokens": 64}, {"recompute": True}]
-    changed = [dataclasses.replace(plain, train=dataclasses.replace(plain.train, **other)) for other in others]
-    assert len({each.key for each in (plain, *changed)}) == 4
-    assert all(runs.RunConfig.from_identity(each.identity()) == each for each in changed)
 
 
 def test_two_that_want_the_same_run_train_it_once(corpus, monkeypatch):
