@@ -14,6 +14,14 @@ The thirteenth is that at one size the limit rises with the width-depth ratio. E
 90% interval, without correction for their number, by a test whose unit is a size. All other claims are secondary; most
 of their tests are means over runs or regressions with seeds as blocks. If all seeds of a size share a deviation, such
 an interval is too narrow: a secondary verdict says where to look, not what holds.
+
+Beside them, three experiments with designs of their own have primary claims, and the unit of their tests is a seed:
+
+- three of `findings.lazy_neuron`, three seeds: a plain FFN begins with half of its neurons, every layer grows sparser,
+  and does so with random labels without weight decay;
+- three of `findings.q_sparse`, three seeds: straight-through gradients, the price of leaving a third of the inputs out,
+  and the best share to leave out at equally many active parameters;
+- the seven of `findings.digits` on a two-layer network, 20 seeds.
 """
 
 import math

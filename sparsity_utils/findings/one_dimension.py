@@ -1,4 +1,4 @@
-"""Claims on one dimension at a time, and their verdicts: which of width, depth and d_ff moves sparsity, and how much.
+"""Notebook 11, one dimension at a time: which of width, depth and d_ff moves sparsity, and how much.
 
 The runs are ReLU shapes that differ from a centre in one dimension each, and the two lines of sizes. All have equally
 many training tokens per parameter. The claims are frozen before the runs: results change neither tests nor margins.
@@ -16,6 +16,7 @@ from sparsity_utils.laws.limits import COLUMNS, SHAPE, require
 from sparsity_utils.laws.lines import (
     Lines,
     coefficients,
+    lines_of,
     nonzero_share,
     on_lines,
     size_means,
@@ -31,6 +32,7 @@ from sparsity_utils.laws.trends import (
     Estimate,
     no_estimate,
 )
+from sparsity_utils.study.tables import Tables
 
 DIMENSIONS = ("d_model", "n_layers", "d_ff")
 NAMES = {"d_model": "width", "n_layers": "depth", "d_ff": "d_ff"}
@@ -90,11 +92,24 @@ COUNT_RISES = Claim(
     scale=1.0,
 )
 DOUBLINGS = (DEEPER_SPARSER, MORE_NEURONS_SPARSER, COUNT_RISES)
+CLAIMS = (DEPTH_DRIVES, TAIL_SHRINKS, *DOUBLINGS)
+MISSING = "this study has no shapes that differ in one dimension"
 
 
 def claims() -> pd.DataFrame:
     """The claims, tests and thresholds, as they were frozen before the runs."""
-    return stated([DEPTH_DRIVES, TAIL_SHRINKS, *DOUBLINGS])
+    return stated(CLAIMS)
+
+
+def of_study(study: Tables) -> Verdicts:
+    """`verdicts` on the tables of a study.
+
+    Without its shapes nothing is judged, the weak tail neither: lines alone are those that the claims were drawn from.
+    """
+    if not study.answers(QUESTION):
+        return Verdicts(claim.undecided(MISSING) for claim in CLAIMS)
+    lines = lines_of(study.table("relu_vs_silu"), study.table_or_none("second_line"))
+    return verdicts(study.table(QUESTION), lines)
 
 
 def verdicts(shapes: pd.DataFrame | None, lines: Lines) -> Verdicts:
@@ -106,8 +121,7 @@ def verdicts(shapes: pd.DataFrame | None, lines: Lines) -> Verdicts:
     """
     tail = _tail_verdict(lines)
     if shapes is None:
-        reason = "this study has no shapes that differ in one dimension"
-        depth, *doublings = (claim.undecided(reason) for claim in (DEPTH_DRIVES, *DOUBLINGS))
+        depth, *doublings = (claim.undecided(MISSING) for claim in (DEPTH_DRIVES, *DOUBLINGS))
         return Verdicts([depth, tail, *doublings])
     means = shape_means(shapes)
     confounded = unequal_data(shapes)

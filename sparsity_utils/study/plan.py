@@ -25,6 +25,8 @@ INPUT_SPEEDS = "input_speeds"  # of this machine and of models that need no run
 # Beside the experiment q_sparse: of its shapes before training, and of some of its runs, on this machine.
 GRADIENT_FLOW, TRAINED_DECODING = "gradient_flow", "trained_decoding"
 DECODED = ("dense", "keep_8", "keep_3", "relu", "relu_l1_strong")  # the arms whose models are timed, where there are
+DIGITS = "digits"  # of small networks on images, which are no runs of the store
+UNTRAINED = (DIGITS, GRADIENT_FLOW)  # need no run
 
 
 class Question(NamedTuple):
@@ -54,7 +56,7 @@ QUESTIONS = {
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
     **{name: Question(f"{name}.csv", "ends", ARM) for name in EXPERIMENTS},
-    **{name: Question(f"{name}.csv", None) for name in (*OF_MODELS, INPUT_SPEEDS, GRADIENT_FLOW, TRAINED_DECODING)},
+    **{name: Question(f"{name}.csv", None) for name in (*OF_MODELS, INPUT_SPEEDS, *UNTRAINED, TRAINED_DECODING)},
 }
 COVERING = (  # questions that together need every run of a profile
     *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),
@@ -71,7 +73,7 @@ Settings = tuple[ModelConfig, TrainConfig]
 def planned(profile: Profile, question: str) -> list[Settings]:
     """The settings of the runs that a question needs; none where the profile leaves the question out."""
     study = profile.study
-    if question in (*SPEEDS, *PRETRAINED, *CORRECTION, INPUT_SPEEDS, GRADIENT_FLOW):
+    if question in (*SPEEDS, *PRETRAINED, *CORRECTION, INPUT_SPEEDS, *UNTRAINED):
         return []
     if question == TRAINED_DECODING:
         return [(run.model, run.train) for run in decoded_runs(profile)]

@@ -17,6 +17,7 @@ from kernels.shapes import SHAPES
 from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
 from sparsity_utils.models.config import ACTIVATIONS, ModelConfig, TrainConfig
+from sparsity_utils.study.digits_config import DigitsConfig
 from sparsity_utils.study.experiments import EXPERIMENTS, ArmRun, Experiment, GradientFlowConfig, TrainedDecodingConfig
 from sparsity_utils.study.opened_models import (
     CorrectionConfig,
@@ -197,6 +198,7 @@ class Profile:
     experiments: dict[str, Experiment] = field(default_factory=dict)  # by question: notebooks 11 and 12
     gradient_flow: GradientFlowConfig = field(default_factory=GradientFlowConfig)
     trained_decoding: TrainedDecodingConfig = field(default_factory=TrainedDecodingConfig)
+    digits: DigitsConfig = field(default_factory=DigitsConfig)
     workers: int = 2  # runs side by side
     threads: int = 1  # torch threads of each
     cluster: ClusterConfig | None = None  # None: worker processes of this machine

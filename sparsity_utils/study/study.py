@@ -22,6 +22,7 @@ from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.shapes import head_count
 from sparsity_utils.study import (
     correction,
+    digits,
     gradient_flow,
     input_speeds,
     pretrained,
@@ -42,7 +43,10 @@ from sparsity_utils.text.packed_text import unpack_text
 
 MAKERS = {
     question: maker
-    for module in (speeds, pretrained, training_free, input_speeds, correction, gradient_flow, trained_decoding)
+    for module in (
+        *(speeds, pretrained, training_free, input_speeds, correction),
+        *(digits, gradient_flow, trained_decoding),
+    )
     for maker in module.MAKERS
     for question in maker.questions
 }

@@ -13,14 +13,11 @@ from small_notebook import PARAMETERS, a_notebook
 from sparsity_utils import paths
 from sparsity_utils.commands import notebooks
 
-NOT_YET = ["11", "12"]  # lazy_neuron and q_sparse: their records are not complete
-
 
 def test_the_collection_is_numbered_without_gaps():
     stems = [path.stem for path in paths.collection()]
     assert stems, "no notebook found"
-    numbers = sorted([*(stem[:2] for stem in stems), *NOT_YET])
-    assert numbers == [f"{number:02d}" for number in range(len(numbers))]
+    assert [stem[:2] for stem in sorted(stems)] == [f"{number:02d}" for number in range(len(stems))]
     assert {path.name for path in paths.NOTEBOOKS.glob("*.ipynb")} == {f"{stem}.ipynb" for stem in stems}
 
 

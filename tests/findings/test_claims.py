@@ -8,14 +8,22 @@ import pandas as pd
 import pytest
 from planted import AT_SECOND, SHAPES, study
 
-from sparsity_utils.findings import claims, relu_vs_silu, scale_insensitivity, width_depth_ratio
+from sparsity_utils.findings import (
+    claims,
+    digits,
+    lazy_neuron,
+    q_sparse,
+    relu_vs_silu,
+    scale_insensitivity,
+    width_depth_ratio,
+)
 from sparsity_utils.findings.claims import Claim, Verdicts
 from sparsity_utils.laws import data_law
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Estimate, no_estimate
 from sparsity_utils.paths import collection
 
 FINDINGS = {notebook.stem.partition("_")[2]: None for notebook in collection()} | dict.fromkeys(
-    ("one_dimension", "initial_gradient")
+    ("one_dimension", "initial_gradient", "digits")
 )
 
 
@@ -123,8 +131,16 @@ def test_the_primary_claims_are_those_that_the_docstring_names(stated):
     primary = set(stated.loc[stated["rank"] == "primary", "question"])
     scale = [scale_insensitivity.ON_LINES[name].claim for name in ("relu", "silu")]
     at_both = {*(claim.claim for claim in relu_vs_silu.ON_LINES), *scale}
-    assert len(primary) == 13 and " ".join(claims.__doc__.split()).count("Thirteen claims of the collection") == 1
-    assert primary == {*at_both, *(at + AT_SECOND for at in at_both), width_depth_ratio.RATIO_RISES.claim}
+    planned = {*at_both, *(at + AT_SECOND for at in at_both), width_depth_ratio.RATIO_RISES.claim}
+    assert len(planned) == 13 and " ".join(claims.__doc__.split()).count("Thirteen claims of the collection") == 1
+    seeds = {lazy_neuron: 3, q_sparse: 3, digits: 7}  # experiments whose unit is a seed
+    words = {3: "three of", 7: "the seven of"}
+    for finding, count in seeds.items():
+        own = finding.claims()
+        named = set(own.loc[own["rank"] == "primary", "question"])
+        assert len(named) == count and f"- {words[count]} `{finding.__name__.partition('.')[2]}`" in claims.__doc__
+        planned |= named
+    assert primary == planned
     ranks = stated.set_index("question")["rank"]
     assert ranks["The ReLU share of non-zero neurons does not depend on scale"] == "secondary"
 

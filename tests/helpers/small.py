@@ -45,6 +45,7 @@ def profile_content(text: Path) -> dict:
             "published_decoder": False,
             "new_tokens": 4,
         },
+        "digits": {"seeds": 1, "tuning_seeds": 1, "rates": [0.01], "epochs": 1, "transformer_epochs": 1},
         "workers": 2,
         "threads": 1,
     }
