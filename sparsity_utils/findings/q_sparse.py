@@ -169,7 +169,7 @@ PENALTY_PUSHES = Claim(
 PENALTY_IS_CHEAP = Claim(
     "penalty_is_cheap",
     QUESTION,
-    "and costs at most 1% of the loss",
+    "That penalty costs at most 1% of the loss",
     "accuracy 46.4 to 46.2 (2603.23198)",
     "% of the loss",
     "loss of relu_l1_strong, penalty not counted, over that of relu, less 1; mean over paired seeds",
