@@ -20,7 +20,11 @@ from sparsity_utils.findings import (
     activation_patterns,
     dead_neurons,
     design_a_sparse_model,
+    digits,
+    initial_gradient,
+    lazy_neuron,
     metrics,
+    one_dimension,
     power,
     pretrained_model,
     published_curves,
@@ -133,6 +137,10 @@ def test_the_recorded_verdicts_follow_from_the_tables():
             *design_a_sparse_model.verdicts(held),
             *pretrained_model.verdicts(pretrained_model.analyse(study)),
             *training_free.verdicts(training_free.analyse(study, table("training_free"))),
+            *lazy_neuron.verdicts(lazy_neuron.analyse(table("lazy_neuron"), study.table_or_none("one_dimension"))),
+            *initial_gradient.verdicts(initial_gradient.analyse()),
+            *one_dimension.of_study(study),
+            *digits.verdicts(table("digits")),
             *sirius.verdicts(sirius.analyse(study, table("correction"))),
         ]
     )
