@@ -78,6 +78,10 @@ BAD = {
     "timings": (lambda content: content.cells[2].metadata.update(execution={}), "changed after the last refresh"),
     "never refreshed": (lambda content: content.metadata.pop("refreshed"), "changed after the last refresh"),
     "no title": (lambda content: content.cells.pop(0), "the first cell is not a title"),
+    "formula": (
+        lambda content: content.cells[0].update(source="# Title\n\n$\\Big[x]$"),
+        "cannot show the formula",
+    ),
     "no verdict": (lambda content: content.cells[-1].update(source="1"), "does not mention the verdict"),
     "error": (
         lambda content: content.cells[2].update(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from nbformat import NotebookNode
 
+from docs.book import latex2mathml
 from sparsity_utils.commands.notebooks import output_problems, strip
 from sparsity_utils.findings.tables import TERMS
 
@@ -125,7 +126,21 @@ def finished_prose(content: NotebookNode) -> Iterator[str]:
             yield f"a placeholder is left: {cell.source[:40]!r}"
 
 
+FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+?)\$", re.DOTALL)
+
+
+def shown_formulas(content: NotebookNode) -> Iterator[str]:
+    """Formulas in the LaTeX that the book turns into MathML; it stops at a command that it does not know."""
+    for cell in content.cells:
+        for found in FORMULA.finditer(cell.source) if cell.cell_type == "markdown" else ():
+            formula = found[1] or found[2]
+            try:
+                latex2mathml.tex2mathml(formula)
+            except latex2mathml.MathError as error:
+                yield f"the book cannot show the formula {formula!r}: {error}"
+
+
 ALL = (
     *(parameters, short_cells, checked_cells, kernel, executed_in_order, refreshed, anatomy, finished_prose),
-    *(figures_in_words, headings_in_words, output_problems),
+    *(figures_in_words, headings_in_words, shown_formulas, output_problems),
 )
