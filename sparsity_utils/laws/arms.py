@@ -6,9 +6,6 @@ count, since the seeds that survive are not a fair sample. Everything after that
 seed share initialisation and data order.
 """
 
-from collections.abc import Iterable
-
-import numpy as np
 import pandas as pd
 
 from sparsity_utils.laws.limits import require
@@ -79,11 +76,6 @@ def paired(runs: pd.DataFrame, arm: str, base: str, column: str, relative: bool 
         return no_estimate(_missing(missing))
     gap = (values - of_base).dropna()
     return mean_over_runs(gap / of_base[gap.index] if relative else gap)
-
-
-def smallest(estimates: Iterable[Estimate]) -> Estimate:
-    """Of several estimates, one without a number, or else the one whose interval reaches lowest."""
-    return min(estimates, key=lambda estimate: -np.inf if estimate.reason else estimate.low)
 
 
 def _missing(arms: list[str]) -> str:

@@ -17,7 +17,7 @@ round(W / mean |W|) between -1 and 1, times mean |W| (equations 5 to 10), with s
 The embedding and the output head read everything.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -51,6 +51,19 @@ class KeptInputs:
         """Those of a configuration; None where maps read everything."""
         found = cls(config.keep, config.block, config.straight_through, config.rescale, config.quantised)
         return None if found.keep == PARTS and not found.quantised else found
+
+    @classmethod
+    def of_checkpoint(cls, config: PreTrainedConfig) -> "KeptInputs | None":
+        """Those that config.json of a checkpoint says; None where it says nothing.
+
+        Raises InputError for settings that are not those of this class.
+        """
+        written, known = getattr(config, KEPT_INPUTS, None) or {}, [field.name for field in fields(cls)]
+        check(
+            isinstance(written, dict) and set(written) <= set(known),
+            f"{KEPT_INPUTS} in config.json is {written!r}; it holds {', '.join(known)}: copy the file again.",
+        )
+        return cls(**written) if written else None
 
     def written(self) -> dict[str, Any]:
         """As config.json has it."""
@@ -137,8 +150,8 @@ def read_kept_inputs(model: PreTrainedModel, how: KeptInputs) -> list[RemovableH
 
 def attach_as_trained(model: PreTrainedModel) -> PreTrainedModel:
     """A model that was opened, with its maps reading what they were trained to read, as its config.json says."""
-    if written := getattr(model.config, KEPT_INPUTS, None):
-        read_kept_inputs(model, KeptInputs(**written))
+    if how := KeptInputs.of_checkpoint(model.config):
+        read_kept_inputs(model, how)
     return model
 
 
@@ -150,21 +163,21 @@ def trained_thresholds(model: PreTrainedModel) -> Thresholds | None:
     Returns those of the rule "teal-top-k", a number of inputs for each map; None where maps were trained to read
     everything. Raises InputError where that rule computes something else than was trained.
     """
-    written = getattr(model.config, KEPT_INPUTS, None)
-    if not written:
+    how = KeptInputs.of_checkpoint(model.config)
+    if how is None:
         return None
-    how = KeptInputs(**written)
     check(
         not how.block and not how.quantised and how.rescale == "none",
-        f"The model was trained with {written}; thresholds stand for inputs that are chosen among all of a map, and "
-        "neither rescaled nor quantised: open it as trained.",
+        f"The model was trained with {how.written()}; thresholds stand for inputs that are chosen among all of a map, "
+        "and neither rescaled nor quantised: open it as trained.",
     )
     return Thresholds("teal-top-k", tuple(float(one.inputs * how.keep // PARTS) for one in find_linears(model)))
 
 
 def prepare_to_train(model: PreTrainedModel) -> PreTrainedModel:
     """A fresh model that is to be trained as its config says: `attach_as_trained`, its weights ternary where asked."""
-    if (getattr(model.config, KEPT_INPUTS, None) or {}).get("quantised"):
+    how = KeptInputs.of_checkpoint(model.config)
+    if how and how.quantised:
         for module in model.base_model.layers.modules():
             if isinstance(module, nn.Linear):
                 module.__class__ = TernaryLinear
@@ -173,6 +186,7 @@ def prepare_to_train(model: PreTrainedModel) -> PreTrainedModel:
 
 def as_computed(config: PreTrainedConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights that a model computes with, of those that it is trained in: what a checkpoint holds."""
-    if not (getattr(config, KEPT_INPUTS, None) or {}).get("quantised"):
+    how = KeptInputs.of_checkpoint(config)
+    if how is None or not how.quantised:
         return tensors
     return {name: ternary(tensor) if name.endswith("_proj.weight") else tensor for name, tensor in tensors.items()}

@@ -33,6 +33,14 @@ def test_seeds_as_blocks_remove_an_offset_of_a_seed():
     assert shifted.intercept == pytest.approx(plain.intercept + 0.25)  # the mean over the seeds
 
 
+def test_means_of_many_are_those_of_each():
+    values = np.random.default_rng(0).normal(size=(5, 4))
+    for found, row in zip(trends.means_over_runs(values), values, strict=True):
+        each = trends.mean_over_runs(row)
+        np.testing.assert_allclose([found.value, found.low, found.high], [each.value, each.low, each.high])
+        assert found.n == each.n == 4
+
+
 def test_mean_over_runs_and_pairs_against_scipy():
     values = np.array([0.004, 0.006, 0.001, 0.005])
     estimate, reference = trends.mean_over_runs(values), stats.ttest_1samp(values, 0).confidence_interval(0.90)

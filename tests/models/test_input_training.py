@@ -14,8 +14,8 @@ from transformers.models.granite.modeling_granite import GraniteRMSNorm
 
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig, TrainConfig
-from sparsity_utils.models.decoder import build_model
-from sparsity_utils.models.input_training import KeptInputs, TernaryLinear, ternary
+from sparsity_utils.models.decoder import build_model, granite_config
+from sparsity_utils.models.input_training import KEPT_INPUTS, KeptInputs, TernaryLinear, ternary
 from sparsity_utils.models.pretrained import load_weights, open_checkpoint
 from sparsity_utils.models.quick import QuickLinear
 from sparsity_utils.models.training import Training, checkpoint_folder, model_tensors, trainable
@@ -260,3 +260,11 @@ REFUSED = [
 def test_a_way_that_a_shape_does_not_have_is_named(changes, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(MODEL, **changes)
+
+
+@pytest.mark.parametrize("written", [{"keep": 8, "width": 3}, 8, ["keep"]])
+def test_a_checkpoint_that_says_something_else_is_refused(written):
+    config = granite_config(ModelConfig(16, 1, vocabulary=32, context=16, head_size=8))
+    setattr(config, KEPT_INPUTS, written)
+    with pytest.raises(InputError, match="kept_inputs in config"):
+        KeptInputs.of_checkpoint(config)
