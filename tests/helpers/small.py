@@ -5,6 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from sparsity_utils.study.study import Study
+
 
 def write_text(folder: Path) -> Path:
     """Forty short documents of made-up sentences."""
@@ -56,3 +58,9 @@ def write_profile(folder: Path, content: dict, name: str = "tiny") -> str:
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
     return str(file)
+
+
+def tiny_study(folder: Path, **sections) -> Study:
+    """A study of `profile_content`, with further sections of the profile or others in their place."""
+    content = profile_content(write_text(folder / "text"))
+    return Study.from_profile(write_profile(folder, content | sections))

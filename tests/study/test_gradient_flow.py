@@ -5,7 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from small import profile_content, write_profile, write_text
+from small import tiny_study
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
@@ -25,13 +25,9 @@ EXPERIMENT = {
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A tiny study that has the experiment, with eight layers to look through."""
+    flow = {"d_model": 16, "n_layers": LAYERS, "head_size": 8, "seeds": [0, 3], "batch_tokens": 128}
     folder = tmp_path_factory.mktemp("gradient_flow")
-    content = profile_content(write_text(folder / "text"))
-    content |= {
-        "experiments": {"q_sparse": EXPERIMENT},
-        "gradient_flow": {"d_model": 16, "n_layers": LAYERS, "head_size": 8, "seeds": [0, 3], "batch_tokens": 128},
-    }
-    return Study.from_profile(write_profile(folder, content))
+    return tiny_study(folder, experiments={"q_sparse": EXPERIMENT}, gradient_flow=flow)
 
 
 @pytest.fixture(scope="module")

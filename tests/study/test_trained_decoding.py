@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small import profile_content, write_profile, write_text
+from small import tiny_study
 
 from sparsity_utils import paths, sparse_kernels
 from sparsity_utils.console import InputError
@@ -40,13 +40,9 @@ KEPT = {"keep_8": 8 / 16, "keep_3": 3 / 16}
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A tiny study with the experiment."""
+    decoding = {"prompt": 20, "new_tokens": 6, "rounds": 5}
     folder = tmp_path_factory.mktemp("trained_decoding")
-    content = profile_content(write_text(folder / "text"))
-    content |= {
-        "experiments": {"q_sparse": EXPERIMENT},
-        "trained_decoding": {"prompt": 20, "new_tokens": 6, "rounds": 5},
-    }
-    return Study.from_profile(write_profile(folder, content))
+    return tiny_study(folder, experiments={"q_sparse": EXPERIMENT}, trained_decoding=decoding)
 
 
 @pytest.fixture(scope="module")
