@@ -5,7 +5,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from sparsity_utils.commands import notebooks
 
-TITLE = new_markdown_cell("# Does it?\nThe claim.")
+TITLE = "# Does it?\nThe claim."
 PARAMETERS = 'source: str = "recorded"  # or "run"\nprofile: str = "laptop"  # what to train'
 VERDICT = "print('verdict: supported')"
 
@@ -15,6 +15,6 @@ def a_notebook(*sources: str) -> nbformat.NotebookNode:
     cells = [new_code_cell(source) for source in (PARAMETERS, *sources, VERDICT)]
     cells[0].metadata["tags"] = ["parameters"]
     cells[-1].metadata["tags"] = ["nbval-check-output"]
-    content = new_notebook(cells=[TITLE, *cells])
+    content = new_notebook(cells=[new_markdown_cell(TITLE), *cells])
     notebooks.strip(content)
     return content
