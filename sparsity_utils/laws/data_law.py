@@ -7,7 +7,7 @@ plus an offset where the form has one. In u all parameters are of order one, whe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 
 import numpy as np
@@ -23,6 +23,7 @@ TOKEN_UNIT = 1e9  # the unit of D in every published parameter
 RESAMPLES = 200  # of the block bootstrap: enough for a 90% interval, fast enough for a notebook
 LEVEL = 0.90  # of every interval; its ends are one-sided tests at 5%
 LARGEST_UNSEEN = 0.5  # share of the change from the first point to the limit that may lie beyond the last point
+REMEMBERED = 1 << 14  # local solutions that a process keeps, of about a kilobyte each
 AT_BOUND = 1e-4  # a limit this close to 0 or 1 is set by its bound, not by the data
 POLISHED_STARTS = 5  # starts handed to the optimiser, the best ones of each form's grid
 
@@ -324,6 +325,13 @@ def _points(tokens: ArrayLike, ratio: ArrayLike, groups: ArrayLike | None) -> tu
 
 
 def _solve(shape: _Form, u: Array, a: Array, start: Array, tolerance: float) -> Array:
+    """The local solution from `start`; remembered, since several findings fit the same runs of a study."""
+    return _solved(shape, u.tobytes(), a.tobytes(), start.tobytes(), tolerance).copy()
+
+
+@lru_cache(REMEMBERED)
+def _solved(shape: _Form, u_bytes: bytes, a_bytes: bytes, start_bytes: bytes, tolerance: float) -> Array:
+    u, a, start = map(np.frombuffer, (u_bytes, a_bytes, start_bytes))
     scale = max(float(a.std()), 1e-6)  # residuals of order one, so that the tolerances mean something
     solution = least_squares(
         lambda theta: (shape.curve(u, theta) - a) / scale,
