@@ -190,8 +190,8 @@ class Found:
     layers: pd.DataFrame  # one row per run and layer, with the `fall`
     runs: pd.DataFrame  # one row per run, means over its layers
     rates: pd.DataFrame  # `chosen_rates`
-    falls: dict[str, Estimate]  # by arm, mean over layers
-    finals: dict[str, Estimate]  # by arm, the final share, mean over layers
+    falls: dict[str, Estimate]  # by arm of the shape of `plain`, mean over layers
+    finals: dict[str, Estimate]  # likewise, the final share
     changes: dict[str, Change]  # by dimension, of those that arms vary
     points: pd.DataFrame  # `size_points`
 
@@ -210,10 +210,16 @@ def analyse(table: pd.DataFrame | None, shapes: pd.DataFrame | None = None) -> F
     layers = layers.assign(fall=layers["initial_share"] - layers["final_share"])
     runs = run_means(layers)
     runs["fall"] = runs["initial_share"] - runs["final_share"]  # mean over layers
-    arms = runs["arm"].unique()
+    arms = _of_one_shape(runs)
     falls, finals = ({arm: mean_of_arm(runs, arm, name) for arm in arms} for name in ("fall", "final_share"))
     changes = {name: _change(runs, name) for name in ("n_layers", "d_ff") if _ends(runs, name)}
     return Found(layers, runs, chosen_rates(table), falls, finals, changes, size_points(runs, shapes))
+
+
+def _of_one_shape(runs: pd.DataFrame) -> list[str]:
+    """The arms of the shape of `plain`, which differ from it in data, labels, decay or FFN; all arms without it."""
+    shapes = runs.drop_duplicates("arm").set_index("arm")[list(SHAPE)]
+    return list(shapes[(shapes == shapes.loc[PLAIN]).all(axis=1)].index if PLAIN in shapes.index else shapes.index)
 
 
 def _ends(runs: pd.DataFrame, dimension: str) -> tuple[str, str] | None:
