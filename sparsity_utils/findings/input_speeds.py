@@ -20,10 +20,18 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
 
 from sparsity_utils import paths
-from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, machine_name, side_by_side, styled
+from sparsity_utils.findings.style import (
+    COLOURS,
+    Look,
+    ShownFigure,
+    captioned,
+    machine_name,
+    plain_log,
+    side_by_side,
+    styled,
+)
 from sparsity_utils.laws.limits import require
 from sparsity_utils.neurons.input_rules import TRAINING_FREE
 from sparsity_utils.study.tables import Tables
@@ -155,9 +163,7 @@ def figure(table: pd.DataFrame, model: str | None = None) -> ShownFigure:
         _lines(axes, own[own["head"] == head])
         _dense(axes, rows, named=axes is panels[-1])
         axes.set(xlabel="Weights of linear maps skipped (%)", title=f"Weights in {weights}, {head} head", yscale="log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.minorticks_off()
+        plain_log(axes.yaxis)
     panels[0].set_ylabel("Tokens per second")
     panels[0].legend(fontsize=7, loc="upper left")
     return captioned(

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
 
-from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, side_by_side, styled
+from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, plain_log, side_by_side, styled
 from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.published import PUBLISHED_LAWS
 from sparsity_utils.laws.trends import Estimate
@@ -149,10 +148,8 @@ def sizes_figure(points: pd.DataFrame) -> ShownFigure:
                 )
         _published(upper, lower, dimension)
         lower.set(xscale="log", yscale="log", xlabel=AXES[dimension])
-        lower.minorticks_off()
         for axis in (lower.xaxis, lower.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
+            plain_log(axis)
         upper.set(ylim=(0, None))
         upper.set_title({"n_layers": "Deeper", "d_model": "Wider", "d_ff": "More neurons per layer"}[dimension])
     panels[0, 0].set(ylabel="Active neurons (% of d_ff)")

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from sparsity_utils.findings.q_sparse_arms import ACTIVE, ARMS, DENSE, LEVELS, gaps_of_sizes
-from sparsity_utils.findings.style import Look, ShownFigure, captioned, styled
+from sparsity_utils.findings.style import Look, ShownFigure, captioned, plain_log, styled
 from sparsity_utils.laws.arms import mean_of_arm, of_arm, paired
 from sparsity_utils.laws.sparsity_law import PRINTED, PRINTED_BEST, exponential_fit
 from sparsity_utils.laws.trends import Estimate
@@ -156,7 +156,8 @@ def frontier_figure(found: "Found") -> ShownFigure:
                 label=f"{family}: {name}",
             )
     axes.set(xscale="log", xlabel="Active neurons (% of d_ff)", ylabel="Loss (nats per token)")
-    axes.legend(fontsize=7)
+    plain_log(axes.xaxis)
+    shown.legend(loc="outside upper left", ncols=2, fontsize=7)
     return captioned(shown, "Means over seeds. Along a line the first mark reads everything, or has no penalty.")
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
 
 from sparsity_utils.findings.claims import MEANS, Claim, Verdict, Verdicts, form_claim, form_gaps, form_verdict, stated
 from sparsity_utils.findings.style import (
@@ -15,6 +14,7 @@ from sparsity_utils.findings.style import (
     ShownFigure,
     captioned,
     parameters_name,
+    plain_log,
     price_name,
     seeds_name,
     shape_name,
@@ -254,9 +254,7 @@ def published_beside_ours(curves: Curves) -> ShownFigure:
         _published(axes, activation)
         axes.set(xscale="log", xlabel="Training tokens per parameter", title=ACTIVATIONS[activation])
         axes.set_ylim(0, 1.4 * axes.dataLim.ymax)  # room for the legend
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
+        plain_log(axes.xaxis)
         axes.legend(fontsize=7, ncols=2, loc="upper left")
     panels[0].set_ylabel(AXIS)
     ours = f"Colours: here, {price_name(checkpoints)}, {seeds_name(checkpoints)} a size, other text and tokenizer"

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
 
 from sparsity_utils.console import short_number
 from sparsity_utils.findings.claims import SLOPE_MARGIN, SLOPES, Claim, Verdict, Verdicts, stated
@@ -16,6 +15,7 @@ from sparsity_utils.findings.style import (
     ShownFigure,
     captioned,
     dodged,
+    plain_log,
     price_name,
     seeds_name,
     side_by_side,
@@ -274,9 +274,7 @@ def _half_way(axes: Axes, table: pd.DataFrame) -> None:
     first, last = table[["first", "last"]].iloc[0]
     axes.axhline(np.sqrt(first * last), color="grey", linestyle=":", label="middle of the window (log)")
     axes.set(ylim=(first, last), yscale="log", title="Half of the change is done", ylabel="Tokens per parameter")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.minorticks_off()
+    plain_log(axes.yaxis, (1, 2, 3, 5))
 
 
 def _beside_published(axes: Axes, values: pd.DataFrame, activation: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -134,9 +135,14 @@ def side_by_side(count: int, share_y: bool = False) -> tuple[ShownFigure, list[A
 def token_axis(axes: Axes) -> None:
     """Make x an axis of training tokens in millions, on a log scale."""
     axes.set(xscale="log", xlabel="Training tokens (millions)")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
+    plain_log(axes.xaxis)
+
+
+def plain_log(axis: Axis, steps: tuple[int, ...] = (1, 2, 5)) -> None:
+    """Ticks at `steps` times the powers of ten of a log scale, as plain numbers: 20, not 2 x 10^1."""
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
 
 
 def dodged(sizes: pd.Series, step: float = 1.08) -> pd.Series:

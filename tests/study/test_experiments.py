@@ -12,7 +12,7 @@ from small import profile_content, write_profile, write_text
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from sparsity_utils import measure_sparsity
+from sparsity_utils import measure_sparsity, paths
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.decoder import build_model
@@ -75,9 +75,10 @@ def built(tmp_path_factory):
 
 def test_a_table_has_a_row_per_layer_of_every_arm(built):
     study, tables, _warned = built
+    described = pd.read_csv(paths.RESULTS / "columns.csv").groupby("table")["column"].apply(list)
     for question, arms in (("lazy_neuron", ["plain", "unigram"]), ("q_sparse", ["dense", "keep_8", "ternary"])):
         table = tables[question]
-        assert list(table.columns)[: len(plan.ARM)] == list(plan.ARM)
+        assert list(table.columns)[: len(plan.ARM)] == list(plan.ARM) and list(table.columns) == described[question]
         assert list(table["arm"]) == [arm for arm in arms for _ in range(2)]
         assert list(table["layer"]) == [0, 1] * len(arms) and set(table["learning_rate"]) == {0.01}
         assert set(table["tokens"]) == {256 * 9} and "step" not in table
