@@ -158,7 +158,8 @@ def frontier_figure(found: "Found") -> ShownFigure:
     axes.set(xscale="log", xlabel="Active neurons (% of d_ff)", ylabel="Loss (nats per token)")
     plain_log(axes.xaxis)
     shown.legend(loc="outside upper left", ncols=2, fontsize=7)
-    return captioned(shown, "Means over seeds. Along a line the first mark reads everything, or has no penalty.")
+    about = "Means over seeds. A line leads from everything read, or no penalty, to least read, or the strongest one."
+    return captioned(shown, about)
 
 
 @styled
