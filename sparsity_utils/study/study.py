@@ -7,6 +7,7 @@ import os
 import platform
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,16 +128,18 @@ class Study(Tables):
     def table(self, question: str) -> pd.DataFrame:
         """The table of a question, measured where the run store lacks it.
 
-        Speeds are measured on this machine, once: delete the file to measure them again. Raises InputError as
-        `Tables.table` does, and for a profile that leaves the question out.
+        Speeds are measured on this machine, once: delete the file to measure them again. While another process makes
+        a maker's tables this one waits, then reads what was kept. Raises InputError as `Tables.table` does, and for a
+        profile that leaves the question out.
         """
-        file = self.file(question)
-        own = self.profile is not None and question not in PUBLISHED_TABLES
-        measured = question in MAKERS and MAKERS[question].of_machine and file.exists()
-        if own and not measured:
-            table = self.made(question)
-            with paths.written_aside(file) as aside:
-                table.to_csv(aside, index=False, float_format="%.8g")
+        file, maker = self.file(question), MAKERS.get(question)
+        if self.profile is not None and question not in PUBLISHED_TABLES:
+            # Runs have locks of their own, so that two studies share them.
+            with paths.locked(self.file(maker.questions[0])) if maker else nullcontext():
+                if not (maker and maker.of_machine and file.exists()):
+                    table = self.made(question)
+                    with paths.written_aside(file) as aside:
+                        table.to_csv(aside, index=False, float_format="%.8g")
         return super().table(question)
 
     def made(self, question: str) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ from sparsity_utils.__main__ import main
 from sparsity_utils.console import InputError
 from sparsity_utils.study.plan import OF_MODELS, QUESTIONS, SPEEDS
 from sparsity_utils.study.schedule import run_session
-from sparsity_utils.study.study import Study
+from sparsity_utils.study.study import MAKERS, Study
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,21 @@ def test_speeds_of_runs_that_a_profile_leaves_out_are_not_measured(text, tmp_pat
     with pytest.raises(InputError, match="Profile tiny has no runs of width_depth_ratio, for which depth_cost is"):
         study.table("depth_cost")
     assert study.lacking("depth_cost").startswith("Profile tiny has no runs of width_depth_ratio")
+
+
+def test_a_makers_tables_are_made_by_one_process_at_a_time(tmp_path, text, monkeypatch):
+    study, table = Study.from_profile(write_profile(tmp_path, profile_content(text))), pd.DataFrame({"seed": [0]})
+
+    def make(asked):
+        with pytest.raises(InputError, match="Another process"), paths.locked(study.file("digits"), wait=False):
+            pass
+        return {"digits": table}
+
+    monkeypatch.setitem(MAKERS, "digits", replace(MAKERS["digits"], make=make))
+    monkeypatch.setattr(study, "folder", tmp_path)
+    pd.testing.assert_frame_equal(study.table("digits"), table)
+    with paths.locked(study.file("digits"), wait=False):  # free again
+        pass
 
 
 def test_tables_of_an_unknown_schema_are_refused(tmp_path):
