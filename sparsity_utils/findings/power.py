@@ -136,14 +136,27 @@ def power_table(profile: Profile) -> pd.DataFrame:
 
 def simulated(designs: dict[str, list[Settings]], inputs: pd.DataFrame, draws: int) -> pd.DataFrame:
     """`power_table` of designs {question: what its runs are trained with} and of `power_inputs.power_inputs`."""
+    lines = _runs({line: designs.get(question, []) for question, line in LINES.items()})
+    ratios, dimensions = (_runs({"": designs.get(name, [])}) for name in ("width_depth_ratio", "one_dimension"))
+    made = simulations(lines, ratios, dimensions, inputs)
+    rows = [row for simulation in progress(made, "simulated tests") for row in simulation.rows(draws)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def simulations(
+    lines: pd.DataFrame, ratios: pd.DataFrame, dimensions: pd.DataFrame, inputs: pd.DataFrame
+) -> list[Simulation]:
+    """The claims that ReLU runs decide, with the columns of `Simulation.runs`: those of lines of sizes, of shapes of
+    one size, and of shapes in which one dimension varies at a time. A frame without rows leaves its claims out.
+
+    Raises InputError for `inputs` that lack an outcome.
+    """
     spread = {name: Spread(rows) for name, rows in inputs.groupby("outcome")}
     unknown = [name for name in (*OUTCOMES, RATIO_OUTCOME) if name not in spread]
     if unknown:
         raise InputError(
             f"The power inputs have no row for {', '.join(unknown)}; make them from a recorded study again."
         )
-    lines = _runs({line: designs.get(question, []) for question, line in LINES.items()})
-    ratios, dimensions = (_runs({"": designs.get(name, [])}) for name in ("width_depth_ratio", "one_dimension"))
     made = (
         (_of_means, lines),
         (_of_slopes, lines),
@@ -152,9 +165,7 @@ def simulated(designs: dict[str, list[Settings]], inputs: pd.DataFrame, draws: i
         (_of_depth, dimensions),
         (_of_doublings, dimensions),
     )
-    simulations = [simulation for make, runs in made if len(runs) for simulation in make(runs, spread)]
-    rows = [row for simulation in progress(simulations, "simulated tests") for row in simulation.rows(draws)]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return [simulation for make, runs in made if len(runs) for simulation in make(runs, spread)]
 
 
 def _runs(lines: dict[str, list[Settings]]) -> pd.DataFrame:

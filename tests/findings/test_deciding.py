@@ -1,0 +1,147 @@
+"""What would decide open claims: seeds help where seeds vary, sizes where sizes do; plans are what they say."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import study
+from scipy import stats
+
+from sparsity_utils import paths
+from sparsity_utils.console import InputError
+from sparsity_utils.findings import deciding
+from sparsity_utils.findings.relu_vs_silu import RELU_SPARSER
+from sparsity_utils.findings.width_depth_ratio import RATIO_RISES
+from sparsity_utils.laws.lines import MAIN, SECOND
+from sparsity_utils.models.shapes import non_embedding_parameters
+
+SHAPES = {MAIN: ((16, 2), (32, 4), (48, 6)), SECOND: ((32, 2), (48, 3), (64, 4))}
+SPARSER = 0.05  # SiLU less ReLU
+WIDE = study(tuple((8 * d, 4) for d in range(2, 8)), ("relu",), limit=lambda a, ratio, size: 0.1 + 1e-3 * ratio)
+
+
+def with_d_ff(table):
+    return table.assign(d_ff=5 * table["d_model"] // 2)
+
+
+def planted(by_size=0.0, by_seed=0.0):
+    """Lines on which SiLU lies about SPARSER above ReLU, its sizes and its two seeds in turn above and below that."""
+    tables = {}
+    for line, shapes in SHAPES.items():
+        table = with_d_ff(study(shapes, noise=1e-5, limit=lambda a, ratio, size: 0.2 + SPARSER * (a == "silu")))
+        place = table["n_layers"].rank(method="dense") - 2  # -1, 0, 1
+        off = by_size * place + by_seed * (2 * table["seed"] - 1)
+        table["activation_ratio"] += off * (table["activation"] == "silu")
+        tables[line] = table
+    return tables
+
+
+def simulated(lines, plans, draws):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deciding, "PLANS", [plan for plan in deciding.PLANS if plan.name in plans])
+        return deciding.deciding_table(lines, with_d_ff(WIDE), draws)
+
+
+def shares(table, claim):
+    return (1 - table[table["claim"] == claim].set_index("plan")["inconclusive"]).to_dict()
+
+
+def test_a_longer_line_goes_on_as_it_did():
+    runs = deciding._runs(planted()[MAIN])
+    longer = deciding._longer(runs, 2)
+    assert longer["d_model"].unique().tolist() == [16, 32, 48, 64, 80]
+    assert longer["n_layers"].unique().tolist() == [2, 4, 6, 8, 10] and longer["d_ff"].max() == 200
+    largest = longer[longer["d_model"] == 80]
+    assert largest["seed"].tolist() == [0, 1] and largest["parameters"].eq(non_embedding_parameters(80, 10, 2.5)).all()
+    alone = deciding._longer(runs[runs["d_model"] == 16], 1)
+    assert len(alone) == 4 and alone["d_model"].eq(16).all()  # one size gives no step
+
+
+def test_every_copy_of_a_run_has_a_seed_of_its_own():
+    runs = deciding._runs(planted()[MAIN])
+    more = deciding._more_seeds(runs, 4)
+    assert len(more) == 24 and not more.duplicated().any()
+    assert more.groupby("d_model")["seed"].apply(sorted).tolist() == [list(range(8))] * 3
+    assert deciding._more_seeds(runs.iloc[:0], 4).empty
+
+
+def test_sizes_decide_what_seeds_cannot():
+    plans = ("as recorded", "8 times the seeds", "4 larger sizes")
+    table = simulated(planted(by_size=0.06), plans, 150)
+    assert list(table.columns) == deciding.COLUMNS
+    decided = shares(table, RELU_SPARSER.claim)
+    assert abs(decided["8 times the seeds"] - decided["as recorded"]) < 0.1
+    assert decided["4 larger sizes"] > decided["as recorded"] + 0.15
+
+
+def test_shares_agree_with_the_noncentral_t_distribution_so_that_seeds_decide_where_they_differ():
+    """Two seeds a size, or sixteen; three sizes a line, and six less two lines leave four degrees of freedom."""
+    lines = planted(by_seed=0.03)
+    found = deciding.power_inputs(lines, with_d_ff(WIDE)).query("outcome == 'relu_sparser'").iloc[0]
+    assert found["sd_seed"] == pytest.approx(0.03 * np.sqrt(2), rel=0.01) and found["sd_fit"] == 0
+    table = simulated(lines, ("as recorded", "8 times the seeds"), 300)
+    table = table[table["claim"] == RELU_SPARSER.claim].set_index("plan")
+    expected = {}
+    for plan, seeds in (("as recorded", 2), ("8 times the seeds", 16)):
+        error = found["sd_seed"] / np.sqrt(3 * seeds)
+        above = stats.nct.sf(stats.t.ppf(0.95, 4), 4, found["first_effect"] / error)
+        assert table.loc[plan, "supported"] == pytest.approx(above, abs=3.5 * np.sqrt(above * (1 - above) / 300) + 2e-3)
+        expected[plan] = above
+    assert expected["8 times the seeds"] > 0.9 > expected["as recorded"] + 0.3
+    assert table["effect"].tolist() == pytest.approx([100 * found["first_effect"]] * 2)
+    assert table.loc["8 times the seeds", ["runs", "sizes", "training"]].tolist() == [96, 6, 8]
+
+
+def test_shapes_of_one_size_have_plans_of_seeds_only():
+    table = deciding.deciding_table(planted(by_size=0.01, by_seed=0.01), with_d_ff(WIDE), draws=5)
+    ratio = table[table["claim"] == RATIO_RISES.claim]
+    assert ratio["plan"].tolist() == [plan.name for plan in deciding.PLANS if not plan.sizes]
+    assert ratio["runs"].tolist() == [12, 24, 48, 96]
+
+
+def test_a_study_of_single_seeds_or_one_line_cannot_tell(tmp_path):
+    for line, name in ((MAIN, "relu_vs_silu"), (SECOND, "second_line")):
+        planted()[line].query("seed == 0").to_csv(tmp_path / f"{name}.csv")
+        assert not deciding.can_tell(deciding.Tables("planted", tmp_path))
+    WIDE.to_csv(tmp_path / "width_depth_ratio.csv")
+    assert not deciding.can_tell(deciding.Tables("planted", tmp_path))
+    planted()[MAIN].to_csv(tmp_path / "relu_vs_silu.csv")
+    assert deciding.can_tell(deciding.Tables("planted", tmp_path))
+
+
+def test_a_study_of_single_seeds_is_refused():
+    lines = {line: table[table["seed"] == 0] for line, table in planted().items()}
+    with pytest.raises(InputError, match=r"too few runs to tell seeds from sizes in loss_difference, .*; give sizes"):
+        deciding.deciding_table(lines, with_d_ff(WIDE), draws=5)
+
+
+def test_open_claims_alone_are_shown_with_the_cheapest_plan_that_is_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    plans = [("as recorded", 1.0, 0.5), ("8 times the seeds", 8.0, 0.1), ("1 larger size", 4.0, 0.2)]
+    rows = [
+        {"question": "relu_vs_silu", "claim": claim, "effect": 1.29, "unit": "points", "runs": 1, "sizes": 1}
+        | {"plan": plan, "training": training, "inconclusive": high if claim == "never" else still}
+        for claim, high in (("open", 0), ("closed", 0), ("never", 0.9))
+        for plan, training, still in plans
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / deciding.FILE)
+    judged = pd.DataFrame(
+        {"question": ["open", "closed", "never"], "verdict": ["inconclusive", "supported", "inconclusive"]}
+    )
+    judged.to_csv(tmp_path / "verdicts.csv")
+    shown = deciding.shown_deciding("relu_vs_silu")
+    assert shown["claim"].tolist() == ["open", "never"] and shown["found"].tolist() == ["1.29 points"] * 2
+    assert shown["enough"].tolist() == ["1 larger size: 4 times the training", "none of these"]
+    assert shown.loc[0, ["as recorded %", "1 larger size %"]].tolist() == [50, 80]
+    assert deciding.shown_deciding("width_depth_ratio").empty
+
+
+def test_the_recorded_table_is_that_of_the_recorded_study():
+    """What its rows are about, and what they found; the shares come from many more draws."""
+    stored = pd.read_csv(paths.RESULTS / deciding.FILE)
+    study = deciding.Tables.recorded()
+    assert deciding.can_tell(study)
+    lines = {MAIN: study.table("relu_vs_silu"), SECOND: study.table("second_line")}
+    few = deciding.deciding_table(lines, study.table("width_depth_ratio"), draws=2)
+    about = [column for column in deciding.COLUMNS if column not in ("supported", "not_supported", "inconclusive")]
+    pd.testing.assert_frame_equal(few[about], stored[about], rtol=1e-4)
+    np.testing.assert_allclose(stored[["supported", "not_supported", "inconclusive"]].sum(axis=1), 1, atol=1e-6)
