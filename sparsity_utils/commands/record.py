@@ -12,7 +12,7 @@ import pandas as pd
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
-from sparsity_utils.findings.deciding import can_tell, write_deciding
+from sparsity_utils.findings.deciding import FILE, cannot_tell, write_deciding
 from sparsity_utils.study.plan import OF_MODELS, QUESTIONS, SCHEMA
 from sparsity_utils.study.runs import RECIPE, find_run, run_with_model
 from sparsity_utils.study.study import Study
@@ -46,10 +46,11 @@ def record(profile: str) -> Iterator[Path]:
         yield _copy(left, paths.RESULTS / left.name)
     yield _copy(verdicts, paths.RESULTS / "verdicts.csv")
     yield _write(paths.RESULTS / "manifest.json", json.dumps(_manifest(study), indent=1) + "\n")
-    if can_tell(study):
-        yield write_deciding(paths.RESULTS)
     for activation in study.profile.study.activations:
         yield from _models(study, activation)
+    (paths.RESULTS / FILE).unlink(missing_ok=True)  # of the study that was recorded before
+    if not cannot_tell(study):
+        yield write_deciding(paths.RESULTS)
 
 
 def _judged(notebook: Path, folder: Path, judged: pd.DataFrame) -> bool:

@@ -1,11 +1,13 @@
 """What would decide a claim that the recorded study leaves open: more seeds, or more sizes.
 
-The tests are those of `findings.power`, here on runs that vary as the recorded study varies, with the effects that it
-found. It is simulated as it is, with several times its seeds, and with larger sizes at the end of every line. Seeds
-make the mean of a size exact; what a size deviates by itself stays, and only more sizes average it out.
+The tests are those of `findings.power`, here on runs that vary as those of the recorded study, with the effects that it
+found, all of sizes of two layers or more. Simulated are its own sizes and seeds, several times its seeds, and larger
+sizes at the end of every line. Seeds make the mean of a size exact; what a size deviates by itself stays, and only more
+sizes average it out.
 
-An effect that was found is no truth: a share says what more runs would decide if it were. Where the effect lies on the
-margin of a claim no number of runs decides it.
+A few runs tell poorly what seeds and sizes vary by, so every simulated study draws both from what its runs leave
+possible (`power_inputs.Squares.drawn`). An effect that was found is no truth either: a share says what more runs would
+decide if it were. Where the effect lies on the margin of a claim no number of runs decides it.
 """
 
 from collections.abc import Iterator
@@ -13,14 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from sparsity_utils import paths
-from sparsity_utils.console import check, progress
-from sparsity_utils.findings.power import FIRST, SIZE, Simulation, simulations
+from sparsity_utils.console import check, note, progress
+from sparsity_utils.findings.power import FIRST, SIZE, Simulation, Spread, simulations
 from sparsity_utils.laws.lines import MAIN, SECOND, Lines
-from sparsity_utils.laws.power_inputs import power_inputs
+from sparsity_utils.laws.power_inputs import OUTCOMES, RATIO_OUTCOME, spreads
 from sparsity_utils.laws.trends import INCONCLUSIVE
 from sparsity_utils.models.shapes import non_embedding_parameters
 from sparsity_utils.study.tables import Tables
@@ -28,6 +29,7 @@ from sparsity_utils.study.tables import Tables
 DRAWS = 500  # a share is then within 4 points
 ENOUGH = 0.8  # of the simulated studies decide a claim, one way or the other
 FILE = "deciding.csv"
+TABLES = ("relu_vs_silu", "second_line", "width_depth_ratio")  # that the study must have
 COLUMNS = [
     *("question", "claim", "effect", "unit", "plan", "runs", "sizes", "training"),
     *("supported", "not_supported", "inconclusive"),
@@ -54,21 +56,25 @@ PLANS = (
 )
 
 
-def can_tell(study: Tables) -> bool:
-    """Whether a study has what `deciding_table` asks for: both lines, shapes of one size, a size of several seeds."""
-    if not all(map(study.answers, ("relu_vs_silu", "second_line", "width_depth_ratio"))):
-        return False
-    return bool(study.table("relu_vs_silu").query("n_layers >= 2").groupby("d_model")["seed"].nunique().max() > 1)
+def cannot_tell(study: Tables) -> str:
+    """Why the tables of a study do not allow `deciding_table`, a sentence; empty where they do."""
+    lacking = [name for name in TABLES if not study.answers(name)]
+    if lacking:
+        return f"The study has no table for {lacking[0]}."
+    return _unknown(_spreads(*_tables(study)))
 
 
 def write_deciding(folder: Path) -> Path:
     """Write deciding.csv of the study recorded in `folder`; returns the file. See `deciding_table`."""
-    study = Tables.recorded(folder)
-    lines = {MAIN: study.table("relu_vs_silu"), SECOND: study.table("second_line")}
-    table = deciding_table(lines, study.table("width_depth_ratio"))
+    table = deciding_table(*_tables(Tables.recorded(folder)))
     with paths.written_aside(folder / FILE) as aside:
         table.to_csv(aside, index=False, float_format="%.6g")
     return folder / FILE
+
+
+def _tables(study: Tables) -> tuple[Lines, pd.DataFrame]:
+    main, second, shapes = map(study.table, TABLES)
+    return {MAIN: main, SECOND: second}, shapes
 
 
 def deciding_table(tables: Lines, shapes: pd.DataFrame, draws: int = DRAWS) -> pd.DataFrame:
@@ -77,35 +83,49 @@ def deciding_table(tables: Lines, shapes: pd.DataFrame, draws: int = DRAWS) -> p
     tables: checkpoints of a study by line. shapes: its checkpoints of ReLU shapes at one size.
 
     Returns columns COLUMNS, a row for each plan and claim. `effect` is what the study found, in `unit`. `training` is
-    the operations of the plan, in times those of the recorded runs, with equally many tokens per parameter. The last
+    the operations of the plan, in times those of the study's lines, with equally many tokens per parameter. The last
     three are shares of the simulated studies. Plans of more sizes leave out the shapes of one size. Raises InputError
-    for a study whose sizes have one seed each, since what seeds vary by is not known then.
+    for a study that does not tell what seeds and sizes vary by.
     """
-    inputs = power_inputs(tables, shapes)
-    unknown = inputs[inputs[["sd_seed", "sd_fit"]].isna().any(axis=1)]
-    check(
-        unknown.empty,
-        f"The study has too few runs to tell seeds from sizes in {', '.join(unknown['outcome'].unique())}; give sizes "
-        "of two layers or more, some of them with several seeds.",
-    )
+    spread = _spreads(tables, shapes)
+    check(not (why := _unknown(spread)), why)
     lines = pd.concat([_runs(table).assign(line=line) for line, table in tables.items()], ignore_index=True)
+    lines = lines[lines["n_layers"] >= 2].reset_index(drop=True)
     one_size = _runs(shapes).assign(line="")
     rows: list[tuple] = []
     for plan in progress(PLANS, "simulated plans", len(PLANS)):
         more, none = _planned(lines, plan), one_size.iloc[:0]
         shapes_too = none if plan.sizes else _more_seeds(one_size, plan.seeds)
         training = _operations(more) / _operations(lines)
-        for simulation in simulations(more, shapes_too, none, inputs):
+        for simulation in simulations(more, shapes_too, none, spread):
             rows += _rows(simulation, plan, training, draws)
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _spreads(tables: Lines, shapes: pd.DataFrame) -> dict[str, Spread]:
+    return {name: Spread(found.rows, found.squares) for name, found in spreads(tables, shapes).items()}
+
+
+def _unknown(spread: dict[str, Spread]) -> str:
+    """Why it is not known what runs vary by in each outcome, a sentence; empty where it is."""
+    advice = "give ReLU and SiLU runs of three sizes or more on each line, some of them with several seeds"
+    if lacking := [name for name in (*OUTCOMES, RATIO_OUTCOME) if name not in spread]:
+        return f"The study has no runs for {', '.join(lacking)}; {advice}."
+    columns = ["degrees_seed", "degrees_fit"]
+    if few := [name for name, one in spread.items() if (one.rows[columns] == 0).any(axis=None)]:
+        return f"The study has too few runs to tell seeds from sizes in {', '.join(few)}; {advice}."
+    return ""
 
 
 def shown_deciding(question: str) -> pd.DataFrame:
     """Of the recorded claims of a question that are inconclusive, what would decide them; as notebooks show it.
 
     Columns: claim, found, the percentage of decided studies for each plan that there is, and the cheapest plan with
-    which four in five are decided.
+    which four in five are decided. Without deciding.csv there are no rows.
     """
+    if not (paths.RESULTS / FILE).exists():
+        note(f"The recorded study has no {FILE}: its runs do not tell what more of them would decide.")
+        return pd.DataFrame()
     table = pd.read_csv(paths.RESULTS / FILE).query("question == @question")
     verdicts = pd.read_csv(paths.RESULTS / "verdicts.csv", keep_default_na=False)
     still = verdicts.loc[verdicts["verdict"] == INCONCLUSIVE, "question"]
@@ -165,6 +185,6 @@ def _longer(runs: pd.DataFrame, more: int) -> pd.DataFrame:
 
 
 def _step(runs: pd.DataFrame) -> pd.Series:
-    """By how much the dimensions of a line grow from its second largest size to its largest; zero for one size."""
+    """By how much the dimensions of a line grow from its second largest size to its largest; zero where they do not."""
     sizes = runs.sort_values("parameters").drop_duplicates("parameters")[list(SIZE[1:])]
-    return sizes.iloc[-1] - sizes.iloc[-2] if len(sizes) > 1 else sizes.iloc[-1] * np.int64(0)
+    return sizes.diff().iloc[-1].fillna(0).clip(lower=0).astype(int)

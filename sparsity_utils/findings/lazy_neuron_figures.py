@@ -89,6 +89,8 @@ def _interval(estimate: Estimate, scale: float, digits: int) -> str:
 def layers_figure(layers: pd.DataFrame) -> ShownFigure:
     """Share of non-zeros of every layer before the first step and after the last; a panel per kind of FFN."""
     arms = [arm for arm in ("plain", "gated") if arm in set(layers["arm"])]
+    if not arms:
+        return captioned(ShownFigure(figsize=(6, 1)), "This study has no runs of plain or gated with every seed.")
     figure, panels = side_by_side(len(arms), share_y=True)
     for axes, arm in zip(panels, arms, strict=True):
         rows = layers[layers["arm"] == arm]

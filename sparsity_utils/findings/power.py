@@ -23,7 +23,7 @@ from sparsity_utils.findings.claims import SLOPE_MARGIN, Claim
 from sparsity_utils.findings.relu_vs_silu import LOSS_EQUAL, LOSS_MARGIN, RELU_FALLS, RELU_SPARSER, SILU_RISES
 from sparsity_utils.findings.width_depth_ratio import RATIO_RISES, ratio_slope
 from sparsity_utils.laws.lines import MAIN, SECOND, pooled_means, pooled_slopes, size_means
-from sparsity_utils.laws.power_inputs import OUTCOMES, RATIO_OUTCOME
+from sparsity_utils.laws.power_inputs import OUTCOMES, RATIO_OUTCOME, Squares
 from sparsity_utils.laws.published import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, fit_two_segments
 from sparsity_utils.models.shapes import d_ff, non_embedding_parameters
@@ -58,13 +58,26 @@ class Truth(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """How the runs of the first study vary in an outcome: its rows of results/power_inputs.csv."""
+    """How the runs of a study vary in an outcome: its rows of results/power_inputs.csv, and `line` where it is known.
+
+    With `squares` every simulated study has deviations of its own, see `Squares.drawn`.
+    """
 
     rows: pd.DataFrame
+    squares: Squares | None = None
 
-    def deviations(self) -> tuple[float, float]:
-        """sd_fit and sd_seed."""
-        return float(self.rows["sd_fit"].iloc[0]), float(self.rows["sd_seed"].iloc[0])
+    def deviations(self, rng: np.random.Generator, draws: int) -> tuple[Array | float, Array | float]:
+        """sd_seed and sd_fit: of all draws, or of each one, (draws, 1)."""
+        if self.squares is not None:
+            return self.squares.drawn(rng, draws)
+        return float(self.rows["sd_seed"].iloc[0]), float(self.rows["sd_fit"].iloc[0])
+
+    def effect(self, line: str, ratio: float) -> float:
+        """What the study found on a line, or on the line of its width-depth ratio where lines have no names."""
+        if "line" not in self.rows:
+            return self.at_ratio(ratio)
+        found = self.rows.loc[self.rows["line"] == line, "first_effect"]
+        return float(found.iloc[0]) if len(found) else float("nan")
 
     def at_ratio(self, ratio: float, column: str = "first_effect") -> float:
         """A column of the line at this width-depth ratio; NaN where the first study had none."""
@@ -83,7 +96,8 @@ class Simulation:
 
     def rows(self, draws: int) -> list[tuple]:
         """One row of the table for each truth and claim; every truth sees the same random numbers."""
-        rng, (fit, seed) = np.random.default_rng(SEED), self.spread.deviations()
+        rng = np.random.default_rng(SEED)
+        seed, fit = self.spread.deviations(rng, draws)
         sizes = self.runs.groupby(list(SIZE)).ngroup().to_numpy()
         noise = fit * rng.normal(size=(draws, sizes.max() + 1))[:, sizes] + seed * rng.normal(size=(draws, sizes.size))
         rows = []
@@ -138,20 +152,20 @@ def simulated(designs: dict[str, list[Settings]], inputs: pd.DataFrame, draws: i
     """`power_table` of designs {question: what its runs are trained with} and of `power_inputs.power_inputs`."""
     lines = _runs({line: designs.get(question, []) for question, line in LINES.items()})
     ratios, dimensions = (_runs({"": designs.get(name, [])}) for name in ("width_depth_ratio", "one_dimension"))
-    made = simulations(lines, ratios, dimensions, inputs)
+    spread = {name: Spread(rows) for name, rows in inputs.groupby("outcome")}
+    made = simulations(lines, ratios, dimensions, spread)
     rows = [row for simulation in progress(made, "simulated tests") for row in simulation.rows(draws)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def simulations(
-    lines: pd.DataFrame, ratios: pd.DataFrame, dimensions: pd.DataFrame, inputs: pd.DataFrame
+    lines: pd.DataFrame, ratios: pd.DataFrame, dimensions: pd.DataFrame, spread: dict[str, Spread]
 ) -> list[Simulation]:
     """The claims that ReLU runs decide, with the columns of `Simulation.runs`: those of lines of sizes, of shapes of
     one size, and of shapes in which one dimension varies at a time. A frame without rows leaves its claims out.
 
-    Raises InputError for `inputs` that lack an outcome.
+    spread: by outcome. Raises InputError for one that lacks an outcome.
     """
-    spread = {name: Spread(rows) for name, rows in inputs.groupby("outcome")}
     unknown = [name for name in (*OUTCOMES, RATIO_OUTCOME) if name not in spread]
     if unknown:
         raise InputError(
@@ -181,8 +195,8 @@ def _runs(lines: dict[str, list[Settings]]) -> pd.DataFrame:
 
 
 def _per_line(runs: pd.DataFrame, spread: Spread) -> dict[str, float]:
-    """The first study's effect at the width-depth ratio of each line."""
-    return {line: spread.at_ratio(rows["width_depth_ratio"].median()) for line, rows in runs.groupby("line")}
+    """The effect that was found on each line."""
+    return {line: spread.effect(line, rows["width_depth_ratio"].median()) for line, rows in runs.groupby("line")}
 
 
 def _of_means(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulation]:

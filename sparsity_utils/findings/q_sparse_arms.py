@@ -36,5 +36,6 @@ def as_sizes(runs: pd.DataFrame) -> pd.DataFrame:
 def gaps_of_sizes(sizes: pd.DataFrame) -> pd.DataFrame:
     """Of each size and seed, the loss of keep_6 less that of the dense model: shape, seed, parameters, gap."""
     losses = sizes.assign(shape=sizes["arm"].str.split("_").str[0], kind=sizes["arm"].str.split("_", n=1).str[1])
-    wide = losses.pivot_table("loss", ["shape", "seed", "parameters"], "kind").dropna().reset_index()
+    wide = losses.pivot_table("loss", ["shape", "seed", "parameters"], "kind")
+    wide = wide.reindex(columns=["dense", "keep_6"]).dropna().reset_index()
     return wide.assign(gap=wide["keep_6"] - wide["dense"])[["shape", "seed", "parameters", "gap"]]

@@ -20,10 +20,13 @@ WAYS = {"dense": "dense", "straight-through": "with the estimator", "no straight
 def arms_table(found: "Found") -> pd.DataFrame:
     """Every arm: loss, what it costs against the arm that it is compared with, and how sparse it became.
 
+    An arm of a profile that ARMS does not know comes last, under its own name, and is compared with none.
+
     Costs are means over paired seeds with 90% intervals, in nats per token; shares are in percent, means over seeds.
     """
     rows = []
-    for arm, (name, base) in ARMS.items():
+    others = {arm: (arm, "") for arm in found.runs["arm"].unique() if arm not in ARMS}
+    for arm, (name, base) in (ARMS | others).items():
         if (loss := mean_of_arm(found.runs, arm, "loss")).reason:
             continue
         cost = _interval(paired(found.runs, arm, base, "loss")) if base else ""
@@ -34,7 +37,7 @@ def arms_table(found: "Found") -> pd.DataFrame:
         }
         against = f"{cost} ({ARMS[base][0]})" if base else ""
         rows.append({"arm": name, "loss": f"{loss.value:.4f}", "costs": against, **shares})
-    return pd.DataFrame(rows).set_index("arm")
+    return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()
 
 
 def law_table() -> pd.DataFrame:

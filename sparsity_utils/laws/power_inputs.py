@@ -9,15 +9,20 @@ results/power_inputs.csv holds them for the first recorded study; a later study 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from sparsity_utils.laws import lines
 from sparsity_utils.laws.lines import Lines, size_means
 
 COLUMNS = ["outcome", "width_depth_ratio", "mean", "first_effect", "sd_seed", "sd_fit", "degrees_seed", "degrees_fit"]
+
+
+Array = NDArray[np.float64]
 
 
 class Outcome(NamedTuple):
@@ -40,64 +45,106 @@ OUTCOMES = {
 RATIO_OUTCOME = "shape_ratio"  # activation ratio of the shapes of one size, on the width-depth ratio
 
 
+@dataclass(frozen=True)
+class Squares:
+    """The sums of squares that tell what seeds and sizes vary by, in values = design b + size + seed.
+
+    With Z the indicators of the sizes and M the residual maker of the design, their expectations are
+    E[within] = degrees_seed sd_seed^2, degrees_seed = runs - sizes, and
+    E[between] = degrees_fit sd_seed^2 + trace sd_fit^2, degrees_fit = sizes - columns, trace = trace(Z' M Z).
+    """
+
+    within: float  # of runs around the mean of their size
+    between: float  # of sizes around the design
+    degrees_seed: int
+    degrees_fit: int
+    trace: float
+
+    def components(self, within: Array | float = 1.0, between: Array | float = 1.0) -> tuple[Array, Array]:
+        """(sd_seed, sd_fit) that solve the expectations for these multiples of both sums.
+
+        NaN without degrees of freedom. A negative component becomes 0.
+        """
+        nothing = np.asarray(np.nan)
+        seed = np.asarray(within) * self.within / self.degrees_seed if self.degrees_seed else nothing
+        left = np.asarray(between) * self.between - self.degrees_fit * seed
+        fit = left / self.trace if self.degrees_fit else nothing
+        return np.sqrt(seed), np.sqrt(np.maximum(fit, 0.0))
+
+    def drawn(self, rng: np.random.Generator, draws: int) -> tuple[Array, Array]:
+        """(sd_seed, sd_fit) that might have given these sums, (draws, 1) each: both sums over chi-squared / degrees.
+
+        Where few sizes or seeds tell a component, this is what is not known of it. A component that was found to be
+        0 is drawn above 0 too.
+        """
+        within, between = (
+            degrees / rng.chisquare(degrees, (draws, 1)) for degrees in (self.degrees_seed, self.degrees_fit)
+        )
+        return self.components(within, between)
+
+
 def power_inputs(tables: Lines, shapes: pd.DataFrame) -> pd.DataFrame:
     """The components and effects of a recorded study: one row per outcome and width-depth ratio, columns COLUMNS.
 
     tables: its checkpoints by line. shapes: its checkpoints of ReLU shapes at one size. In the result, `mean` is that
     of the sizes of the line, first_effect the same or, for an outcome with an `x`, their slope on it; the rest is from
-    `variance_components`. All are in units of the outcome (shares; slopes per decade of parameters or unit of ratio).
+    `Squares.components`. All are in units of the outcome (shares; slopes per decade of parameters or unit of ratio).
     """
-    rows = []
+    return pd.concat([found.rows for found in spreads(tables, shapes).values()], ignore_index=True)[COLUMNS]
+
+
+class Found(NamedTuple):
+    """What a study says of an outcome: a row for each line, COLUMNS and `line`, and the sums of squares of its runs."""
+
+    rows: pd.DataFrame
+    squares: Squares
+
+
+def spreads(tables: Lines, shapes: pd.DataFrame) -> dict[str, Found]:
+    """`power_inputs` by outcome; one whose runs a study lacks is left out."""
+    found = {}
     for name, outcome in OUTCOMES.items():
         runs = lines.on_lines(tables, outcome.values)
-        rows += _rows(name, runs[runs["n_layers"] >= 2], outcome.x)
+        found[name] = _found(name, runs[runs["n_layers"] >= 2], outcome.x)
     runs = lines.relu_ratio(shapes).assign(line="")
-    rows += [row | {"width_depth_ratio": np.nan} for row in _rows(RATIO_OUTCOME, runs, "width_depth_ratio")]
-    return pd.DataFrame(rows)[COLUMNS]
+    of_shapes = _found(RATIO_OUTCOME, runs, "width_depth_ratio")
+    found[RATIO_OUTCOME] = Found(of_shapes.rows.assign(width_depth_ratio=np.nan), of_shapes.squares)
+    return {name: one for name, one in found.items() if len(one.rows)}
 
 
-def variance_components(values: np.ndarray, sizes: np.ndarray, design: np.ndarray) -> tuple[float, float, int, int]:
-    """(sd_seed, sd_fit, their degrees of freedom) of values = design b + effect of size + effect of seed.
+def squares(values: Array, sizes: Array, design: Array) -> Squares:
+    """The sums of squares of values = design b + effect of size + effect of seed.
 
     values: (runs,); sizes: label of each run's size (runs,); design: equal rows for runs of one size (runs, columns).
-    With Z the indicators of the sizes and M the residual maker of the design, the expected squares are
-    E[within sizes] = (runs - sizes) sd_seed^2 and
-    E[between sizes, around the design] = (sizes - columns) sd_seed^2 + trace(Z' M Z) sd_fit^2;
-    both are solved for the components, a negative one becomes 0.
     """
     indicators = (sizes[:, None] == np.unique(sizes)).astype(float)  # (runs, sizes)
     within = values - indicators @ (indicators.T @ values / indicators.sum(axis=0))
     maker = np.eye(values.size) - design @ np.linalg.pinv(design)
-    degrees_seed = values.size - indicators.shape[1]
-    degrees_fit = indicators.shape[1] - int(np.linalg.matrix_rank(design))
-    seed = within @ within / degrees_seed if degrees_seed else np.nan
-    between = values @ maker @ values - within @ within
-    fit = (between - degrees_fit * seed) / np.trace(indicators.T @ maker @ indicators) if degrees_fit else np.nan
-    return float(np.sqrt(seed)), float(np.sqrt(max(fit, 0.0))), degrees_seed, degrees_fit
+    return Squares(
+        float(within @ within),
+        float(values @ maker @ values - within @ within),
+        values.size - indicators.shape[1],
+        indicators.shape[1] - int(np.linalg.matrix_rank(design)),
+        float(np.trace(indicators.T @ maker @ indicators)),
+    )
 
 
-def _rows(name: str, runs: pd.DataFrame, x: str | None) -> list[dict[str, object]]:
+def _found(name: str, runs: pd.DataFrame, x: str | None) -> Found:
     """One row per line of an outcome's runs; the components are those of all lines together."""
+    if runs.empty:
+        return Found(pd.DataFrame(columns=["line", *COLUMNS]), Squares(0.0, 0.0, 0, 0, 0.0))
     along = None if x is None else _along(runs, x)
     own = pd.get_dummies(runs["line"]).to_numpy(dtype=float)  # (runs, lines)
     design = own if along is None else np.column_stack([own, own * along.to_numpy()[:, None]])
     sizes = runs.groupby(["line", "d_model", "n_layers"]).ngroup().to_numpy()
-    components = variance_components(runs["value"].to_numpy(), sizes, design)
-    spread = dict(zip(COLUMNS[4:], components, strict=True))
+    found = squares(runs["value"].to_numpy(), sizes, design)
+    spread = (*map(float, found.components()), found.degrees_seed, found.degrees_fit)
     rows = []
-    for _, line in size_means(runs).groupby("line", sort=False):
+    for where, line in size_means(runs).groupby("line", sort=False):
         mean = line["value"].mean()
         effect = mean if x is None else np.polyfit(_along(line, x), line["value"], 1)[0]
-        rows.append(
-            {
-                "outcome": name,
-                "width_depth_ratio": line["width_depth_ratio"].median(),
-                "mean": mean,
-                "first_effect": effect,
-                **spread,
-            }
-        )
-    return rows
+        rows.append((where, name, line["width_depth_ratio"].median(), mean, effect, *spread))
+    return Found(pd.DataFrame(rows, columns=["line", *COLUMNS]), found)
 
 
 def _along(table: pd.DataFrame, x: str) -> pd.Series:

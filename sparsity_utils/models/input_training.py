@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kernels.selection import kth_largest
-from sparsity_utils.console import check
+from sparsity_utils.console import InputError, check
 from sparsity_utils.models.config import PARTS, ModelConfig
 from sparsity_utils.neurons.linears import find_linears
 from sparsity_utils.neurons.thresholds import Thresholds
@@ -58,12 +58,18 @@ class KeptInputs:
 
         Raises InputError for settings that are not those of this class.
         """
-        written, known = getattr(config, KEPT_INPUTS, None) or {}, [field.name for field in fields(cls)]
+        written, kinds = getattr(config, KEPT_INPUTS, None) or {}, {field.name: field.type for field in fields(cls)}
         check(
-            isinstance(written, dict) and set(written) <= set(known),
-            f"{KEPT_INPUTS} in config.json is {written!r}; it holds {', '.join(known)}: copy the file again.",
+            isinstance(written, dict) and all(type(value) is kinds.get(name) for name, value in written.items()),
+            f"{KEPT_INPUTS} in config.json is {written!r}; it holds {', '.join(kinds)}: copy the file again.",
         )
-        return cls(**written) if written else None
+        if not written:
+            return None
+        try:
+            ModelConfig(config.hidden_size, 1, ffn_ratio=config.intermediate_size / config.hidden_size, **written)
+        except InputError as error:
+            raise InputError(f"{KEPT_INPUTS} in config.json is not of this shape: {error}") from error
+        return cls(**written)
 
     def written(self) -> dict[str, Any]:
         """As config.json has it."""

@@ -10,7 +10,6 @@ from itertools import product
 
 import pandas as pd
 
-from sparsity_utils.models.config import ModelConfig
 from sparsity_utils.study.ends import first_gradients, initial_model
 from sparsity_utils.study.maker import Asked, Maker
 from sparsity_utils.study.pieces import Frames
@@ -22,7 +21,6 @@ WAYS = {  # what differs in ModelConfig
     "straight-through": {"keep": 8},
     "no straight-through": {"keep": 8, "straight_through": False},
 }
-STEPS = 6  # that the settings of a training run have at least; none is made
 
 
 def gradient_flow(study: Asked) -> pd.DataFrame:
@@ -38,11 +36,8 @@ def gradient_flow(study: Asked) -> pd.DataFrame:
 
 def _settings(profile: Profile) -> Iterator[tuple[str, Settings]]:
     """Each way with each seed."""
-    own = profile.gradient_flow
-    shared = {**profile.model, "head_size": own.head_size, "vocabulary": profile.corpus.vocabulary}
-    for (way, changes), seed in product(WAYS.items(), own.seeds):
-        model = ModelConfig(own.d_model, own.n_layers, "relu2", **{**shared, **changes})
-        yield way, (model, profile.train_config(STEPS * own.batch_tokens, seed, batch_tokens=own.batch_tokens))
+    for (way, changes), seed in product(WAYS.items(), profile.gradient_flow.seeds):
+        yield way, profile.gradient_config(seed, **changes)
 
 
 def _tables(study: Asked) -> Frames:

@@ -105,6 +105,13 @@ class InputSpeedConfig:
     rounds: int = 5  # of each way; medians are quoted
 
     def __post_init__(self) -> None:
+        check(len(self.models) > 0, "input_speeds.models is empty; name at least one model.")
+        parts = (self.calibration_tokens, self.evaluation_tokens)
+        check(
+            self.window >= 2 and all(tokens > 0 and tokens % self.window == 0 for tokens in parts),
+            f"input_speeds.window is {self.window}; give at least 2, and input_speeds.calibration_tokens and "
+            f"evaluation_tokens that are multiples of it.",
+        )
         known = (*TRAINING_FREE, "cett")
         for rule in self.rules:
             check(rule in known, f"input_speeds.rules has {rule!r}; choose from {', '.join(known)}.")

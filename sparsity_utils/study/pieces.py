@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsity_utils import paths
+from sparsity_utils.study.tables import read_table
 
 Frames = dict[str, pd.DataFrame]
 
@@ -51,7 +52,7 @@ class Pieces:
                     frame.to_csv(aside / f"{part}.csv", index=False)
             self.due += cost
             self.bar.update(self.due - self.bar.n)
-        return {file.stem: pd.read_csv(file) for file in folder.glob("*.csv")}
+        return {file.stem: read_table(file) for file in folder.glob("*.csv")}
 
     def _tell(self) -> None:
         """One line before the first piece that is measured: how long it should take, where a bar counts it."""

@@ -16,7 +16,7 @@ import yaml
 from kernels.shapes import SHAPES
 from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
-from sparsity_utils.models.config import ACTIVATIONS, ModelConfig, TrainConfig
+from sparsity_utils.models.config import ACTIVATIONS, PARTS, ModelConfig, TrainConfig
 from sparsity_utils.study.digits_config import DigitsConfig
 from sparsity_utils.study.experiments import EXPERIMENTS, ArmRun, Experiment, GradientFlowConfig, TrainedDecodingConfig
 from sparsity_utils.study.opened_models import (
@@ -27,6 +27,8 @@ from sparsity_utils.study.opened_models import (
 )
 from sparsity_utils.study.sections import as_mapping, check_known, parsed, placed, read_section, typed
 from sparsity_utils.text.config import CorpusConfig
+
+FEWEST_STEPS = 6  # that the settings of a training run have
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,13 @@ class Profile:
         with placed(f"experiments.{question}"):
             return experiment.runs(self.model, self.train, self.corpus.vocabulary)
 
+    def gradient_config(self, seed: int, **changes: Any) -> tuple[ModelConfig, TrainConfig]:
+        """An untrained model whose gradients are compared, and the data of its first batch: no run is made of it."""
+        own = self.gradient_flow
+        shared = {**self.model, "head_size": own.head_size, "vocabulary": self.corpus.vocabulary}
+        model = ModelConfig(own.d_model, own.n_layers, "relu2", **{**shared, **changes})
+        return model, self.train_config(FEWEST_STEPS * own.batch_tokens, seed, batch_tokens=own.batch_tokens)
+
     def on(self, engine: str | None) -> "Profile":
         """The profile with its runs done by an engine, `local` or `slurm`; None: by the one that it names."""
         if engine == "slurm":
@@ -248,6 +257,23 @@ class Profile:
     def side_by_side(self) -> int:
         """How many runs are done at once, at most."""
         return self.cluster.parallel if self.cluster else self.workers
+
+
+def _check_beside(profile: Profile, run: ArmRun) -> None:
+    """Raises InputError for sections that cannot be measured beside a run of q_sparse, before anything is trained."""
+    wanted = profile.trained_decoding.prompt + profile.trained_decoding.new_tokens
+    check(
+        wanted <= run.model.context,
+        f"trained_decoding.prompt and new_tokens are {wanted} tokens; the arm {run.arm} of experiments.q_sparse has a "
+        f"context of {run.model.context}: lower them.",
+    )
+    with placed("gradient_flow"):
+        for seed in profile.gradient_flow.seeds:
+            model, training = profile.gradient_config(seed, keep=PARTS // 2)
+            check(
+                training.batch_tokens % model.context == 0,
+                f"batch_tokens is {training.batch_tokens}, not a multiple of the context of {model.context}.",
+            )
 
 
 def _check_shared(content: dict[str, Any], cls: type, from_study: set[str], where: str) -> None:
@@ -305,6 +331,8 @@ def _checked(profile: Profile, folder: Path) -> Profile:
     for question in profile.experiments:
         check(question in EXPERIMENTS, f"experiments has {question!r}; known are {', '.join(EXPERIMENTS)}.")
         profile.arm_runs(question)
+    for run in profile.arm_runs("q_sparse"):
+        _check_beside(profile, run)
     corpus = profile.corpus
     if corpus.path and (corpus.source == "path" or (folder / corpus.path).is_dir()):
         corpus = dataclasses.replace(corpus, path=str(folder / Path(corpus.path).expanduser()))

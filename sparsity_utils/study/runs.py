@@ -35,6 +35,7 @@ from sparsity_utils.models.devices import trained_by
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.models.shapes import d_ff, head_count, non_embedding_parameters, training_flops_per_token
 from sparsity_utils.models.training import Diverged, checkpoint_folder, clear, random_data, train
+from sparsity_utils.study.tables import read_table
 from sparsity_utils.text.corpus import Corpus
 from sparsity_utils.text.windows import measurement_batches, random_batches
 
@@ -196,7 +197,7 @@ class Run:
         if not file.exists():
             with paths.written_aside(file) as aside:
                 measure().to_csv(aside, index=False)
-        return pd.read_csv(file).rename(columns=OLD_NAMES)
+        return read_table(file).rename(columns=OLD_NAMES)
 
 
 def find_run(config: RunConfig) -> Run | None:

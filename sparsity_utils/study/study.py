@@ -129,8 +129,8 @@ class Study(Tables):
         """The table of a question, measured where the run store lacks it.
 
         Speeds are measured on this machine, once: delete the file to measure them again. While another process makes
-        a maker's tables this one waits, then reads what was kept. Raises InputError as `Tables.table` does, and for a
-        profile that leaves the question out.
+        tables that are not of runs one by one, this one waits; then it uses what that one kept. Raises InputError as
+        `Tables.table` does, and for a profile that leaves the question out.
         """
         file, maker = self.file(question), MAKERS.get(question)
         if self.profile is not None and question not in PUBLISHED_TABLES:

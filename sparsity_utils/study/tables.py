@@ -11,6 +11,11 @@ from sparsity_utils.console import InputError
 from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SCHEMA
 
 
+def read_table(file: Path) -> pd.DataFrame:
+    """A stored table. Only an empty field is a missing number: a token may be spelt None or NA."""
+    return pd.read_csv(file, keep_default_na=False, na_values=[""])
+
+
 class Tables:
     """The tables that a study left in a folder."""
 
@@ -54,7 +59,7 @@ class Tables:
             if question in PUBLISHED_TABLES:
                 advice = "make it with python -m sparsity_utils refit"
             raise InputError(f"There is no {file.name} in {file.parent}; {advice}.")
-        return pd.read_csv(file)
+        return read_table(file)
 
     def table_or_none(self, question: str) -> pd.DataFrame | None:
         """`table`, or None and a printed line where this study leaves the question out."""

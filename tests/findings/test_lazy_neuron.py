@@ -146,6 +146,8 @@ def test_a_small_profile_leaves_claims_open_with_a_reason():
     assert {row.reason for row in missing} == {"not measured"} and len(missing) == len(lazy_neuron.CLAIMS)
     without = judged(planted({"gated": 0.2}))
     assert without["half_at_start_plain"].verdict == INCONCLUSIVE and without["half_at_start_gated"].here > 49
+    neither = lazy_neuron.analyse(planted({"uniform": 0.2}))
+    assert "no runs of plain or gated" in lazy_neuron_figures.layers_figure(neither.layers).words()
 
 
 def test_the_rate_of_the_lower_loss_counts_and_a_diverged_seed_takes_its_rate_along():

@@ -65,16 +65,18 @@ def test_components_that_were_planted_come_back():
     found = []
     for _ in range(800):
         values = 0.3 + 2 * x + 0.02 * rng.normal(size=8)[size] + 0.01 * rng.normal(size=size.size)
-        seed, fit, degrees_seed, degrees_fit = power_inputs.variance_components(values, size, design)
+        squares = power_inputs.squares(values, size, design)
+        seed, fit = squares.components()
         found.append((seed**2, fit**2))
-    assert (degrees_seed, degrees_fit) == (16, 6)
+    assert (squares.degrees_seed, squares.degrees_fit) == (16, 6)
     assert np.sqrt(np.mean(found, axis=0)) == pytest.approx([0.01, 0.02], rel=0.06)  # truncation at 0 lifts it a little
 
 
 def test_components_of_a_balanced_design_are_those_of_the_analysis_of_variance():
     rng, size = np.random.default_rng(1), np.repeat(range(5), 3)
     values = 3 * rng.normal(size=5)[size] + rng.normal(size=15)
-    seed, fit, *degrees = power_inputs.variance_components(values, size, np.ones((15, 1)))
+    squares = power_inputs.squares(values, size, np.ones((15, 1)))
+    (seed, fit), degrees = squares.components(), [squares.degrees_seed, squares.degrees_fit]
     groups = values.reshape(5, 3)
     within = groups.var(axis=1, ddof=1).mean()
     between = 3 * groups.mean(axis=1).var(ddof=1)
@@ -87,9 +89,24 @@ def test_components_of_a_balanced_design_are_those_of_the_analysis_of_variance()
 
 def test_a_negative_component_is_zero_and_single_seeds_leave_it_unknown():
     values, size = np.array([1.0, -1, 1, -1]), np.array([0, 0, 1, 1])
-    assert power_inputs.variance_components(values, size, np.ones((4, 1)))[:2] == pytest.approx((np.sqrt(2), 0))
-    alone = power_inputs.variance_components(values, np.arange(4), np.ones((4, 1)))
-    assert np.isnan(alone[:2]).all() and alone[2:] == (0, 3)
+    assert power_inputs.squares(values, size, np.ones((4, 1))).components() == pytest.approx((np.sqrt(2), 0))
+    alone = power_inputs.squares(values, np.arange(4), np.ones((4, 1)))
+    assert np.isnan(alone.components()).all() and (alone.degrees_seed, alone.degrees_fit) == (0, 3)
+
+
+def test_drawn_components_cover_the_truth_as_often_as_they_should():
+    """The fiducial 5% and 95% points of both sums of squares lie around what was planted in 90% of studies."""
+    rng, size, below = np.random.default_rng(2), np.repeat(range(6), 3), []
+    for _ in range(300):
+        values = 0.02 * rng.normal(size=6)[size] + 0.01 * rng.normal(size=18)
+        squares = power_inputs.squares(values, size, np.ones((18, 1)))
+        seed, fit = squares.drawn(rng, 200)
+        assert seed.shape == fit.shape == (200, 1)
+        between = 3 * fit**2 + seed**2  # the variance of the mean of a size, times its runs
+        below.append([np.mean(seed < 0.01), np.mean(between < 3 * 0.02**2 + 0.01**2)])
+    covered = np.mean((np.array(below) > 0.05) & (np.array(below) < 0.95), axis=0)
+    np.testing.assert_allclose(covered, 0.9, atol=0.06)
+    assert np.all(squares.drawn(np.random.default_rng(0), 5)[0] == squares.drawn(np.random.default_rng(0), 5)[0])
 
 
 def test_inputs_of_a_study_with_planted_slopes(monkeypatch):

@@ -146,6 +146,23 @@ def test_without_runs_or_arms_claims_are_undecided_and_say_why():
     assert all(verdict.verdict == INCONCLUSIVE for verdict in q_sparse.verdicts(found))
 
 
+def test_sizes_without_the_arms_that_leave_inputs_out_are_undecided_and_drawn():
+    dense = sizes()[lambda rows: rows["arm"].str.endswith("_dense")]
+    found = q_sparse.analyse(table({"dense": 3.0, "keep_8": 3.1}), dense)
+    assert {verdict.verdict for verdict in q_sparse.verdicts(found) if verdict.claim.key == "gap_shrinks"} == {
+        INCONCLUSIVE
+    }
+    assert len(sizes_figure(found).axes) == 2
+
+
+def test_arms_of_a_profile_of_ones_own_are_shown_under_their_names():
+    assert list(arms_table(q_sparse.analyse(table({"dense": 3.0, "mine": 3.1}))).index) == ["ReLU², reads all", "mine"]
+    one, other = (table({arm: 3.0}).assign(run=lambda rows, arm=arm: arm + rows["run"]) for arm in ("dense", "keep_8"))
+    first = one["seed"].min()
+    neither_whole = pd.concat([one[one["seed"] == first], other[other["seed"] != first]])
+    assert arms_table(q_sparse.analyse(neither_whole)).empty
+
+
 def test_the_gap_of_one_seed_below_zero_leaves_the_power_of_size_undecided():
     found = q_sparse.analyse(table(good() | {"keep_6": 2.99}), sizes())
     (verdict,) = [one for one in q_sparse.verdicts(found) if one.claim.key == "gap_shrinks"]

@@ -47,6 +47,7 @@ def profile_content(text: Path) -> dict:
             "published_decoder": False,
             "new_tokens": 4,
         },
+        "trained_decoding": {"prompt": 4, "new_tokens": 4, "rounds": 1},
         "digits": {"seeds": 1, "tuning_seeds": 1, "rates": [0.01], "epochs": 1, "transformer_epochs": 1},
         "workers": 2,
         "threads": 1,

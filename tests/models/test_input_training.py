@@ -262,7 +262,9 @@ def test_a_way_that_a_shape_does_not_have_is_named(changes, message):
         dataclasses.replace(MODEL, **changes)
 
 
-@pytest.mark.parametrize("written", [{"keep": 8, "width": 3}, 8, ["keep"]])
+@pytest.mark.parametrize(
+    "written", [{"keep": 8, "width": 3}, 8, ["keep"], {"keep": "8"}, {"keep": 99}, {"keep": 8, "block": 3}]
+)
 def test_a_checkpoint_that_says_something_else_is_refused(written):
     config = granite_config(ModelConfig(16, 1, vocabulary=32, context=16, head_size=8))
     setattr(config, KEPT_INPUTS, written)

@@ -21,6 +21,13 @@ def test_a_piece_is_measured_once_and_then_read(tmp_path, capsys):
     assert capsys.readouterr().out == "Measuring a model: about 5 min on two quiet cores; finished pieces are kept.\n"
 
 
+def test_words_stay_words_and_only_an_empty_field_is_missing(tmp_path):
+    words = pd.DataFrame({"word": ["None", "NA", "null", "nan"], "value": [1.0, None, float("inf"), 2.5]})
+    for _ in range(2):
+        found = Pieces(tmp_path, "a model", seconds=1.0).kept("one", 1, lambda: {"words": words})
+        pd.testing.assert_frame_equal(found["words"], words)
+
+
 def test_without_a_bar_no_time_is_told(tmp_path, capsys):
     Pieces(tmp_path, "a model", seconds=60.0).kept("one", 2, lambda: table(0))
     pieces = Pieces(tmp_path, "a model", seconds=60.0)

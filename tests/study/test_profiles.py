@@ -175,6 +175,20 @@ CHANGES = [  # place, value, message
     (("train", "devices"), 16, r"train\.devices 16 .* whole windows \(32\)"),
     (("train", "micro_tokens"), 96, r"whole micro-batches \(96 tokens\)"),
     (("study", "sizes"), [one_size("8x2", batch_tokens=10**6)], r"train\.tokens is 5000, less than six batches"),
+    (("gradient_flow",), {"n_layers": 0}, r"gradient_flow: .*model\.n_layers is 0"),
+    (("gradient_flow",), {"seeds": [-1]}, r"gradient_flow: .*a seed is -1"),
+    (
+        ("gradient_flow",),
+        {"batch_tokens": 500},
+        r"gradient_flow: .*batch_tokens is 500, not a multiple of the context of 32",
+    ),
+    (("trained_decoding",), {"new_tokens": 30}, r"prompt and new_tokens are 34 tokens; the arm dense .* context of 32"),
+    (("input_speeds",), {"models": []}, r"input_speeds\.models is empty"),
+    (
+        ("input_speeds",),
+        {"window": 100},
+        r"input_speeds\.window is 100; give at least 2, and input_speeds\.calibration",
+    ),
     (("name",), "../x", r"the key name is not for the file"),
     (("workers",), 0, r"workers is 0; at least 1"),
 ]
@@ -185,6 +199,14 @@ def test_a_mistake_is_named(tmp_path, place, value, message):
     content = copy.deepcopy(profile_content(tmp_path))
     content["study"]["data_limited"] = [one_size("12x1")] if place == ("study", "equal_heads") else []
     content["train"] |= {"devices": 2} if value == {"gpus": 1} else {}
+    if place[0] in ("gradient_flow", "trained_decoding"):
+        common = {"shape": "16x2", "activation": "relu2", "tokens": 20_000, "rates": [0.01]}
+        content["experiments"] = {"q_sparse": {"common": common, "seeds": [0], "arms": {"dense": {}}}}
+        content |= {
+            "gradient_flow": {"d_model": 16, "head_size": 8},
+            "trained_decoding": {"prompt": 4, "new_tokens": 4},
+        }
+        value = {**content[place[0]], **value}
     section = content
     for key in place[:-1]:
         section = section[key]
