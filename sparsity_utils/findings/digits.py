@@ -193,7 +193,7 @@ def _calibration(axes: Axes, table: pd.DataFrame, model: str) -> None:
         error = calibration_error(rows[GAPS].to_numpy(), rows["images"].to_numpy())
         heights = 100 * rows[GAPS].sum() / rows["images"].sum()
         bar = {"width": 0.04, "color": look.colour, "hatch": "//" if number else "", "edgecolor": "white"}
-        axes.bar((places + 0.3 + 0.4 * number) / len(GAPS), heights, label=f"{name}: ECE {100 * error:.2f}", **bar)
+        axes.bar((places + 0.3 + 0.4 * number) / len(GAPS), heights, label=f"{name}: ECE {100 * error:.2f}%", **bar)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="Confidence", ylabel="Confidence less accuracy\n(points of all images)", title="Calibration error")
 

@@ -149,6 +149,8 @@ def sizes_figure(points: pd.DataFrame) -> ShownFigure:
                     line[dimension], scale * line[metric], scale * line[f"{metric} reach"], capsize=2, **style
                 )
         _published(upper, lower, dimension)
+        if all(along(points, data, dimension).empty for data in DATA):
+            upper.text(0.5, 0.9, "no runs vary it", transform=upper.transAxes, ha="center", fontsize=9)
         lower.set(xscale="log", yscale="log", xlabel=AXES[dimension])
         for axis in (lower.xaxis, lower.yaxis):
             plain_log(axis)

@@ -107,7 +107,7 @@ def _same(rng: np.random.Generator, run: float) -> list[Case]:
 
 def _sizes(rng: np.random.Generator, run: float) -> list[Case]:
     """Four times as deep, four times the neurons; the count from the shares of the ends."""
-    slopes = {"zero": 0.0, "margin: -2 points": -0.02, "first study: -3.1 points": FIRST_DEEPER}
+    slopes = {"zero": 0.0, "margin: -2 points": -0.02, "as of depth in the first study: -3.1 points": FIRST_DEEPER}
     slopes |= {"twice the margin: -4 points": -0.04}
     cases = []
     for claim in (lazy_neuron.DEEPER, lazy_neuron.MORE_NEURONS):

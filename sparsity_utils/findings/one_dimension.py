@@ -86,7 +86,7 @@ COUNT_RISES = Claim(
     "count_rises",
     QUESTION,
     "The number of non-zero ReLU neurons still rises with the neurons per layer",
-    "sparser (2210.06313, Fig. 4)",
+    "lower percentage, higher count (2210.06313, Fig. 4)",
     "doublings per doubling of d_ff",
     f"{REGRESSION}of log2 of the number of non-zeros, share times d_ff, on log2 of each dimension",
     scale=1.0,

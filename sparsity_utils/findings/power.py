@@ -322,7 +322,7 @@ def _of_doublings(runs: pd.DataFrame, spread: dict[str, Spread]) -> list[Simulat
     truths = [
         truth(ZERO, 0.0, 0.0),
         truth(f"{MARGIN}: -2 points", fall, fall),
-        truth(f"{FIRST}: depth alone; d_ff -4 points", per_doubling, 2 * fall),
+        truth(f"{FIRST}: depth alone; d_ff twice the margin", per_doubling, 2 * fall),
     ]
     return [Simulation(runs, own, truths, judge)]
 

@@ -185,7 +185,7 @@ def test_large_effects_are_seen_and_small_spreads_decide():
     assert drives.loc["zero", "not_supported"] == 1 and drives.loc["first study: depth alone", "supported"] == 1
     assert drives.loc["first study: depth alone", "value"] == pytest.approx(-15)  # three times the slope of the line
     deeper = by_effect(table, one_dimension.DEEPER_SPARSER.claim)
-    alone = "first study: depth alone; d_ff -4 points"
+    alone = "first study: depth alone; d_ff twice the margin"
     assert deeper.loc[alone, ["value", "supported"]].tolist() == pytest.approx([-15 * np.log10(2), 1])
     more = by_effect(table, one_dimension.MORE_NEURONS_SPARSER.claim)
     assert more.loc[alone, ["value", "supported"]].tolist() == pytest.approx([-4, 1])
