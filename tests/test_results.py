@@ -27,6 +27,7 @@ from sparsity_utils.findings import (
     power,
     pretrained_model,
     published_curves,
+    q_sparse,
     quickstart,
     relu_vs_silu,
     scale_insensitivity,
@@ -53,6 +54,7 @@ from sparsity_utils.text.windows import split_documents, text_batches
 
 COLUMNS = pd.read_csv(paths.RESULTS / "columns.csv")
 NOTEBOOKS = paths.NOTEBOOKS
+OF_12 = ("q_sparse", "q_sparse_sizes", "equal_active", "gradient_flow")  # tables that the claims of notebook 12 rest on
 NUMBER = re.compile(r"-?\d+\.\d+")  # in an SVG
 TABLES = sorted(file for file in paths.RESULTS.glob("*.csv") if file.name != "columns.csv")
 
@@ -136,6 +138,7 @@ def test_the_recorded_verdicts_follow_from_the_tables():
             *design_a_sparse_model.verdicts(held),
             *pretrained_model.verdicts(pretrained_model.analyse(study)),
             *training_free.verdicts(training_free.analyse(study, table("training_free"))),
+            *q_sparse.verdicts(q_sparse.analyse(*map(table, OF_12))),
             *lazy_neuron.verdicts(lazy_neuron.analyse(table("lazy_neuron"), study.table_or_none("one_dimension"))),
             *initial_gradient.verdicts(initial_gradient.analyse()),
             *digits.verdicts(table("digits")),

@@ -83,6 +83,7 @@ class Claim:
     primary: bool = False
     level: float = LEVEL  # of its interval
     against: tuple[float, float] | None = None  # where an interval must lie to count against; None: outside `region`
+    decimals: int = 2  # that are shown of numbers below 10
 
     @property
     def rank(self) -> str:
@@ -157,10 +158,10 @@ class Verdicts(list[Verdict]):
         rows = []
         for found in self:
             known = bool(np.isfinite([found.here, *found.interval]).all())
-            here = f"{_rounded(found.here)} {found.claim.unit}" if known else "none"
+            here, *ends = (_rounded(one, found.claim.decimals) for one in (found.here, *found.interval))
             level = "" if found.claim.level == LEVEL else f" ({100 * found.claim.level:.3g}%)"
-            interval = " to ".join(map(_rounded, found.interval)) + level if known else "none"
-            rows.append((found.claim.claim, found.claim.published, here, interval, found.verdict))
+            shown = (f"{here} {found.claim.unit}", " to ".join(ends) + level) if known else ("none", "none")
+            rows.append((found.claim.claim, found.claim.published, *shown, found.verdict))
         table = pd.DataFrame(rows, columns=["question", "published", "here", "interval", "verdict"])
         table.attrs["reasons"] = [found.reason for found in self]  # kept beside it, but told in `details`
         return table
@@ -177,9 +178,9 @@ def stated(claims: Iterable[Claim]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["question", "published", "test", "threshold", "rank"])
 
 
-def _rounded(value: float) -> str:
-    """About three significant digits, without a negative zero."""
-    text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+def _rounded(value: float, decimals: int) -> str:
+    """About three significant digits, without a negative zero; `decimals` of numbers below 10."""
+    text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.{decimals}f}"
     return text[1:] if text.startswith("-") and not text.strip("-0.") else text
 
 

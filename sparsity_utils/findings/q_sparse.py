@@ -35,6 +35,7 @@ STRAIGHT_THROUGH = Claim(
     region=(0.02, math.inf),
     against=(-math.inf, 0.0),
     scale=1.0,
+    decimals=3,
     primary=True,
 )
 MATCHES_DENSE = Claim(
@@ -60,6 +61,7 @@ INTERIOR_BEST = Claim(
     "logarithm of the weights that a token reads; mean over paired seeds",
     "90% interval above 0",
     scale=1.0,
+    decimals=3,
     primary=True,
 )
 GRADIENTS_VANISH = Claim(
@@ -74,6 +76,7 @@ GRADIENTS_VANISH = Claim(
     region=(-math.inf, 0.7),
     against=(1.0, math.inf),
     scale=1.0,
+    decimals=3,
 )
 GRADIENTS_KEPT = Claim(
     "gradients_kept",
@@ -85,6 +88,7 @@ GRADIENTS_KEPT = Claim(
     "90% interval within 0.7 to 1.4",
     region=(0.7, 1.4),
     scale=1.0,
+    decimals=3,
 )
 GAP_SHRINKS = Claim(
     "gap_shrinks",
@@ -99,6 +103,7 @@ GAP_SHRINKS = Claim(
     region=(math.log10(0.46) / 1.8, math.log10(0.86) / 1.8),
     against=(0.0, math.inf),
     scale=1.0,
+    decimals=3,
 )
 CONVEX = Claim(
     "convex",
@@ -110,6 +115,7 @@ CONVEX = Claim(
     "over seeds",
     "90% interval above 0",
     scale=1.0,
+    decimals=3,
 )
 BLOCKS_AS_GOOD = Claim(
     "blocks_as_good",
@@ -122,6 +128,7 @@ BLOCKS_AS_GOOD = Claim(
     region=(-math.inf, 0.01),
     against=(0.03, math.inf),
     scale=1.0,
+    decimals=3,
 )
 RESCALING_HELPS = Claim(
     "rescaling_helps",
@@ -131,6 +138,7 @@ RESCALING_HELPS = Claim(
     "nats per token",
     "loss of keep_8 less that of ratio, and of unit; both must be; mean over paired seeds",
     scale=1.0,
+    decimals=3,
 )
 TERNARY_TOLERATES = Claim(
     "ternary_tolerates",
@@ -142,6 +150,7 @@ TERNARY_TOLERATES = Claim(
     "90% interval below 0",
     region=(-math.inf, 0.0),
     scale=1.0,
+    decimals=3,
 )
 LARGER_TOLERATES = Claim(
     "larger_tolerates",
@@ -153,6 +162,7 @@ LARGER_TOLERATES = Claim(
     "90% interval below 0",
     region=(-math.inf, 0.0),
     scale=1.0,
+    decimals=3,
 )
 PENALTY_PUSHES = Claim(
     "penalty_pushes",
@@ -165,6 +175,7 @@ PENALTY_PUSHES = Claim(
     region=(-math.inf, 0.1),
     against=(0.5, math.inf),
     scale=1.0,
+    decimals=3,
 )
 PENALTY_IS_CHEAP = Claim(
     "penalty_is_cheap",

@@ -110,7 +110,11 @@ def loss_figure(found: "Found") -> ShownFigure:
     else:
         _by_seed(right, found.active, ACTIVE)
         right.set(title="Equally many active parameters", xlabel="Inputs left out (%)", ylabel="Loss (nats per token)")
-    return captioned(shown, "Small marks: seeds. Large ones: their mean. Each arm at the rate of its lowest loss.")
+    return captioned(
+        shown,
+        "Small marks: seeds. Large ones: their mean. Each arm at the rate of its lowest loss.\n"
+        "Right: as trained; wider models also read larger output heads, which the verdict takes off.",
+    )
 
 
 def _equal_parameters(axes, found: "Found") -> None:
