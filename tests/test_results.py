@@ -138,10 +138,10 @@ def test_the_recorded_verdicts_follow_from_the_tables():
             *design_a_sparse_model.verdicts(held),
             *pretrained_model.verdicts(pretrained_model.analyse(study)),
             *training_free.verdicts(training_free.analyse(study, table("training_free"))),
-            *q_sparse.verdicts(q_sparse.analyse(*map(table, OF_12))),
             *lazy_neuron.verdicts(lazy_neuron.analyse(table("lazy_neuron"), study.table_or_none("one_dimension"))),
             *initial_gradient.verdicts(initial_gradient.analyse()),
             *digits.verdicts(table("digits")),
+            *q_sparse.verdicts(q_sparse.analyse(*map(table, OF_12))),
             *sirius.verdicts(sirius.analyse(study, table("correction"))),
         ]
     )

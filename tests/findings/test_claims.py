@@ -104,9 +104,11 @@ def test_tables_are_text_rounded_and_complete():
     table, details = rows.table(), rows.details()
     assert list(table.columns) == ["question", "published", "here", "interval", "verdict"]
     assert table.loc[0].tolist() == ["It is", "so", "60.0 points", "60.0 to 60.0", SUPPORTED]
+    finer = Verdicts([claim(scale=1.0, decimals=3).judged(estimate(-0.0044, 0.0316))]).table()
+    assert finer.loc[0, ["here", "interval"]].tolist() == ["0.014 points", "-0.004 to 0.032"]
     assert table.loc[1].tolist() == ["It may be", "so", "none", "none", INCONCLUSIVE]
     assert details.loc[1].tolist() == ["It may be", "none", "90% interval above 0", "no runs"]
-    rounded = [claims._rounded(x) for x in (-0.001, 0.0, -1.234, 12.34, -123.4)]
+    rounded = [claims._rounded(x, 2) for x in (-0.001, 0.0, -1.234, 12.34, -123.4)]
     assert rounded == ["0.00", "0.00", "-1.23", "12.3", "-123"]
 
 
