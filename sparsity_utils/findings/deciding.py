@@ -19,9 +19,9 @@ import pandas as pd
 
 from sparsity_utils import paths
 from sparsity_utils.console import check, note, progress
-from sparsity_utils.findings.power import FIRST, SIZE, Simulation, Spread, simulations
+from sparsity_utils.findings.power import FIRST, SIZE, Simulation, simulations
 from sparsity_utils.laws.lines import MAIN, SECOND, Lines
-from sparsity_utils.laws.power_inputs import OUTCOMES, RATIO_OUTCOME, spreads
+from sparsity_utils.laws.power_inputs import OUTCOMES, RATIO_OUTCOME, Spread, spreads
 from sparsity_utils.laws.trends import INCONCLUSIVE
 from sparsity_utils.models.shapes import non_embedding_parameters
 from sparsity_utils.study.tables import Tables
@@ -61,7 +61,7 @@ def cannot_tell(study: Tables) -> str:
     lacking = [name for name in TABLES if not study.answers(name)]
     if lacking:
         return f"The study has no table for {lacking[0]}."
-    return _unknown(_spreads(*_tables(study)))
+    return _unknown(spreads(*_tables(study)))
 
 
 def write_deciding(folder: Path) -> Path:
@@ -87,7 +87,7 @@ def deciding_table(tables: Lines, shapes: pd.DataFrame, draws: int = DRAWS) -> p
     three are shares of the simulated studies. Plans of more sizes leave out the shapes of one size. Raises InputError
     for a study that does not tell what seeds and sizes vary by.
     """
-    spread = _spreads(tables, shapes)
+    spread = spreads(tables, shapes)
     check(not (why := _unknown(spread)), why)
     lines = pd.concat([_runs(table).assign(line=line) for line, table in tables.items()], ignore_index=True)
     lines = lines[lines["n_layers"] >= 2].reset_index(drop=True)
@@ -100,10 +100,6 @@ def deciding_table(tables: Lines, shapes: pd.DataFrame, draws: int = DRAWS) -> p
         for simulation in simulations(more, shapes_too, none, spread):
             rows += _rows(simulation, plan, training, draws)
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _spreads(tables: Lines, shapes: pd.DataFrame) -> dict[str, Spread]:
-    return {name: Spread(found.rows, found.squares) for name, found in spreads(tables, shapes).items()}
 
 
 def _unknown(spread: dict[str, Spread]) -> str:

@@ -23,7 +23,7 @@ from sparsity_utils.findings.claims import SLOPE_MARGIN, Claim
 from sparsity_utils.findings.relu_vs_silu import LOSS_EQUAL, LOSS_MARGIN, RELU_FALLS, RELU_SPARSER, SILU_RISES
 from sparsity_utils.findings.width_depth_ratio import RATIO_RISES, ratio_slope
 from sparsity_utils.laws.lines import MAIN, SECOND, pooled_means, pooled_slopes, size_means
-from sparsity_utils.laws.power_inputs import OUTCOMES, RATIO_OUTCOME, Squares
+from sparsity_utils.laws.power_inputs import OUTCOMES, RATIO_OUTCOME, Spread
 from sparsity_utils.laws.published import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, fit_two_segments
 from sparsity_utils.models.shapes import d_ff, non_embedding_parameters
@@ -33,7 +33,6 @@ from sparsity_utils.study.profiles import Profile
 DRAWS, SEED = 2000, 0
 LINES = {"relu_vs_silu": MAIN, "second_line": SECOND}
 SIZE = ("line", "d_model", "n_layers", "d_ff")
-SAME_RATIO = 0.05  # relative: up to here a line of the first study has the width-depth ratio of a planned one
 # Parameters grow as n_layers^3 at one width-depth ratio. If depth alone moves an outcome, then its slope per decade of
 # depth is three times its slope per decade of parameters along such a line.
 DEPTH_PER_LINE = 3
@@ -55,34 +54,6 @@ class Truth(NamedTuple):
     name: str
     values: dict[Claim, float]
     planted: Array  # (runs,)
-
-
-class Spread(NamedTuple):
-    """How the runs of a study vary in an outcome: its rows of results/power_inputs.csv, and `line` where it is known.
-
-    With `squares` every simulated study has deviations of its own, see `Squares.drawn`.
-    """
-
-    rows: pd.DataFrame
-    squares: Squares | None = None
-
-    def deviations(self, rng: np.random.Generator, draws: int) -> tuple[Array | float, Array | float]:
-        """sd_seed and sd_fit: of all draws, or of each one, (draws, 1)."""
-        if self.squares is not None:
-            return self.squares.drawn(rng, draws)
-        return float(self.rows["sd_seed"].iloc[0]), float(self.rows["sd_fit"].iloc[0])
-
-    def effect(self, line: str, ratio: float) -> float:
-        """What the study found on a line, or on the line of its width-depth ratio where lines have no names."""
-        if "line" not in self.rows:
-            return self.at_ratio(ratio)
-        found = self.rows.loc[self.rows["line"] == line, "first_effect"]
-        return float(found.iloc[0]) if len(found) else float("nan")
-
-    def at_ratio(self, ratio: float, column: str = "first_effect") -> float:
-        """A column of the line at this width-depth ratio; NaN where the first study had none."""
-        near = self.rows[(self.rows["width_depth_ratio"] / ratio - 1).abs() < SAME_RATIO]
-        return float(near[column].iloc[0]) if len(near) else float("nan")
 
 
 @dataclass(frozen=True)

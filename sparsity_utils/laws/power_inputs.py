@@ -20,7 +20,7 @@ from sparsity_utils.laws import lines
 from sparsity_utils.laws.lines import Lines, size_means
 
 COLUMNS = ["outcome", "width_depth_ratio", "mean", "first_effect", "sd_seed", "sd_fit", "degrees_seed", "degrees_fit"]
-
+SAME_RATIO = 0.05  # relative: up to here a line of the first study has the width-depth ratio of a planned one
 
 Array = NDArray[np.float64]
 
@@ -93,14 +93,35 @@ def power_inputs(tables: Lines, shapes: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([found.rows for found in spreads(tables, shapes).values()], ignore_index=True)[COLUMNS]
 
 
-class Found(NamedTuple):
-    """What a study says of an outcome: a row for each line, COLUMNS and `line`, and the sums of squares of its runs."""
+class Spread(NamedTuple):
+    """How the runs of a study vary in an outcome: its rows of results/power_inputs.csv, and `line` where it is known.
+
+    With `squares` every simulated study has deviations of its own, see `Squares.drawn`.
+    """
 
     rows: pd.DataFrame
-    squares: Squares
+    squares: Squares | None = None
+
+    def deviations(self, rng: np.random.Generator, draws: int) -> tuple[Array | float, Array | float]:
+        """sd_seed and sd_fit: of all draws, or of each one, (draws, 1)."""
+        if self.squares is not None:
+            return self.squares.drawn(rng, draws)
+        return float(self.rows["sd_seed"].iloc[0]), float(self.rows["sd_fit"].iloc[0])
+
+    def effect(self, line: str, ratio: float) -> float:
+        """What the study found on a line, or on the line of its width-depth ratio where lines have no names."""
+        if "line" not in self.rows:
+            return self.at_ratio(ratio)
+        found = self.rows.loc[self.rows["line"] == line, "first_effect"]
+        return float(found.iloc[0]) if len(found) else float("nan")
+
+    def at_ratio(self, ratio: float, column: str = "first_effect") -> float:
+        """A column of the line at this width-depth ratio; NaN where the first study had none."""
+        near = self.rows[(self.rows["width_depth_ratio"] / ratio - 1).abs() < SAME_RATIO]
+        return float(near[column].iloc[0]) if len(near) else float("nan")
 
 
-def spreads(tables: Lines, shapes: pd.DataFrame) -> dict[str, Found]:
+def spreads(tables: Lines, shapes: pd.DataFrame) -> dict[str, Spread]:
     """`power_inputs` by outcome; one whose runs a study lacks is left out."""
     found = {}
     for name, outcome in OUTCOMES.items():
@@ -108,7 +129,7 @@ def spreads(tables: Lines, shapes: pd.DataFrame) -> dict[str, Found]:
         found[name] = _found(name, runs[runs["n_layers"] >= 2], outcome.x)
     runs = lines.relu_ratio(shapes).assign(line="")
     of_shapes = _found(RATIO_OUTCOME, runs, "width_depth_ratio")
-    found[RATIO_OUTCOME] = Found(of_shapes.rows.assign(width_depth_ratio=np.nan), of_shapes.squares)
+    found[RATIO_OUTCOME] = Spread(of_shapes.rows.assign(width_depth_ratio=np.nan), of_shapes.squares)
     return {name: one for name, one in found.items() if len(one.rows)}
 
 
@@ -129,10 +150,10 @@ def squares(values: Array, sizes: Array, design: Array) -> Squares:
     )
 
 
-def _found(name: str, runs: pd.DataFrame, x: str | None) -> Found:
+def _found(name: str, runs: pd.DataFrame, x: str | None) -> Spread:
     """One row per line of an outcome's runs; the components are those of all lines together."""
     if runs.empty:
-        return Found(pd.DataFrame(columns=["line", *COLUMNS]), Squares(0.0, 0.0, 0, 0, 0.0))
+        return Spread(pd.DataFrame(columns=["line", *COLUMNS]), Squares(0.0, 0.0, 0, 0, 0.0))
     along = None if x is None else _along(runs, x)
     own = pd.get_dummies(runs["line"]).to_numpy(dtype=float)  # (runs, lines)
     design = own if along is None else np.column_stack([own, own * along.to_numpy()[:, None]])
@@ -144,7 +165,7 @@ def _found(name: str, runs: pd.DataFrame, x: str | None) -> Found:
         mean = line["value"].mean()
         effect = mean if x is None else np.polyfit(_along(line, x), line["value"], 1)[0]
         rows.append((where, name, line["width_depth_ratio"].median(), mean, effect, *spread))
-    return Found(pd.DataFrame(rows, columns=["line", *COLUMNS]), found)
+    return Spread(pd.DataFrame(rows, columns=["line", *COLUMNS]), found)
 
 
 def _along(table: pd.DataFrame, x: str) -> pd.Series:

@@ -259,13 +259,14 @@ class Profile:
         return self.cluster.parallel if self.cluster else self.workers
 
 
-def _check_beside(profile: Profile, run: ArmRun) -> None:
-    """Raises InputError for sections that cannot be measured beside a run of q_sparse, before anything is trained."""
+def _check_beside(profile: Profile, runs: list[ArmRun]) -> None:
+    """Raises InputError for sections that cannot be measured beside runs of q_sparse, before anything is trained."""
     wanted = profile.trained_decoding.prompt + profile.trained_decoding.new_tokens
+    least = min(runs, key=lambda run: run.model.context)
     check(
-        wanted <= run.model.context,
-        f"trained_decoding.prompt and new_tokens are {wanted} tokens; the arm {run.arm} of experiments.q_sparse has a "
-        f"context of {run.model.context}: lower them.",
+        wanted <= least.model.context,
+        f"trained_decoding.prompt and new_tokens are {wanted} tokens; the arm {least.arm} of experiments.q_sparse has "
+        f"a context of {least.model.context}: lower them.",
     )
     with placed("gradient_flow"):
         for seed in profile.gradient_flow.seeds:
@@ -331,8 +332,8 @@ def _checked(profile: Profile, folder: Path) -> Profile:
     for question in profile.experiments:
         check(question in EXPERIMENTS, f"experiments has {question!r}; known are {', '.join(EXPERIMENTS)}.")
         profile.arm_runs(question)
-    for run in profile.arm_runs("q_sparse"):
-        _check_beside(profile, run)
+    if runs := profile.arm_runs("q_sparse"):
+        _check_beside(profile, runs)
     corpus = profile.corpus
     if corpus.path and (corpus.source == "path" or (folder / corpus.path).is_dir()):
         corpus = dataclasses.replace(corpus, path=str(folder / Path(corpus.path).expanduser()))
