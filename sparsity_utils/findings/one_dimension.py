@@ -94,6 +94,7 @@ COUNT_RISES = Claim(
 DOUBLINGS = (DEEPER_SPARSER, MORE_NEURONS_SPARSER, COUNT_RISES)
 CLAIMS = (DEPTH_DRIVES, TAIL_SHRINKS, *DOUBLINGS)
 MISSING = "this study has no shapes that differ in one dimension"
+APART = "the lines of sizes are of another study: no run of the shapes is on them"
 
 
 def claims() -> pd.DataFrame:
@@ -105,6 +106,7 @@ def of_study(study: Tables) -> Verdicts:
     """`verdicts` on the tables of a study.
 
     Without its shapes nothing is judged, the weak tail neither: lines alone are those that the claims were drawn from.
+    The weak tail is not judged either where none of the shapes is a run of the lines: they are of different studies.
     """
     if not study.answers(QUESTION):
         return Verdicts(claim.undecided(MISSING) for claim in CLAIMS)
@@ -116,10 +118,12 @@ def verdicts(shapes: pd.DataFrame | None, lines: Lines) -> Verdicts:
     """One verdict per claim: depth drives the trend of non-zeros, the weak tail shrinks, larger is sparser.
 
     shapes: a table of checkpoints with the column d_ff, of ReLU shapes that differ from one of them in one dimension;
-    if it is None, its claims are inconclusive. lines: the tables of the lines of sizes, as `lines.lines_of`.
+    if it is None, its claims are inconclusive. lines: the tables of the lines of sizes, as `lines.lines_of`; if no run
+    of the shapes is on them, the weak tail is inconclusive.
     Raises InputError for missing columns, duplicates, NaN, and shapes without a centre.
     """
-    tail = _tail_verdict(lines)
+    apart = shapes is not None and not any(shapes["run"].isin(line["run"]).any() for line in lines.values())
+    tail = TAIL_SHRINKS.undecided(APART) if apart else _tail_verdict(lines)
     if shapes is None:
         depth, *doublings = (claim.undecided(MISSING) for claim in (DEPTH_DRIVES, *DOUBLINGS))
         return Verdicts([depth, tail, *doublings])

@@ -122,6 +122,15 @@ def test_the_weak_tail_shrinks_on_both_lines(main, second, verdict, shown):
     assert row.reason.startswith("3 sizes; decides: ")  # without the size of one layer
 
 
+def test_lines_of_another_study_leave_the_weak_tail_open():
+    shapes, tail = made((0, 0, 0)), one_dimension.TAIL_SHRINKS.claim
+    of_both = lines_of(*lines())
+    row = by_claim(one_dimension.verdicts(shapes, of_both))[tail]
+    assert (row.verdict, row.reason) == (INCONCLUSIVE, one_dimension.APART)
+    shapes["run"] = shapes["run"].replace({"32x2x80-0": "relu-24x3-0"})  # a run of the second line
+    assert by_claim(one_dimension.verdicts(shapes, of_both))[tail].verdict == SUPPORTED
+
+
 @pytest.mark.parametrize(
     ("slopes", "verdicts"),
     [
