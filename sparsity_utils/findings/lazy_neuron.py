@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t
 
-from sparsity_utils.findings import digits, initial_gradient
+from sparsity_utils.findings import digits, initial_gradient, one_dimension
 from sparsity_utils.findings.claims import Claim, Verdict, Verdicts, stated
 from sparsity_utils.findings.lazy_neuron_figures import DATA, METRICS, layers_figure, needs_figure, sizes_figure
 from sparsity_utils.findings.one_dimension import FALL as PER_DOUBLING
+from sparsity_utils.findings.one_dimension import Change
 from sparsity_utils.findings.style import ShownFigure
 from sparsity_utils.laws.arms import at_chosen_rates, chosen_rates, mean_of_arm, paired, run_means
 from sparsity_utils.laws.data_law import LEVEL
@@ -170,19 +171,6 @@ def claims() -> pd.DataFrame:
     return stated(CLAIMS)
 
 
-@dataclass(frozen=True)
-class Change:
-    """What one dimension of the shape does: per doubling of it, from the smallest to the largest arm, paired by seed.
-
-    Estimates by the names of METRICS: of the share, and of log2 of the count of a layer, share times d_ff.
-    """
-
-    small: str  # arms
-    large: str
-    share: dict[str, Estimate]
-    count: dict[str, Estimate]
-
-
 @dataclass(frozen=True, eq=False)
 class Found:
     """What verdicts, tables and figures rest on: all at the learning rate that counts of each arm."""
@@ -192,7 +180,8 @@ class Found:
     rates: pd.DataFrame  # `chosen_rates`
     falls: dict[str, Estimate]  # by arm of the shape of `plain`, mean over layers
     finals: dict[str, Estimate]  # likewise, the final share
-    changes: dict[str, Change]  # by dimension, of those that arms vary
+    changes: dict[str, Change]  # at equal steps, by dimension, of those that arms vary; paired by seed
+    at_equal_tokens: dict[str, Change]  # per parameter, by dimension, of those that one_dimension varies
     points: pd.DataFrame  # `size_points`
 
 
@@ -213,7 +202,9 @@ def analyse(table: pd.DataFrame | None, shapes: pd.DataFrame | None = None) -> F
     arms = _of_one_shape(runs)
     falls, finals = ({arm: mean_of_arm(runs, arm, name) for arm in arms} for name in ("fall", "final_share"))
     changes = {name: _change(runs, name) for name in ("n_layers", "d_ff") if _ends(runs, name)}
-    return Found(layers, runs, chosen_rates(table), falls, finals, changes, size_points(runs, shapes))
+    at_equal_tokens = {} if shapes is None else one_dimension.changes(shapes)
+    points = size_points(runs, shapes)
+    return Found(layers, runs, chosen_rates(table), falls, finals, changes, at_equal_tokens, points)
 
 
 def _of_one_shape(runs: pd.DataFrame) -> list[str]:

@@ -64,18 +64,27 @@ def runs_table(runs: pd.DataFrame) -> pd.DataFrame:
     return table.assign(seeds=means.size()).round(2).reset_index()
 
 
-def changes_table(changes: Mapping) -> pd.DataFrame:
-    """What doubling a dimension does at equal steps, by metric: to the share in points, and to the count of a layer.
+def changes_table(*changes: Mapping) -> pd.DataFrame:
+    """What doubling a dimension does, by metric: to the share in points, and to the count of a layer in doublings.
 
-    changes: `lazy_neuron.Change` by dimension.
+    changes: for each kind of DATA, in its order, `one_dimension.Change` by dimension.
     """
     rows = []
-    for dimension, change in changes.items():
-        for metric in METRICS:
-            share, count = _interval(change.share[metric], 100, 1), _interval(change.count[metric], 1, 2)
-            rows.append((dimension, f"{change.small} to {change.large}", metric, share, count))
-    columns = ["dimension", "arms", "metric", "points_per_doubling", "doublings_of_the_count_per_doubling"]
+    for data, by_dimension in zip(DATA, changes, strict=True):
+        for dimension, change in by_dimension.items():
+            for metric in METRICS:
+                share, count = _interval(change.share[metric], 100, 1), _interval(change.count[metric], 1, 2)
+                rows.append((data, dimension, f"{change.small} to {change.large}", metric, share, count))
+    columns = ["data", "dimension", "from_to", "metric", "points_per_doubling", "doublings_of_the_count_per_doubling"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def points_table(points: pd.DataFrame) -> pd.DataFrame:
+    """Every shape of `lazy_neuron.size_points`: shares in percent by both metrics, and active neurons of a layer."""
+    table = points[["data", *AXES, "runs"]].copy()
+    for metric in METRICS:
+        table[f"{metric}_%"], table[f"{metric}_per_layer"] = 100 * points[metric], points[metric] * points["d_ff"]
+    return table.round(1)
 
 
 def _interval(estimate: Estimate, scale: float, digits: int) -> str:

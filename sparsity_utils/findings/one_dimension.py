@@ -5,7 +5,7 @@ many training tokens per parameter. The claims are frozen before the runs: resul
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from sparsity_utils.laws.lines import (
     lines_of,
     nonzero_share,
     on_lines,
+    relu_ratio,
     size_means,
     slopes_on_lines,
     unequal_data,
@@ -36,6 +37,8 @@ from sparsity_utils.study.tables import Tables
 
 DIMENSIONS = ("d_model", "n_layers", "d_ff")
 NAMES = {"d_model": "width", "n_layers": "depth", "d_ff": "d_ff"}
+NONZEROS = "non-zeros"
+SHARES = {NONZEROS: nonzero_share, "CETT-PPL": relu_ratio}  # by metric: the share of each ReLU run
 WIDTH_MARGIN, DEPTH_MARGIN = -0.03, -0.05  # share of non-zeros per decade of parameters
 FALL = -0.02  # share of non-zeros per doubling
 QUESTION = "one_dimension"
@@ -143,18 +146,18 @@ def verdicts(shapes: pd.DataFrame | None, lines: Lines) -> Verdicts:
     return Verdicts([depth, tail, *doublings])
 
 
-def shape_means(shapes: pd.DataFrame) -> pd.DataFrame:
-    """One row per shape: d_model, n_layers, d_ff, parameters, `value` (share of non-zeros, mean over seeds), runs."""
+def shape_means(shapes: pd.DataFrame, metric: str = NONZEROS) -> pd.DataFrame:
+    """One row per shape: d_model, n_layers, d_ff, parameters, `value` (share by a metric, mean over seeds), runs."""
     require(
         shapes, [*COLUMNS, "d_ff", "nonzero_share"], ["run", "step"], ["parameters", "d_ff", "nonzero_share"], QUESTION
     )
     runs = shapes[["run", *SHAPE, "d_ff", "seed"]].drop_duplicates()
     require(runs, [], [*SHAPE, "d_ff", "seed"], [], f"{QUESTION} (one row per run)")
-    values = nonzero_share(shapes)
+    values = SHARES[metric](shapes)
     if values.empty:
         raise InputError(f"The {QUESTION} table has no relu runs; its claims are about ReLU models.")
     if (values["value"] <= 0).any():
-        raise InputError(f"The {QUESTION} table has a run without a share of non-zeros above 0; measure it again.")
+        raise InputError(f"The {QUESTION} table has a run without a share of {metric} above 0; measure it again.")
     return size_means(values.assign(d_ff=values["run"].map(runs.set_index("run")["d_ff"])), DIMENSIONS)
 
 
@@ -182,6 +185,45 @@ def doubling_slopes(means: pd.DataFrame) -> dict[str, Estimate]:
     """{dimension: slope of `value` per doubling of it}."""
     middle = centre(means)
     return _slopes(means, middle, {name: np.log2(means[name] / middle[name]) for name in DIMENSIONS})
+
+
+def count_slopes(means: pd.DataFrame) -> dict[str, Estimate]:
+    """{dimension: doublings of the number of active neurons of a layer, `value` times d_ff, per doubling of it}."""
+    return doubling_slopes(means.assign(value=np.log2(means["value"] * means["d_ff"])))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one dimension of the shape does per doubling of it, from the smallest to the largest that there is.
+
+    Estimates by metric: of the share, and of log2 of the count of a layer, share times d_ff.
+    """
+
+    small: str
+    large: str
+    share: dict[str, Estimate]
+    count: dict[str, Estimate]
+
+
+def changes(shapes: pd.DataFrame) -> dict[str, Change]:
+    """What each dimension does at equal tokens per parameter, of those that shapes vary: a description by both metrics.
+
+    The slopes are those of the regression by which the claims are judged. Raises InputError as `shape_means` does.
+    """
+    means = {metric: shape_means(shapes, metric) for metric in SHARES}
+    shares = {metric: doubling_slopes(one) for metric, one in means.items()}
+    counts = {metric: count_slopes(one) for metric, one in means.items()}
+    sizes = means[NONZEROS]
+    return {
+        name: Change(
+            f"{sizes[name].min():g}",
+            f"{sizes[name].max():g}",
+            {metric: shares[metric][name] for metric in SHARES},
+            {metric: counts[metric][name] for metric in SHARES},
+        )
+        for name in DIMENSIONS
+        if sizes[name].nunique() > 1
+    }
 
 
 def _slopes(means: pd.DataFrame, middle: pd.Series, along: dict[str, pd.Series]) -> dict[str, Estimate]:
@@ -222,8 +264,7 @@ def share_falls(estimate: Estimate) -> str:
 
 def doubling_verdicts(means: pd.DataFrame) -> dict[Claim, tuple[Estimate, str]]:
     """Estimate and verdict of each claim per doubling; means: one row per shape, `value` its share of non-zeros."""
-    shares = doubling_slopes(means)
-    count = doubling_slopes(means.assign(value=np.log2(means["value"] * means["d_ff"])))["d_ff"]
+    shares, count = doubling_slopes(means), count_slopes(means)["d_ff"]
     return {
         DEEPER_SPARSER: (shares["n_layers"], share_falls(shares["n_layers"])),
         MORE_NEURONS_SPARSER: (shares["d_ff"], share_falls(shares["d_ff"])),

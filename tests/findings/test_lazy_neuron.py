@@ -193,14 +193,33 @@ def test_points_of_both_studies_lie_on_lines_of_one_dimension():
     assert single["non-zeros reach"].isna().all() and len(single) == 5
 
 
+def test_what_doubling_does_is_told_by_both_metrics_at_equal_steps_and_at_equal_tokens():
+    shapes = shapes_of({(32, 4, 80): 0.35, (32, 8, 80): 0.30, (16, 4, 80): 0.37, (64, 4, 80): 0.33, (32, 4, 320): 0.25})
+    found = lazy_neuron.analyse(planted(FALLS | LARGER), shapes)
+    share, count = found.at_equal_tokens["d_ff"].share, found.at_equal_tokens["d_ff"].count
+    assert (share["non-zeros"].value, share["CETT-PPL"].value) == pytest.approx((-0.05, -0.025))
+    assert count["non-zeros"].value == pytest.approx(math.log2(4 * 0.25 / 0.35) / 2, abs=0.01)
+    assert count["CETT-PPL"].value == pytest.approx(count["non-zeros"].value)  # half of the share everywhere
+    table = lazy_neuron_figures.changes_table(found.changes, found.at_equal_tokens)
+    steps, tokens = lazy_neuron_figures.DATA
+    assert table["data"].tolist() == [steps] * 4 + [tokens] * 6
+    rows = table[table["data"] == tokens].set_index(["dimension", "metric"])
+    assert rows.loc[("d_model", "non-zeros"), "from_to"] == "16 to 64"
+    assert rows.loc[("n_layers", "CETT-PPL"), "points_per_doubling"].startswith("-2.5 (")
+    points = lazy_neuron_figures.points_table(found.points).set_index(["data", "d_model", "n_layers", "d_ff"])
+    widest = points.loc[(tokens, 64, 4, 80)]
+    assert widest[["runs", "non-zeros_%", "CETT-PPL_%"]].tolist() == [2, 33, 16.5]
+    assert widest[["non-zeros_per_layer", "CETT-PPL_per_layer"]].tolist() == pytest.approx([26.4, 13.2])
+
+
 def test_tables_and_figures_show_what_was_found():
     found = lazy_neuron.analyse(planted(FALLS | LARGER))
     runs = lazy_neuron_figures.runs_table(found.runs).set_index("arm")
     assert runs.loc["d_ff_160", "final_%"] == pytest.approx(24, abs=0.3)
     assert runs.loc["d_ff_160", "non_zeros_per_layer"] == pytest.approx(0.24 * 160, abs=0.5)
     assert np.isnan(runs.loc["uniform", "CETT_neurons_per_layer"])
-    changes = lazy_neuron_figures.changes_table(found.changes)
-    assert changes["arms"].tolist() == ["depth_2 to depth_8"] * 2 + ["d_ff_40 to d_ff_160"] * 2
+    changes = lazy_neuron_figures.changes_table(found.changes, found.at_equal_tokens)
+    assert changes["from_to"].tolist() == ["depth_2 to depth_8"] * 2 + ["d_ff_40 to d_ff_160"] * 2
     assert changes["points_per_doubling"][0].startswith("-6.") or changes["points_per_doubling"][0].startswith("-5.9")
     assert set(lazy_neuron_figures.rates_table(found.rates)["at_edge"]) == {"yes"}
     layers = lazy_neuron_figures.layers_figure(found.layers)
