@@ -37,7 +37,7 @@ def test_a_room_imports_only_from_those_before_it(room):
     allowed = TOP | set(ROOMS[: ROOMS.index(room) + 1])
     if room == "laws":
         allowed -= {"study"}  # a law knows tables, not runs
-    for file in sorted((PACKAGE / room).glob("*.py")):
+    for file in sorted((PACKAGE / room).rglob("*.py")):
         assert imported(file) <= allowed, file.name
 
 

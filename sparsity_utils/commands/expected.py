@@ -14,8 +14,8 @@ import torch
 from sparsity_utils import paths
 from sparsity_utils.study.cost import checkpoint_bytes, state_bytes
 from sparsity_utils.study.jobs import Job
+from sparsity_utils.study.makers.speeds import step_times
 from sparsity_utils.study.profiles import Profile
-from sparsity_utils.study.speeds import step_times
 from sparsity_utils.study.study import Study
 
 ROUNDS = 5  # optimizer steps that are timed

@@ -1,8 +1,8 @@
 """Notebook 11, images of digits: does top-k activation help against noise in labels and pixels, and calibration?
 
 The claims are those of Table 1 of arXiv 2210.06313, which compares vision transformers without repetition. Here two
-small networks are trained on images of digits (`study.digits`) with 20 seeds. The pairs of one seed differ in the arm
-alone: all ReLU neurons, or the 21 largest of 512.
+small networks are trained on images of digits (`study.makers.digits`) with 20 seeds. The pairs of one seed differ in
+the arm alone: all ReLU neurons, or the 21 largest of 512.
 """
 
 import math

@@ -26,8 +26,8 @@ from sparsity_utils.laws.corrections import (
 )
 from sparsity_utils.laws.limits import require
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Estimate
-from sparsity_utils.study.correction import PARTS as LEFT_OUT
-from sparsity_utils.study.correction_speed import PERIOD, THRESHOLD
+from sparsity_utils.study.makers.correction import PARTS as LEFT_OUT
+from sparsity_utils.study.makers.correction_speed import PERIOD, THRESHOLD
 from sparsity_utils.study.tables import Tables
 
 QUESTION = "correction"

@@ -21,7 +21,9 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.models.shapes import head_count
-from sparsity_utils.study import (
+from sparsity_utils.study.engines import do_jobs
+from sparsity_utils.study.jobs import Job, longest_first
+from sparsity_utils.study.makers import (
     correction,
     digits,
     gradient_flow,
@@ -31,10 +33,8 @@ from sparsity_utils.study import (
     trained_decoding,
     training_free,
 )
-from sparsity_utils.study.engines import do_jobs
-from sparsity_utils.study.jobs import Job, longest_first
+from sparsity_utils.study.makers.pieces import Frames
 from sparsity_utils.study.measurements import measurement
-from sparsity_utils.study.pieces import Frames
 from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
 from sparsity_utils.study.profiles import Profile, read_profile
 from sparsity_utils.study.runs import RunConfig, find_run, run_with_model

@@ -16,7 +16,7 @@ from sparsity_utils.decoding.drafters import FromPrompt, Masked, fsparse, top_in
 from sparsity_utils.decoding.speed import greedy
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.paths import RESULTS
-from sparsity_utils.study import correction, correction_prompts, pretrained
+from sparsity_utils.study.makers import correction, correction_prompts, pretrained
 from sparsity_utils.study.opened_models import CorrectionConfig
 from sparsity_utils.study.plan import CORRECTION
 from sparsity_utils.study.study import Study
@@ -178,7 +178,7 @@ def test_speeds_are_of_the_same_text(opened, tables):
 
 
 def test_no_speed_where_texts_differ(opened, pieces, monkeypatch):
-    from sparsity_utils.study import correction_speed
+    from sparsity_utils.study.makers import correction_speed
 
     monkeypatch.setattr(correction_speed, "Shrunk", lambda model, share: Masked(model, fsparse(model, 0.02)))
     prompt = correction_prompts.prompts_of(opened[1], "python", SETTINGS)[0][:1]

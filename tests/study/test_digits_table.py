@@ -9,12 +9,23 @@ import torch
 from small import profile_content, write_profile
 
 from sparsity_utils.console import InputError
-from sparsity_utils.study import digits as module
-from sparsity_utils.study import digits_images, digits_models
-from sparsity_utils.study.digits import Condition, gap_sums
 from sparsity_utils.study.digits_config import DigitsConfig
-from sparsity_utils.study.digits_images import BRIGHTEST, LEVELS, corrupted, loaded, parts_of, redrawn
-from sparsity_utils.study.digits_models import ARMS, HEADS, NEURONS, SHAPES, TOKENS, WIDTH, K, initial, outputs, top_k
+from sparsity_utils.study.makers import digits as module
+from sparsity_utils.study.makers import digits_images, digits_models
+from sparsity_utils.study.makers.digits import Condition, gap_sums
+from sparsity_utils.study.makers.digits_images import BRIGHTEST, LEVELS, corrupted, loaded, parts_of, redrawn
+from sparsity_utils.study.makers.digits_models import (
+    ARMS,
+    HEADS,
+    NEURONS,
+    SHAPES,
+    TOKENS,
+    WIDTH,
+    K,
+    initial,
+    outputs,
+    top_k,
+)
 from sparsity_utils.study.plan import planned
 from sparsity_utils.study.study import Study
 

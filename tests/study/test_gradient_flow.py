@@ -9,8 +9,8 @@ from small import tiny_study
 
 from sparsity_utils import paths
 from sparsity_utils.console import InputError
-from sparsity_utils.study import gradient_flow as module
 from sparsity_utils.study.ends import first_gradients, initial_model
+from sparsity_utils.study.makers import gradient_flow as module
 from sparsity_utils.study.study import Study
 from sparsity_utils.text.windows import TrainingBatches
 

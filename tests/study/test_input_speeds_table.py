@@ -9,7 +9,7 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.decoding.masked_text import MaskedText
 from sparsity_utils.models.pretrained import load_weights
-from sparsity_utils.study import input_settings, input_speeds
+from sparsity_utils.study.makers import input_settings, input_speeds
 from sparsity_utils.study.opened_models import InputSpeedConfig, PretrainedConfig
 
 SETTINGS = InputSpeedConfig(

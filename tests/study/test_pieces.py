@@ -5,7 +5,7 @@ from functools import partial
 import pandas as pd
 from torch import nn
 
-from sparsity_utils.study.pieces import Pieces
+from sparsity_utils.study.makers.pieces import Pieces
 
 
 def table(value: int) -> dict[str, pd.DataFrame]:

@@ -14,7 +14,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import apply_thresholds
-from sparsity_utils.study import pretrained
+from sparsity_utils.study.makers import pretrained
 from sparsity_utils.study.opened_models import PretrainedConfig
 from sparsity_utils.study.plan import PRETRAINED
 from sparsity_utils.study.study import Study

@@ -5,8 +5,8 @@ import pytest
 
 from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig
-from sparsity_utils.study import speeds as module
-from sparsity_utils.study.speeds import PASSES, step_times
+from sparsity_utils.study.makers import speeds as module
+from sparsity_utils.study.makers.speeds import PASSES, step_times
 
 SMALL = {"vocabulary": 300, "context": 32, "head_size": 4, "base_width": 16}
 CONFIGS = [ModelConfig(16, 1, **SMALL), ModelConfig(8, 4, **SMALL)]

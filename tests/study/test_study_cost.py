@@ -12,9 +12,9 @@ from sparsity_utils.models.memory import device_memory
 from sparsity_utils.models.shapes import head_count, non_embedding_parameters
 from sparsity_utils.models.training import Schedule
 from sparsity_utils.study.cost import device_costs
+from sparsity_utils.study.makers.speeds import SMALLEST_PUBLISHED
 from sparsity_utils.study.plan import QUESTIONS, planned
 from sparsity_utils.study.profiles import read_profile
-from sparsity_utils.study.speeds import SMALLEST_PUBLISHED
 from sparsity_utils.study.study import Study
 
 PUBLISHED_BATCHES = (3.27e5, 5.90e5, 7.86e5, 1.18e6, 1.57e6, 2.10e6)  # tokens, arXiv 2411.02335

@@ -16,8 +16,8 @@ from sparsity_utils.models.input_training import trained_thresholds
 from sparsity_utils.neurons.linears import find_linears, sparse_inputs
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
-from sparsity_utils.study import trained_decoding as module
-from sparsity_utils.study.input_speeds import WHOLE
+from sparsity_utils.study.makers import trained_decoding as module
+from sparsity_utils.study.makers.input_speeds import WHOLE
 from sparsity_utils.study.plan import decoded_runs, planned
 from sparsity_utils.study.runs import run_with_model
 from sparsity_utils.study.study import Study

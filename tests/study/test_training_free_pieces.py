@@ -13,7 +13,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.models.pretrained import open_checkpoint
 from sparsity_utils.neurons.linears import sparse_inputs
 from sparsity_utils.sparsity.training_free import TrainingFree
-from sparsity_utils.study import training_free
+from sparsity_utils.study.makers import training_free
 from sparsity_utils.study.opened_models import TrainingFreeConfig
 from sparsity_utils.study.plan import TRAINING_FREE_TABLES, planned
 from sparsity_utils.study.profiles import read_profile

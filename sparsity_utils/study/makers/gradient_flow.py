@@ -11,8 +11,8 @@ from itertools import product
 import pandas as pd
 
 from sparsity_utils.study.ends import first_gradients, initial_model
-from sparsity_utils.study.maker import Asked, Maker
-from sparsity_utils.study.pieces import Frames
+from sparsity_utils.study.makers.maker import Asked, Maker
+from sparsity_utils.study.makers.pieces import Frames
 from sparsity_utils.study.plan import GRADIENT_FLOW, Settings
 from sparsity_utils.study.profiles import Profile
 

@@ -33,12 +33,18 @@ from sparsity_utils.neurons.input_rules import INPUT_RULES
 from sparsity_utils.neurons.linears import find_linears
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
-from sparsity_utils.study.input_settings import Calibrated, Setting
-from sparsity_utils.study.maker import Asked, Maker
+from sparsity_utils.study.makers.input_settings import Calibrated, Setting
+from sparsity_utils.study.makers.maker import Asked, Maker
+from sparsity_utils.study.makers.pieces import Frames, Pieces, measurement_key
+from sparsity_utils.study.makers.pretrained import (
+    SECONDS_PER_TOKEN_AND_PARAMETER,
+    Text,
+    found_model,
+    not_here,
+    read_texts,
+)
 from sparsity_utils.study.opened_models import InputSpeedConfig, PretrainedConfig
-from sparsity_utils.study.pieces import Frames, Pieces, measurement_key
 from sparsity_utils.study.plan import INPUT_SPEEDS
-from sparsity_utils.study.pretrained import SECONDS_PER_TOKEN_AND_PARAMETER, Text, found_model, not_here, read_texts
 from sparsity_utils.study.profiles import Profile
 
 VERSION = 1  # raise it when the same settings would measure something else

@@ -29,9 +29,9 @@ from sparsity_utils.sparsity.calibration import TOLERANCE, Calibration, solve_ce
 from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
 from sparsity_utils.sparsity.passes import checked
 from sparsity_utils.sparsity.predictions import by_document, document_activity, fat_thresholds, predictions
-from sparsity_utils.study.maker import Asked, Maker
+from sparsity_utils.study.makers.maker import Asked, Maker
+from sparsity_utils.study.makers.pieces import Frames, Pieces, measurement_key
 from sparsity_utils.study.opened_models import PRICE, PretrainedConfig
-from sparsity_utils.study.pieces import Frames, Pieces, measurement_key
 from sparsity_utils.study.plan import PRETRAINED
 from sparsity_utils.study.profiles import Profile
 from sparsity_utils.text.windows import pinned_documents, read_documents, split_documents

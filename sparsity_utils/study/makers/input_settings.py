@@ -14,9 +14,9 @@ from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import measure_sparsity
 from sparsity_utils.sparsity.rule_report import RuleReport
 from sparsity_utils.sparsity.training_free import TrainingFree
+from sparsity_utils.study.makers.pieces import Frames, Pieces
+from sparsity_utils.study.makers.pretrained import Text
 from sparsity_utils.study.opened_models import InputSpeedConfig
-from sparsity_utils.study.pieces import Frames, Pieces
-from sparsity_utils.study.pretrained import Text
 
 SOLVING = 8  # passes over the calibration text that a price takes; a sparsity takes one
 

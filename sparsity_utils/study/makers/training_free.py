@@ -29,11 +29,11 @@ from sparsity_utils.sparsity.optimality import check_lemma, check_stack, counter
 from sparsity_utils.sparsity.passes import run_backbone
 from sparsity_utils.sparsity.rule_report import RuleReport
 from sparsity_utils.sparsity.training_free import GREEDY_TO, TrainingFree
-from sparsity_utils.study.maker import Asked, Maker
+from sparsity_utils.study.makers.maker import Asked, Maker
+from sparsity_utils.study.makers.pieces import Frames, Pieces, measurement_key
+from sparsity_utils.study.makers.pretrained import middle_windows, not_here, opened, pinned
 from sparsity_utils.study.opened_models import TrainingFreeConfig
-from sparsity_utils.study.pieces import Frames, Pieces, measurement_key
 from sparsity_utils.study.plan import TRAINING_FREE_TABLES, planned
-from sparsity_utils.study.pretrained import middle_windows, not_here, opened, pinned
 from sparsity_utils.study.profiles import Profile
 from sparsity_utils.study.runs import run_with_model
 from sparsity_utils.text.corpus import Corpus

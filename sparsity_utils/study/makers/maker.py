@@ -10,7 +10,7 @@ from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsity_utils.study.pieces import Frames
+from sparsity_utils.study.makers.pieces import Frames
 from sparsity_utils.study.plan import Settings
 from sparsity_utils.study.profiles import Profile
 from sparsity_utils.study.runs import RunConfig

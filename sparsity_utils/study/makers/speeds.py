@@ -23,8 +23,8 @@ from sparsity_utils.neurons.hooks import observe_neurons
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import measure_sparsity
-from sparsity_utils.study.maker import Asked, Maker
-from sparsity_utils.study.pieces import Frames
+from sparsity_utils.study.makers.maker import Asked, Maker
+from sparsity_utils.study.makers.pieces import Frames
 from sparsity_utils.study.plan import SPEEDS, planned
 from sparsity_utils.study.profiles import Profile, SpeedConfig
 from sparsity_utils.text.windows import measurement_batches

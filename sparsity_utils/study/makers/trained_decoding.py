@@ -31,9 +31,9 @@ from sparsity_utils.neurons.linears import find_linears
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.study.experiments import TrainedDecodingConfig
-from sparsity_utils.study.input_speeds import WHOLE, Way, interval
-from sparsity_utils.study.maker import Asked, Maker
-from sparsity_utils.study.pieces import Frames
+from sparsity_utils.study.makers.input_speeds import WHOLE, Way, interval
+from sparsity_utils.study.makers.maker import Asked, Maker
+from sparsity_utils.study.makers.pieces import Frames
 from sparsity_utils.study.plan import TRAINED_DECODING, decoded_runs
 from sparsity_utils.study.profiles import Profile
 from sparsity_utils.study.runs import Run, run_with_model

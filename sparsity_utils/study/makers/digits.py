@@ -23,10 +23,10 @@ from torch import Tensor
 
 from sparsity_utils.console import progress
 from sparsity_utils.study.digits_config import DigitsConfig
-from sparsity_utils.study.digits_images import TRAINING, Parts, generator, noisy_tests, parts_of
-from sparsity_utils.study.digits_models import ARMS, SHAPES, Parameters, initial, outputs
-from sparsity_utils.study.maker import Asked, Maker
-from sparsity_utils.study.pieces import Frames, Pieces
+from sparsity_utils.study.makers.digits_images import TRAINING, Parts, generator, noisy_tests, parts_of
+from sparsity_utils.study.makers.digits_models import ARMS, SHAPES, Parameters, initial, outputs
+from sparsity_utils.study.makers.maker import Asked, Maker
+from sparsity_utils.study.makers.pieces import Frames, Pieces
 from sparsity_utils.study.plan import DIGITS
 from sparsity_utils.study.profiles import Profile
 from sparsity_utils.study.runs import digest

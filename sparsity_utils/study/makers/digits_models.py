@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsity_utils.study.digits_images import CLASSES, SIDE, generator
+from sparsity_utils.study.makers.digits_images import CLASSES, SIDE, generator
 
 ALL, TOP_K = "all", "top-k"
 ARMS = (ALL, TOP_K)

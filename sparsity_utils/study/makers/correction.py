@@ -26,13 +26,13 @@ from sparsity_utils.models.decoder import default_device
 from sparsity_utils.neurons.modes import evaluating
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.sparsity.metrics import SparsityReport, measure_sparsity
-from sparsity_utils.study.correction_prompts import Documents, read_prompts
-from sparsity_utils.study.correction_speed import PERIOD, SHARE, THRESHOLD, speeds
-from sparsity_utils.study.maker import Asked, Maker
+from sparsity_utils.study.makers.correction_prompts import Documents, read_prompts
+from sparsity_utils.study.makers.correction_speed import PERIOD, SHARE, THRESHOLD, speeds
+from sparsity_utils.study.makers.maker import Asked, Maker
+from sparsity_utils.study.makers.pieces import Frames, Pieces, measurement_key
+from sparsity_utils.study.makers.pretrained import not_here, opened
 from sparsity_utils.study.opened_models import CorrectionConfig
-from sparsity_utils.study.pieces import Frames, Pieces, measurement_key
 from sparsity_utils.study.plan import CORRECTION
-from sparsity_utils.study.pretrained import not_here, opened
 from sparsity_utils.text.windows import measurement_batches
 
 VERSION = 1  # raise it when the same settings would measure other numbers

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsity_utils.console import check
+from sparsity_utils.study.makers.pretrained import middle_windows, pinned
 from sparsity_utils.study.opened_models import CorrectionConfig
-from sparsity_utils.study.pretrained import middle_windows, pinned
 
 EXAMPLES = 24  # sums before the one that is asked for
 

@@ -1,0 +1,1 @@
+"""Tables that are not measured on runs one by one: speeds, opened models, digits; each module ends with its MAKERS."""
