@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ LOCK = ROOT / "requirements.lock"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Newer versions of filelock replace a lock that a file system lacks by one that outlives a killed process.
 HARD: dict[str, Any] = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
+PATIENCE = 3  # seconds that another process is waited for without a word
 LOCKLESS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -75,12 +77,12 @@ def published_curves() -> Path:
 def locked(target: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock file beside `target`; the system frees it when the process ends, however it ends.
 
-    Where another process holds it: wait for it or, if not `wait`, raise InputError.
+    Where another process holds it: say so after a few seconds and wait for it or, if not `wait`, raise InputError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target.parent / f".{target.name}.lock", **HARD)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        _acquire(lock, target, wait)
     except Timeout as error:
         raise InputError(f"Another process writes {target}; wait until it ends, or name another folder.") from error
     except (NotImplementedError, OSError) as error:
@@ -94,6 +96,17 @@ def locked(target: Path, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _acquire(lock: FileLock, target: Path, wait: bool) -> None:
+    """Raises Timeout where another process has the lock and nobody waits."""
+    try:
+        lock.acquire(timeout=PATIENCE if wait else 0)
+    except Timeout:
+        if not wait:
+            raise
+        print(f"Another process is at work on {target}; this one goes on when it ends.", file=sys.stderr, flush=True)
+        lock.acquire(timeout=-1)
 
 
 @contextmanager

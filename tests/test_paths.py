@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from safetensors import SafetensorError
@@ -64,3 +65,25 @@ def test_the_build_folder_can_be_moved(monkeypatch, tmp_path):
     assert paths.runs().parent == paths.corpora().parent == paths.profile_output("laptop").parent == tmp_path
     monkeypatch.setenv("SPARSITY_BUILD", "elsewhere")  # the same folder wherever a kernel runs
     assert paths.build() == paths.ROOT / "elsewhere"
+
+
+def test_who_waits_for_another_process_says_so_and_goes_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(paths, "PATIENCE", 0.05)
+    target, went_on = tmp_path / "table.csv", []
+
+    def second():
+        with paths.locked(target):
+            went_on.append(True)
+
+    with paths.locked(target):
+        assert capsys.readouterr().err == ""
+        other = Thread(target=second)
+        other.start()
+        other.join(0.5)
+        assert other.is_alive() and not went_on
+        told = capsys.readouterr().err
+        said = r"Another process writes .*table\.csv; wait until it ends"
+        with pytest.raises(InputError, match=said), paths.locked(target, wait=False):
+            pass
+    other.join(20)
+    assert went_on and told == f"Another process is at work on {target}; this one goes on when it ends.\n"
