@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from sparsity_utils.findings.style import COLOURS, Look, ShownFigure, captioned, plain_log, side_by_side, styled
 from sparsity_utils.laws.data_law import LEVEL
-from sparsity_utils.laws.published import PUBLISHED_LAWS
+from sparsity_utils.laws.published import PUBLISHED_LAWS, PUBLISHED_NONZEROS
 from sparsity_utils.laws.trends import Estimate
 from sparsity_utils.models.shapes import d_ff
 
@@ -27,8 +27,7 @@ METRICS = {"non-zeros": "final_share", "CETT-PPL": "activation_ratio"}  # in the
 DATA = ("plain FFN, equal steps", "gated FFN, equal tokens per parameter")  # tables lazy_neuron and one_dimension
 AXES = {"n_layers": "Layers", "d_model": "Width (d_model)", "d_ff": "Neurons per layer (d_ff)"}
 FFN_RATIO = 2.5  # d_ff over d_model of the published models of 2411.02335
-# Published models, by name and marker: d_model, n_layers, d_ff, share; NaN: not known here. Limits at CETT-PPL-1% of
-# gated ReLU (2411.02335, Table 2); shares of non-zeros: its 0.8B, calculated from section 1, and 1.5B (2603.23198).
+# Published models, by name and marker: d_model, n_layers, d_ff, share. Limits of gated ReLU (2411.02335, Table 2).
 PUBLISHED = {
     ("CETT-PPL, 0.1B to 2.4B, published", "x"): [
         (law.d_model, law.n_layers, d_ff(law.d_model, FFN_RATIO), law.limit)
@@ -36,8 +35,7 @@ PUBLISHED = {
         if law.activation == "relu"
     ],
     ("non-zeros, 0.8B and 1.5B, published", "+"): [
-        (1536, 28, d_ff(1536, FFN_RATIO), 0.0721 / 0.39),
-        (np.nan, np.nan, 5632, 911 / 5632),
+        (model.d_model, model.n_layers, model.d_ff, model.share) for model in PUBLISHED_NONZEROS
     ],
 }
 T5_BASE = 0.027  # mean share of non-zeros over layers (2210.06313, section 1.1); plain FFN, trained to the end

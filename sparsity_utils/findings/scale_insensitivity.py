@@ -5,22 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
-from sparsity_utils.console import short_number
 from sparsity_utils.findings.claims import SLOPE_MARGIN, SLOPES, Claim, Verdict, Verdicts, stated
-from sparsity_utils.findings.style import (
-    AXIS,
-    Look,
-    ShownFigure,
-    captioned,
-    dodged,
-    plain_log,
-    price_name,
-    seeds_name,
-    side_by_side,
-    styled,
-)
+from sparsity_utils.findings.scale_insensitivity_figures import figure, one_axis, second_line
+from sparsity_utils.findings.style import ShownFigure
 from sparsity_utils.laws.convergence import convergence_table
 from sparsity_utils.laws.limits import Curves, fit_curves, limits_table
 from sparsity_utils.laws.lines import (
@@ -36,14 +24,10 @@ from sparsity_utils.laws.lines import (
     slopes_on_lines,
     unequal_data,
 )
-from sparsity_utils.laws.published import PUBLISHED_LAWS
 from sparsity_utils.laws.trends import INCONCLUSIVE, fit_line
 from sparsity_utils.models.config import ACTIVATIONS
-from sparsity_utils.models.shapes import non_embedding_parameters
 from sparsity_utils.study.tables import Tables
 
-CLOSEST = 1.8  # ratio of two sizes from which on the labels of both fit on an axis
-LOOKS = {activation: Look(number) for number, activation in enumerate(ACTIVATIONS)}
 MEASURED = "mean of the last five stable checkpoints"
 
 
@@ -200,100 +184,4 @@ def figures(study: Tables) -> Iterator[tuple[str, ShownFigure]]:
         yield "04_scale_insensitivity", figure(scale)
         if second is not None:
             yield "04_second_line", second_line(scale)
-
-
-@styled
-def figure(scale: Scale) -> ShownFigure:
-    """Activation ratio against size by two metrics and beside the published limits, and who converges sooner.
-
-    The sizes of a second line are not drawn, but the intervals rest on the residuals of both lines, as in the verdicts.
-    """
-    shown = ShownFigure(figsize=(7.8, 6.8), layout="constrained")
-    (left, right), (half, beside) = shown.subplots(2, 2)
-    checkpoints = scale.lines[MAIN]
-    for activation in sorted(set(checkpoints["activation"])):
-        outcome = scale.outcomes[activation]
-        _against_size(left, outcome, MAIN, ACTIVATIONS[activation], LOOKS[activation])
-        _beside_published(beside, outcome.values[outcome.values["line"] == MAIN], activation)
-    if "nonzero" in scale.outcomes:
-        _against_size(right, scale.outcomes["nonzero"], MAIN, ACTIVATIONS["relu"], LOOKS["relu"])
-    _half_way(half, scale.convergence)
-    left.set(title=price_name(checkpoints), ylabel=AXIS)
-    right.set(title="Share of non-zero neurons", ylabel="Non-zero neurons (% of d_ff)")
-    for axes in (left, right, half):
-        _size_axis(axes, checkpoints["parameters"])
-    for axes in (left, right):
-        axes.set_ylim(0, 1.35 * axes.dataLim.ymax)  # room for the legend
-    beside.set(xscale="log", xlim=(1e3, 1e10), ylim=(0, 62), xlabel="Non-embedding parameters", ylabel=AXIS)
-    beside.set(title=f"{price_name(checkpoints)}, beside the published limits")
-    for axes in (left, right, half, beside):
-        axes.legend(fontsize=7)
-    fitted = "lines through the means of the sizes, slopes with 90% intervals"
-    return captioned(shown, f"One point per run, {seeds_name(checkpoints)} a size, side by side; {fitted}.")
-
-
-@styled
-def second_line(scale: Scale) -> ShownFigure:
-    """Both metrics against size at two width-depth ratios."""
-    shown, (left, right) = side_by_side(2)
-    for axes, names in ((left, scale.activations), (right, scale.outcomes.keys() & {"nonzero"})):
-        for name in names:
-            activation = "relu" if name == "nonzero" else name
-            for number, line in enumerate(scale.outcomes[name].slopes):
-                look = Look(2 * number + list(ACTIVATIONS).index(activation))
-                ratio = scale.lines[line]["width_depth_ratio"].median()
-                _against_size(axes, scale.outcomes[name], line, f"{ACTIVATIONS[activation]}, ratio {ratio:.3g}", look)
-    both = pd.concat(scale.lines.values())
-    left.set(title=price_name(both), ylabel=AXIS)
-    right.set(title="Share of non-zero neurons", ylabel="Non-zero neurons (% of d_ff)")
-    for axes in (left, right):
-        _size_axis(axes, both["parameters"])
-        axes.set_ylim(0, 1.5 * axes.dataLim.ymax)  # room for the legend
-        axes.legend(fontsize=7)
-    fitted = "lines through the means of the sizes, slopes with 90% intervals"
-    return captioned(shown, f"One point per run, {seeds_name(both)} a size, side by side; {fitted}.")
-
-
-def _against_size(axes: Axes, outcome: OverScale, line: str, name: str, look: Look) -> None:
-    """One value per run against size, and the line through the means of the sizes whose slope is tested."""
-    values, found = outcome.values[outcome.values["line"] == line], outcome.slopes[line]
-    ends = np.array([values["parameters"].min(), values["parameters"].max()])
-    slope = [100 * part for part in (found.estimate.value, found.estimate.low, found.estimate.high)]
-    label = f"{name}: {slope[0]:+.1f} [{slope[1]:+.1f}, {slope[2]:+.1f}] points per decade"
-    axes.plot(dodged(values["parameters"]), 100 * values["value"], look.marker, color=look.colour, alpha=0.8)
-    axes.plot(ends, 100 * found.at(ends), look.line, color=look.colour, label=label)
-
-
-def _half_way(axes: Axes, table: pd.DataFrame) -> None:
-    """Tokens per parameter at which each run has done half of its change, in the window that all runs share."""
-    table = table.sort_values("activation", kind="stable")
-    for activation, rows in table.assign(x=dodged(table["parameters"])).groupby("activation", sort=True):
-        look = LOOKS[activation]
-        style = {"color": look.colour, "marker": look.marker, "linestyle": "none", "label": ACTIVATIONS[activation]}
-        axes.plot(rows["x"], rows["halfway_per_parameter"], **style)
-    first, last = table[["first", "last"]].iloc[0]
-    axes.axhline(np.sqrt(first * last), color="grey", linestyle=":", label="middle of the window (log)")
-    axes.set(ylim=(first, last), yscale="log", title="Half of the change is done", ylabel="Tokens per parameter")
-    plain_log(axes.yaxis, (1, 2, 3, 5))
-
-
-def _beside_published(axes: Axes, values: pd.DataFrame, activation: str) -> None:
-    """Our values and the published limits on one axis of sizes."""
-    look, name = LOOKS[activation], ACTIVATIONS[activation]
-    style = {"color": look.colour, "marker": look.marker, "linestyle": "none"}
-    axes.plot(dodged(values["parameters"], 1.25), 100 * values["value"], label=f"{name}, here", **style)
-    published = [law for law in PUBLISHED_LAWS if law.activation == activation]
-    sizes = [non_embedding_parameters(law.d_model, law.n_layers) for law in published]
-    limits = [100 * law.limit for law in published]
-    axes.plot(sizes, limits, fillstyle="none", label=f"{name}, published limit" if published else None, **style)
-
-
-def _size_axis(axes: Axes, parameters: pd.Series) -> None:
-    """Sizes on a log axis; of sizes too close together for their labels the first is named."""
-    named: list[float] = []
-    for size in sorted(set(parameters)):
-        if not named or size > CLOSEST * named[-1]:
-            named.append(size)
-    axes.set(xscale="log", xlabel="Non-embedding parameters")
-    axes.set_xticks(named, [short_number(size) for size in named])
-    axes.xaxis.minorticks_off()
+        yield "04_one_axis", one_axis(scale, study.kept("pretrained"))

@@ -68,6 +68,11 @@ class Tables:
         print(self.lacking(question))
         return None
 
+    def kept(self, question: str) -> pd.DataFrame | None:
+        """The table of a question where it lies already, else None: nothing is trained or measured for it."""
+        file = self.file(question)
+        return read_table(file) if file.exists() else None
+
     def lacking(self, question: str) -> str:
         """The line on a question that this study leaves out."""
         return f"The {self.name} study has no table for {question}."

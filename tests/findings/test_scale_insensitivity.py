@@ -1,5 +1,7 @@
 """Verdicts on size: planted slopes by both metrics, a second line of sizes, and who converges sooner."""
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -130,6 +132,27 @@ def test_the_figures_print_the_slopes_of_the_verdicts():
             row = rows[f"The {what} does not depend on scale{where}"]
             numbers = f"{row.here:+.1f} [{row.interval[0]:+.1f}, {row.interval[1]:+.1f}] points per decade"
             assert any(label.endswith(numbers) and label.startswith(what[:4]) for label in labels), (what, where)
+
+
+def test_one_axis_has_both_metrics_of_all_lines_the_published_values_and_a_model_as_it_was_measured():
+    other = ((20, 2), (30, 3), (40, 4))  # ratio 10
+    main, second = (table.assign(p=1.0) for table in (planted_metrics(0.01, -0.05), planted_metrics(shapes=other)))
+    scale = scale_insensitivity.analyse(main, second)
+    row = {"model": "llama", "activation": "silu", "parameters": 1e8, "p": 1.0, "text": "english", "low": 0.4}
+    pretrained = pd.DataFrame([row | {"activation_ratio": 0.5, "high": 0.7}, row | {"activation_ratio": 0.9, "p": 5.0}])
+    figure = scale_insensitivity.one_axis(scale, pretrained)
+    lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
+    drawn = {"relu": "ReLU, CETT-PPL-1%", "silu": "SiLU, CETT-PPL-1%", "nonzero": "ReLU, not zero"}
+    for (line, ratio), (name, about) in product({"main": 20, "second": 10}.items(), drawn.items()):
+        sizes = scale.outcomes[name].slopes[line].sizes
+        np.testing.assert_allclose(lines[f"{about}, ratio {ratio}"][:, 1], 100 * sizes["value"])
+    assert lines["ReLU, not zero, published"] == pytest.approx(np.array([[0.8e9, 18.49], [1.5e9, 16.18]]), rel=1e-3)
+    assert len(lines["SiLU, CETT-PPL-1%, published"]) == 5
+    (model,) = figure.axes[0].containers
+    assert model.get_label() == "llama, SiLU, english" and model[0].get_xydata() == pytest.approx(np.array([[1e8, 50]]))
+    ((_, low), (_, high)) = model[2][0].get_segments()[0]
+    assert (low, high) == pytest.approx((40, 70))
+    assert "llama" not in scale_insensitivity.one_axis(scale).words()
 
 
 def convergence_study(shift):

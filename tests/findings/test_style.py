@@ -46,8 +46,10 @@ def test_names_of_shapes_sizes_and_seeds():
 def test_a_table_that_a_study_lacks_is_none_and_says_so(tmp_path, capsys):
     assert Study.recorded(tmp_path).table_or_none("relu_vs_silu") is None
     assert capsys.readouterr().out == "The recorded study has no table for relu_vs_silu.\n"
+    assert Study.recorded(tmp_path).kept("relu_vs_silu") is None and capsys.readouterr().out == ""
     pd.DataFrame({"run": ["a"]}).to_csv(tmp_path / "relu_vs_silu.csv", index=False)
-    assert Study.recorded(tmp_path).table_or_none("relu_vs_silu")["run"].tolist() == ["a"]
+    for read in (Study.recorded(tmp_path).table_or_none, Study.recorded(tmp_path).kept):
+        assert read("relu_vs_silu")["run"].tolist() == ["a"]
 
 
 def drawn(shift):

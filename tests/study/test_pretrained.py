@@ -191,6 +191,7 @@ def test_a_study_without_the_model_says_how_to_get_it(tmp_path, monkeypatch, cap
     study = Study.open("run", write_profile(tmp_path, profile_content(tmp_path)), model="", english="")
     assert not study.answers("pretrained") and study.table_or_none("pretrained") is None
     assert "python -m sparsity_utils fetch smollm2 gets it" in capsys.readouterr().out
+    assert study.kept("pretrained") is None  # and it is not asked for
     with pytest.raises(InputError, match="smollm2 is not here"):
         study.table("pretrained")
     assert study.jobs(*PRETRAINED) == []
