@@ -4,13 +4,14 @@
 #   PROFILE=laptop       what `make reproduce` trains (default: gpu with a GPU, laptop without)
 #   NOTEBOOKS="02 03"    which notebooks `make reproduce` executes (default: all)
 #   FROM=build/laptop    whose tables `make figures` draws (default: the recorded study in results/)
+#   RUNS=results/runs    finished runs that `make record` takes up (default: none)
 #   SERVE=1              `make book` shows what it made at http://127.0.0.1:8000
 #   PYTHON=python3.12    the Python that makes .venv (default: the first suitable one below)
 #   LAB="--no-browser"   further options of JupyterLab
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test figures book lab bench check test-slow notebooks lock clean
+.PHONY: help env reproduce test figures book lab bench check test-slow notebooks record lock clean
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
@@ -72,6 +73,15 @@ test-slow: $(ENV)  ## the tests marked slow: whole processes, installation, the 
 
 notebooks: $(ENV)  ## execute every notebook at its defaults and store its outputs
 	$(PY) -m sparsity_utils notebooks
+
+record: $(ENV)  ## make results/, figures/, stored outputs and the book those of a study: PROFILE=long RUNS=results/runs
+	$(if $(PROFILE),,$(error Name the study: make record PROFILE=long RUNS=results/runs))
+	$(PY) -m sparsity_utils study --profile "$(PROFILE)" $(if $(RUNS),--tables "$(RUNS)")
+	$(PY) -m sparsity_utils reproduce --profile "$(PROFILE)"
+	$(PY) -m sparsity_utils record --profile "$(PROFILE)"
+	$(PY) -m sparsity_utils figures
+	$(PY) -m sparsity_utils notebooks
+	$(MAKE) book SERVE=
 
 # Versions that are locked stay: the text of a study under way is the source of its packages. To upgrade one, delete its
 # line from requirements.lock first.
