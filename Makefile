@@ -79,6 +79,7 @@ record: $(ENV)  ## make results/, figures/, stored outputs and the book those of
 	$(PY) -m sparsity_utils study --profile "$(PROFILE)" $(if $(RUNS),--tables "$(RUNS)")
 	$(PY) -m sparsity_utils reproduce --profile "$(PROFILE)"
 	$(PY) -m sparsity_utils record --profile "$(PROFILE)"
+	rm -f figures/*.png figures/*.svg
 	$(PY) -m sparsity_utils figures
 	$(PY) -m sparsity_utils notebooks
 	$(MAKE) book SERVE=

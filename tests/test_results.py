@@ -252,6 +252,10 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"verdicts\.csv of profile tiny lacks 02_left_out; reproduce all notebooks"):
         list(record.record(profile))
     (shelf / "02_left_out.ipynb").unlink()
+    left_out = [QUESTIONS[question].file for question in ("equal_active", "pretrained")]
+    for file in (*left_out, "power.csv"):
+        (tmp_path / "results").mkdir(exist_ok=True)
+        (tmp_path / "results" / file).write_text("of the study before")
     written = {str(file.relative_to(tmp_path / "results")) for file in record.record(profile)}
     models = {
         f"models/{a}/{f}" for a in ("relu", "silu") for f in ("config.json", "model.safetensors", "tokenizer.json")
@@ -259,6 +263,8 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     own = [question for question in QUESTIONS if study.answers(question) and question not in OF_MODELS]
     tables = {QUESTIONS[question].file for question in own}  # of models: what a notebook left, and none ran here
     assert written == {*tables, "verdicts.csv", "manifest.json"} | models
+    there = {str(file.relative_to(tmp_path / "results")) for file in (tmp_path / "results").rglob("*.*")}
+    assert there == written | {"power.csv"} and not written & set(left_out)  # power.csv is of no study's tables
     assert load_weights(paths.RECORDED_MODELS / "silu").config.hidden_size == 16  # the largest
     training = json.loads((paths.RESULTS / "manifest.json").read_text())["training"]
     assert (training["runs"], training["diverged"], training["parameters"]) == (6, 0, [736, 5888])

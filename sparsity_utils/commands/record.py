@@ -21,6 +21,7 @@ from sparsity_utils.study.study import Study
 def record(profile: str) -> Iterator[Path]:
     """Record the study of `profile` into results/, training whatever is still missing; yield the files written.
 
+    Tables of questions that this study leaves out are removed, so that none of the study recorded before stands there.
     The models are the largest size, first seed, after the decay, one per activation function. Raises InputError when
     `make reproduce` has not left a table of verdicts to record.
     """
@@ -48,7 +49,9 @@ def record(profile: str) -> Iterator[Path]:
     yield _write(paths.RESULTS / "manifest.json", json.dumps(_manifest(study), indent=1) + "\n")
     for activation in study.profile.study.activations:
         yield from _models(study, activation)
-    (paths.RESULTS / FILE).unlink(missing_ok=True)  # of the study that was recorded before
+    kept = {*questions, *(study.file(question).name for question in OF_MODELS if study.file(question).exists())}
+    for before in {FILE, *(question.file for question in QUESTIONS.values())} - kept:
+        (paths.RESULTS / before).unlink(missing_ok=True)
     if not cannot_tell(study):
         yield write_deciding(paths.RESULTS)
 
