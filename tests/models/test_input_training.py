@@ -240,6 +240,16 @@ def test_micro_batches_change_no_gradient(way, tokens, tmp_path):
     assert all(relative(pieces, whole) < 1e-4 for whole, pieces in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("way", ["half", "ternary"])
+def test_recomputing_changes_no_gradient(way, tokens, tmp_path):
+    gradients = []
+    for recompute in (False, True):
+        run = training(way, tokens, tmp_path, recompute=recompute)
+        run.optimizer.step = lambda run=run: gradients.append([p.grad.clone() for p in run.model.parameters()])
+        run.train_step()
+    assert all(torch.equal(again, once) for once, again in zip(*gradients, strict=True))
+
+
 REFUSED = [
     ({"keep": 0}, r"model\.keep is 0; choose 1 to 16"),
     ({"keep": 17}, r"model\.keep is 17; choose 1 to 16"),

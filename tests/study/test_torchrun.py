@@ -20,6 +20,7 @@ from sparsity_utils.text.config import CorpusConfig
 from sparsity_utils.text.corpus import build_corpus
 
 pytestmark = pytest.mark.slow
+HALVES = {"devices": 1, "micro_tokens": 128}  # one process, whose sums have the order of two
 TOLERANCE = 1e-5  # of weights, relative to their norm, where sums have another order: 7e-7 was seen
 
 
@@ -32,9 +33,10 @@ def corpus(tmp_path_factory):
         yield build_corpus(CorpusConfig("path", str(text), vocabulary=300, validation_share=0.2))
 
 
-def config(corpus, **changes) -> RunConfig:
-    model = ModelConfig(16, 2, vocabulary=300, context=32, head_size=8, base_width=16)
-    train = TrainConfig(14_000, batch_tokens=256, checkpoints=12, validation_tokens=512, **{"devices": 2, **changes})
+def config(corpus, kept: dict | None = None, **changes) -> RunConfig:
+    model = ModelConfig(16, 2, vocabulary=300, context=32, head_size=8, base_width=16, **kept or {})
+    changes = {"tokens": 14_000, "devices": 2} | changes
+    train = TrainConfig(batch_tokens=256, checkpoints=12, validation_tokens=512, **changes)
     return RunConfig(model, train, corpus.hash, corpus.tokenizer_hash, 1)
 
 
@@ -77,7 +79,7 @@ def ends(corpus) -> tuple[Run, Run]:
 
 def test_two_devices_killed_or_not_train_what_one_does_and_a_whole_checkpoint_comes_of_it(corpus, ends):
     whole, _ = ends
-    alone, halves = (train_run(config(corpus, devices=1, micro_tokens=tokens), corpus) for tokens in (None, 128))
+    alone, halves = (train_run(config(corpus, **one), corpus) for one in ({"devices": 1}, HALVES))
     assert len({run.folder for run in (whole, alone, halves)}) == 3
     assert "devices" not in alone.manifest and whole.manifest["devices"] == [2]
     assert 0 < difference(whole, alone) < TOLERANCE
@@ -88,6 +90,13 @@ def test_two_devices_killed_or_not_train_what_one_does_and_a_whole_checkpoint_co
     assert whole.load(whole.last_step).config.hidden_size == 16
     assert {file.name for file in whole.folder.iterdir()} == {"manifest.json", "checkpoints"}
     assert find_run(config(corpus, recompute=True)) == whole
+
+
+def test_two_devices_train_what_one_does_where_maps_read_few_inputs_with_ternary_weights(corpus):
+    kept = {"keep": 8, "quantised": True, "ffn_ratio": 2.0}
+    both, halves = (train_run(config(corpus, kept, tokens=3_000, **one), corpus) for one in ({}, HALVES))
+    assert all(torch.equal(tensor, weights(halves)[name]) for name, tensor in weights(both).items())
+    assert weights(both)["model.layers.1.mlp.up_proj.weight"].unique().numel() <= 3
 
 
 def test_a_killed_run_goes_on_with_another_number(ends):
