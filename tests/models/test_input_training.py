@@ -1,6 +1,7 @@
 """Training that reads only the largest inputs, held against the written-out reading of `literal_inputs`."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.decoder import build_model, granite_config
 from sparsity_utils.models.input_training import KEPT_INPUTS, KeptInputs, TernaryLinear, ternary
+from sparsity_utils.models.penalty import ActivationPenalty
 from sparsity_utils.models.pretrained import load_weights, open_checkpoint
 from sparsity_utils.models.quick import QuickLinear
 from sparsity_utils.models.training import Training, checkpoint_folder, model_tensors, trainable
@@ -248,6 +250,23 @@ def test_recomputing_changes_no_gradient(way, tokens, tmp_path):
         run.optimizer.step = lambda run=run: gradients.append([p.grad.clone() for p in run.model.parameters()])
         run.train_step()
     assert all(torch.equal(again, once) for once, again in zip(*gradients, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+@pytest.mark.parametrize("way", ["half", "ternary"])
+def test_compiling_changes_no_gradient(way, monkeypatch):
+    """On GPUs runs are compiled; here the same graphs are, for this processor, and without the products made for it."""
+    monkeypatch.setattr("sparsity_utils.models.training.quicken", lambda model: model)
+    above, gradients = numbers(3, 16, 16).float(), []
+    for compiled in (False, True):
+        model = trainable(dataclasses.replace(MODEL, **WAYS[way]), 3, CPU)
+        penalty = ActivationPenalty(model, 0.01)
+        backbone = torch.compile(model.model) if compiled else model.model
+        loss = (backbone(input_ids=IDS).last_hidden_state * above).sum() + penalty.taken()
+        loss.backward()
+        gradients.append([p.grad for p in model.model.parameters()])
+    assert all(relative(compiled, plain) < 1e-5 for plain, compiled in zip(*gradients, strict=True))
 
 
 REFUSED = [
