@@ -48,6 +48,7 @@ from sparsity_utils.paths import collection
 from sparsity_utils.study.plan import OF_MODELS, PUBLISHED_TABLES, QUESTIONS, SCHEMA, planned
 from sparsity_utils.study.profiles import read_profile
 from sparsity_utils.study.runs import RunConfig
+from sparsity_utils.study.schedule import run_session
 from sparsity_utils.study.study import Study
 from sparsity_utils.text.sources import package_documents
 from sparsity_utils.text.windows import split_documents, text_batches
@@ -252,6 +253,14 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"verdicts\.csv of profile tiny lacks 02_left_out; reproduce all notebooks"):
         list(record.record(profile))
     (shelf / "02_left_out.ipynb").unlink()
+    with pytest.raises(InputError, match=r"6 runs of profile tiny are not done, such as 8x1 relu seed 0; run make"):
+        list(record.record(profile))
+    assert run_session(study, minutes=10) == ""
+    fewer = study.table("relu_vs_silu").query("d_model != 16")  # as if a size had been added
+    fewer.to_csv(study.file("relu_vs_silu"), index=False)
+    with pytest.raises(InputError, match=r"relu_vs_silu\.csv is not of the runs that profile tiny asks for"):
+        list(record.record(profile))
+    study.file("relu_vs_silu").unlink()
     left_out = [QUESTIONS[question].file for question in ("equal_active", "pretrained")]
     for file in (*left_out, "power.csv"):
         (tmp_path / "results").mkdir(exist_ok=True)
@@ -269,7 +278,10 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     training = json.loads((paths.RESULTS / "manifest.json").read_text())["training"]
     assert (training["runs"], training["diverged"], training["parameters"]) == (6, 0, [736, 5888])
     assert training["tokens"] > 6 * 5000 and training["run_hours"] >= 0
+    assert str(tmp_path) not in (paths.RESULTS / "manifest.json").read_text()  # no path of this machine travels
     monkeypatch.setattr(paths, "NOTEBOOKS", NOTEBOOKS)
+    with pytest.raises(InputError, match=r"figures holds no tables; name the folder that has results/"):
+        list(draw_all(tmp_path / "figures", tmp_path / "figures"))
     figures = {file.stem for file in draw_all(tmp_path / "results", tmp_path / "figures")}
     assert {"02_relu_vs_silu", "verdicts"} <= figures and figures == {
         file.stem for file in (tmp_path / "figures").iterdir()

@@ -19,8 +19,11 @@ def draw_all(tables: Path, folder: Path) -> Iterator[Path]:
     """Draw every figure that the study in `tables` has the tables for into `folder`, PNG and SVG; yield the files.
 
     Notebooks are drawn side by side, a process per core: fitting their laws is most of the work. The last figure is the
-    picture of all verdicts.
+    picture of all verdicts. Raises InputError for a folder that holds no tables.
     """
+    check(
+        any(tables.glob("*.csv")), f"{tables} holds no tables; name the folder that has results/, as build/laptop has."
+    )
     names = [notebook.stem.partition("_")[2] for notebook in collection()]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for files in progress(pool.map(partial(_draw_stored, tables, folder), names), "notebooks", len(names)):

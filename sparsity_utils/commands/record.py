@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,16 +14,21 @@ from sparsity_utils import paths
 from sparsity_utils.console import InputError
 from sparsity_utils.findings.deciding import FILE, cannot_tell, write_deciding
 from sparsity_utils.study.plan import OF_MODELS, QUESTIONS, SCHEMA
-from sparsity_utils.study.runs import RECIPE, find_run, run_with_model
+from sparsity_utils.study.runs import RECIPE, find_run
 from sparsity_utils.study.study import Study
+
+# Settings of a profile that may be files or folders
+FOLDERS = (("corpus", "path"), ("pretrained", "english"), ("pretrained", "model"), ("correction", "model"))
 
 
 def record(profile: str) -> Iterator[Path]:
-    """Record the study of `profile` into results/, training whatever is still missing; yield the files written.
+    """Record the study of `profile` into results/ as `make reproduce` left it; yield the files written.
 
-    Tables of questions that this study leaves out are removed, so that none of the study recorded before stands there.
+    Nothing is trained or measured anew, so that tables are those from which the verdicts came; a table that no notebook
+    asked for is made of what was measured. Tables of questions that this study leaves out are removed, so that none of
+    the study recorded before stands there.
     The models are the largest size, first seed, after the decay, one per activation function. Raises InputError when
-    `make reproduce` has not left a table of verdicts to record.
+    `make reproduce` has not left a table of verdicts to record, or when the profile asks for other runs since.
     """
     study = Study.from_profile(profile)
     verdicts = study.folder.parent / "verdicts.csv"
@@ -39,9 +44,10 @@ def record(profile: str) -> Iterator[Path]:
         raise InputError(f"{verdicts.name} of profile {study.name} lacks {left_out[0]}; reproduce all notebooks.")
     own = [question for question in filter(study.answers, QUESTIONS) if question not in OF_MODELS]
     questions = {QUESTIONS[question].file: question for question in own}
-    study.complete(*questions.values())
+    _check_done(study, questions.values(), f"run make reproduce PROFILE={profile} again")
     for file, question in sorted(questions.items()):
-        study.table(question)
+        if not (study.folder / file).exists():
+            study.table(question)
         yield _copy(study.folder / file, paths.RESULTS / file)
     for left in filter(Path.exists, map(study.file, OF_MODELS)):  # as notebooks left them: the text is a parameter
         yield _copy(left, paths.RESULTS / left.name)
@@ -54,6 +60,20 @@ def record(profile: str) -> Iterator[Path]:
         (paths.RESULTS / before).unlink(missing_ok=True)
     if not cannot_tell(study):
         yield write_deciding(paths.RESULTS)
+
+
+def _check_done(study: Study, questions: Iterable[str], advice: str) -> None:
+    """Every run that the profile asks for is done, and tables that notebooks left are of these runs and no others."""
+    jobs = study.jobs(*questions, models=study.profile.study.activations)
+    undone = [job.config.title for job in jobs if not job.done()]
+    if undone:
+        raise InputError(f"{len(undone)} runs of profile {study.name} are not done, such as {undone[0]}; {advice}.")
+    for question in questions:
+        runs = {config.key for config in study.configs(question) if not find_run(config).diverged}
+        kept = study.kept(question)
+        if kept is not None and "run" in kept and runs and set(kept["run"]) != runs:
+            table = study.file(question).name
+            raise InputError(f"{table} is not of the runs that profile {study.name} asks for; {advice}.")
 
 
 def _judged(notebook: Path, folder: Path, judged: pd.DataFrame) -> bool:
@@ -73,10 +93,21 @@ def _manifest(study: Study) -> dict:
         "cores": os.cpu_count(),
         "versions": run.manifest["versions"],
         "training": _training(study),
-        "profile": asdict(study.profile),
+        "profile": _without_folders(asdict(study.profile)),
         "corpus": {"tokens_sha256": study.corpus.hash, "tokenizer_sha256": study.corpus.tokenizer_hash}
         | {key: corpus[key] for key in ("source", "splits", "duplicates_removed", "skipped")},
     }
+
+
+def _without_folders(profile: dict) -> dict:
+    """The settings of a profile, with files and folders of this machine by their last name alone."""
+    for section, key in FOLDERS:
+        place = Path(profile[section][key] or "")
+        if place.is_absolute():
+            profile[section][key] = place.name
+    speeds = profile["input_speeds"]
+    speeds["models"] = [Path(name).name if Path(name).is_absolute() else name for name in speeds["models"]]
+    return profile
 
 
 def _training(study: Study) -> dict:
@@ -96,7 +127,7 @@ def _training(study: Study) -> dict:
 
 def _models(study: Study, activation: str) -> Iterator[Path]:
     """The last checkpoint of the run that stands for an activation, in the form that transformers loads."""
-    run, folder = run_with_model(study.largest_config(activation), study.corpus), paths.RECORDED_MODELS / activation
+    (run,), folder = study.trained_runs([study.largest_config(activation)]), paths.RECORDED_MODELS / activation
     last, weights = run.checkpoint(run.last_step)
     yield _copy(last / "config.json", folder / "config.json")
     yield _copy(last / weights, folder / "model.safetensors")

@@ -21,6 +21,7 @@ class Job:
     corpus: Path
     measure: MeasureConfig
     what: tuple[str, ...]  # keys of MEASUREMENTS; none: nothing but the losses of training
+    weights: bool = False  # whether those after the decay are wanted too, which a run that was brought may lack
 
     def measuring(self) -> float:
         """Expected seconds on one CPU core to measure all of `what`."""
@@ -44,6 +45,8 @@ class Job:
         run = find_run(self.config)
         if run is None or run.diverged:
             return run is not None
+        if self.weights and not run.last_weights.exists():
+            return False
         return all(run.has_measured(what, decided_by(self.measure)) for what in self.what)
 
     def do(self, on_progress: Callable[[float], None] = lambda share: None) -> None:

@@ -93,7 +93,7 @@ class TrainingFreeConfig:
 class InputSpeedConfig:
     """How fast models decode whose linear maps skip inputs: the table input_speeds. Its text is as in `pretrained`."""
 
-    models: tuple[str, ...] = ("smollm2", "silu")  # as pretrained.model, or of a folder of results/models
+    models: tuple[str, ...] = ("smollm2", "silu")  # as pretrained.model; or an activation function: the study's own
     rules: tuple[str, ...] = ("teal", "wina", "cats", "cett")  # of neurons.input_rules, and cett
     sparsities: tuple[float, ...] = (0.25, 0.4, 0.5)  # of the inputs of each map; of cats of its neurons
     prices: tuple[float, ...] = (1.0, 5.0)  # percent of perplexity

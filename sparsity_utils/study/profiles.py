@@ -17,6 +17,7 @@ from kernels.shapes import SHAPES
 from sparsity_utils import paths
 from sparsity_utils.console import InputError, check
 from sparsity_utils.models.config import ACTIVATIONS, PARTS, ModelConfig, TrainConfig
+from sparsity_utils.models.fetched import SOURCES
 from sparsity_utils.study.digits_config import DigitsConfig
 from sparsity_utils.study.experiments import EXPERIMENTS, ArmRun, Experiment, GradientFlowConfig, TrainedDecodingConfig
 from sparsity_utils.study.opened_models import (
@@ -130,7 +131,7 @@ class Size:
         """`"48x4"` -> (48, 4)."""
         parts = self.shape.split("x")
         check(
-            len(parts) == 2 and all(part.isdigit() for part in parts),
+            len(parts) == 2 and all(part.isdecimal() for part in parts),
             f"Size {self.shape!r} is not of the form 48x4 (d_model x n_layers).",
         )
         return int(parts[0]), int(parts[1])
@@ -302,6 +303,8 @@ def read_profile(name: str) -> Profile:
         )
     try:
         content = parsed(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path.name} is not text in UTF-8; save it as such.") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path.name} is not valid YAML ({str(error).splitlines()[0]}); correct it.") from error
     with placed(f"Profile {path.name}"):
@@ -313,7 +316,7 @@ def read_profile(name: str) -> Profile:
 def _checked(profile: Profile, folder: Path) -> Profile:
     """The profile, after each of its model and training configurations was built once, which checks them.
 
-    A relative corpus.path starts at `folder`, where the profile lies.
+    Relative paths start at `folder`, where the profile lies.
     """
     study = profile.study
     for size in study.named_sizes():
@@ -337,4 +340,24 @@ def _checked(profile: Profile, folder: Path) -> Profile:
     corpus = profile.corpus
     if corpus.path and (corpus.source == "path" or (folder / corpus.path).is_dir()):
         corpus = dataclasses.replace(corpus, path=str(folder / Path(corpus.path).expanduser()))
-    return dataclasses.replace(profile, corpus=corpus)
+    return dataclasses.replace(profile, corpus=corpus, **_opened(profile, folder))
+
+
+def _opened(profile: Profile, folder: Path) -> dict[str, Any]:
+    """The sections on models that are opened, each a folder beside the profile where there is one of that name."""
+
+    def model(name: str) -> str:
+        place = folder / Path(name).expanduser()
+        return str(place) if place.is_dir() and name not in (*SOURCES, *ACTIVATIONS) else name
+
+    pretrained, speeds = profile.pretrained, profile.input_speeds
+    english = pretrained.english and str(folder / Path(pretrained.english).expanduser())
+    check(
+        not english or Path(english).exists(),
+        f"pretrained.english is {pretrained.english!r}, which is not in {folder}; name a file or folder of documents.",
+    )
+    return {
+        "pretrained": dataclasses.replace(pretrained, model=model(pretrained.model), english=english),
+        "correction": dataclasses.replace(profile.correction, model=model(profile.correction.model)),
+        "input_speeds": dataclasses.replace(speeds, models=tuple(map(model, speeds.models))),
+    }

@@ -232,20 +232,17 @@ def _damaged(run: Run) -> list[str]:
     return [file.name for file in brought if _sha256(file) != written[last]]
 
 
-def run_with_model(config: RunConfig, corpus: Corpus) -> Run:
-    """The run of `config` with the weights after its decay, trained if the store lacks them."""
-    run = find_run(config)
-    return run if run and run.last_weights.exists() else train_run(config, corpus)
-
-
 def train_run(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], None] = lambda share: None) -> Run:
     """The run of `config` with its weights, trained if the store lacks it; another process doing so is waited for.
+
+    A run that was brought without its weights keeps what was measured on it: findings rest on that already. Trained on
+    another kind of machine, its weights may differ from those that were measured in their last bits.
 
     on_progress is called with the share of steps done. Raises InputError for a corpus that is too small.
     """
     with paths.locked(paths.runs() / config.key):
         run = find_run(config)
-        return run if run and (run.has_weights or run.diverged) else _train(config, corpus, on_progress)
+        return run if run and (run.has_weights or run.diverged) else _train(config, corpus, on_progress, run)
 
 
 def working_folder(config: RunConfig) -> Path:
@@ -280,7 +277,7 @@ def _rows(config: RunConfig, corpus: Corpus, working: Path, on_progress: Callabl
     return train(config.model, config.train, corpus.tokens("train"), validation, working, on_progress)
 
 
-def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], None]) -> Run:
+def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], None], brought: Run | None) -> Run:
     folder, working = paths.runs() / config.key, working_folder(config)
     try:
         diverged, rows = "", _rows(config, corpus, working, on_progress)
@@ -306,6 +303,8 @@ def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], Non
     }
     if config.train.devices > 1 and rows:
         manifest["devices"] = trained_by(working)
+    for table in brought.folder.glob("*.csv") if brought else ():
+        shutil.copyfile(table, working / table.name)
     with paths.written_aside(working / "manifest.json") as aside:
         aside.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one

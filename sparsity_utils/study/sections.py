@@ -20,6 +20,14 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A key that stands twice is a mistake: YAML would keep the last one without a word."""
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"the key {twice[0]} stands twice in the block from line {line} on")
+        return super().construct_mapping(node, deep)
+
     def number(self, node: yaml.ScalarNode) -> int | float:
         """`5e6` and `1_000` are whole numbers, `1e-2` and `5.0` are not."""
         try:

@@ -37,7 +37,7 @@ from sparsity_utils.study.makers.pieces import Frames
 from sparsity_utils.study.measurements import measurement
 from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
 from sparsity_utils.study.profiles import Profile, read_profile
-from sparsity_utils.study.runs import RunConfig, find_run, run_with_model
+from sparsity_utils.study.runs import Run, RunConfig, find_run
 from sparsity_utils.study.tables import Tables, known
 from sparsity_utils.text.corpus import Corpus, build_corpus
 from sparsity_utils.text.packed_text import unpack_text
@@ -174,9 +174,18 @@ class Study(Tables):
         """
         if self.profile is None:
             return open_checkpoint(paths.RECORDED_MODELS / activation)
-        run = run_with_model(self.largest_config(activation), self.corpus)
+        (run,) = self.trained_runs([self.largest_config(activation)])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=self.corpus.tokenizer())
         return run.load(run.last_step), tokenizer
+
+    def trained_runs(self, configs: Iterable[RunConfig]) -> list[Run]:
+        """Runs with their weights after the decay, trained in worker processes where the store lacks those.
+
+        A diverged run has none.
+        """
+        about, configs = (self.corpus.folder, self.profile.measure, ()), list(configs)
+        do_jobs(longest_first(Job(config, *about, weights=True) for config in configs), self.profile)
+        return list(map(find_run, configs))
 
     def environment(self) -> str:
         """One line: what computes here, and where the numbers come from."""
@@ -218,14 +227,15 @@ class Study(Tables):
         models: activation functions whose `trained_model` is wanted as well.
         """
         wanted: dict[RunConfig, dict[str, None]] = {}  # measurements in order, each once
+        loaded = [self.largest_config(activation) for activation in models]
         for question in questions:
             what = QUESTIONS[question].measurement
             for config in self.configs(question):
                 wanted.setdefault(config, {}).update({what: None} if what else {})
-        for activation in models:
-            wanted.setdefault(self.largest_config(activation), {})
-        measure = self.profile.measure
-        return [Job(config, self.corpus.folder, measure, tuple(what)) for config, what in wanted.items()]
+        for config in loaded:
+            wanted.setdefault(config, {})
+        about = self.corpus.folder, self.profile.measure
+        return [Job(config, *about, tuple(what), config in loaded) for config, what in wanted.items()]
 
     def complete(self, *questions: str) -> None:
         """Train and measure what some questions lack, in one pool of workers."""

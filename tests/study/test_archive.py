@@ -57,11 +57,14 @@ def test_tables_travel_and_the_first_seed_of_the_largest_size_with_its_weights(k
     pd.testing.assert_frame_equal(study.table("relu_vs_silu"), kept[2])
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()} == written
     first, second = (find_run(config) for config in study.configs("relu_vs_silu"))
+    measured = {file.name for file in first.folder.glob("*.csv")}
+    assert any(name.startswith("curve-") for name in measured)
     assert first.last_weights.exists() and not second.last_weights.exists()
     model, _ = study.trained_model("relu")  # without training
     assert model.config.hidden_size == 8 and not first.has_weights
     trained = train_run(study.configs("relu_vs_silu")[0], study.corpus)
     assert trained.has_weights  # all checkpoints in hand take training again
+    assert {file.name for file in first.folder.glob("*.csv")} >= measured  # what findings rest on stays
     assert all((trained.load(trained.checkpoints["step"].max()).state_dict()[n] == w).all() for n, w in
                model.state_dict().items())  # fmt: skip
 

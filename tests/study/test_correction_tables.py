@@ -252,3 +252,7 @@ def test_a_study_without_the_model_measures_its_own_and_says_how_to_get_it(tmp_p
     assert set(table["model"]) == {"relu"} and set(table["rule"]) == {"full", "fsparse", "csparse", "teal", "cett"}
     assert set(study.table("correction_speeds")["rule"]) == {"full", "csparse", "teal", "cett"}
     assert "fetch" not in capsys.readouterr().out
+    assert not (study.output / "correction_speeds").exists()  # pieces of one sitting are not those of another
+    study.file("correction_speeds").unlink()
+    monkeypatch.setattr(correction, "speeds", lambda *of: pd.DataFrame({"rule": ["again"]}))
+    assert set(study.table("correction_speeds")["rule"]) == {"again"}

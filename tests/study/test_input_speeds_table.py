@@ -1,6 +1,7 @@
 """Speeds of decoding with skipped inputs: every way judged by the masked model's text, bytes counted, pieces kept."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from small import write_text
@@ -110,3 +111,20 @@ def test_impossible_settings_are_refused():
     ):
         with pytest.raises(InputError, match=match):
             replace(SETTINGS, **changes)
+
+
+def test_the_model_of_an_activation_function_that_a_study_trains_is_its_own(here, monkeypatch):
+    asked = SimpleNamespace(
+        profile=SimpleNamespace(
+            study=SimpleNamespace(activations=("relu",)),
+            input_speeds=replace(SETTINGS, models=("relu", "silu")),
+            pretrained=PretrainedConfig(),
+        ),
+        output=here,
+        trained_model=lambda activation: f"our own {activation}",
+    )
+    monkeypatch.setattr(input_speeds, "opened_here", lambda name: f"{name} of the record")
+    monkeypatch.setattr(input_speeds, "input_speeds", lambda settings, *others: [*map(others[-1], settings.models)])
+    (maker,) = input_speeds.MAKERS
+    assert maker.make(asked) == {"input_speeds": ["our own relu", "silu of the record"]}
+    assert maker.missing(asked.profile) == ""

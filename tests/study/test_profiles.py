@@ -234,6 +234,22 @@ NUMBERS = {
 }  # fmt: skip
 
 
+def test_a_key_that_stands_twice_is_named(tmp_path):
+    file = tmp_path / "twice.yaml"
+    file.write_text("about: x\ncorpus:\n  source: path\n  path: texts\ntrain: {}\ncorpus:\n  vocabulary: 512\n")
+    with pytest.raises(InputError, match=r"twice\.yaml is not valid YAML \(the key corpus stands twice .* from line 1"):
+        read_profile(str(file))
+    file.write_text("corpus:\n  source: path\n  path: texts\n  path: others\n")
+    with pytest.raises(InputError, match=r"the key path stands twice in the block from line 2 on"):
+        read_profile(str(file))
+
+
+def test_a_profile_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("about: müde\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.yaml is not text in UTF-8; save it as such"):
+        read_profile(str(tmp_path / "latin.yaml"))
+
+
 @pytest.mark.parametrize(("written", "wanted"), NUMBERS.items())
 def test_numbers_in_yaml_are_what_they_look_like(tmp_path, written, wanted):
     file = tmp_path / "a.yaml"
@@ -289,3 +305,17 @@ def test_a_relative_text_path_starts_at_the_profile(tmp_path):
     assert read_profile(write_profile(tmp_path, content)).corpus.path == "text"  # a data set's name
     (tmp_path / "text").mkdir()
     assert read_profile(write_profile(tmp_path, content)).corpus.path == str(tmp_path / "text")
+
+
+def test_models_and_documents_beside_the_profile_are_found_there(tmp_path):
+    content = profile_content(tmp_path / "text")
+    content |= {"pretrained": {"english": "documents", "model": "mine"}, "correction": {"model": "owner/name"}}
+    content |= {"input_speeds": {"models": ["mine", "silu", "smollm2"]}}
+    with pytest.raises(InputError, match=r"pretrained\.english is 'documents', which is not in .*; name a file"):
+        read_profile(write_profile(tmp_path, content))
+    for name in ("documents", "mine", "silu"):
+        (tmp_path / name).mkdir()
+    profile = read_profile(write_profile(tmp_path, content))
+    assert profile.pretrained.english == str(tmp_path / "documents")
+    assert profile.pretrained.model == str(tmp_path / "mine") and profile.correction.model == "owner/name"
+    assert profile.input_speeds.models == (str(tmp_path / "mine"), "silu", "smollm2")

@@ -19,7 +19,6 @@ from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.study.makers import trained_decoding as module
 from sparsity_utils.study.makers.input_speeds import WHOLE
 from sparsity_utils.study.plan import decoded_runs, planned
-from sparsity_utils.study.runs import run_with_model
 from sparsity_utils.study.study import Study
 from sparsity_utils.text.windows import measurement_batches
 
@@ -54,7 +53,8 @@ def trained(study, arm):
     """The run of an arm, with the first of its rates."""
     configs = study.configs("trained_decoding")
     place = [run.arm for run in decoded_runs(study.profile)].index(arm)
-    return run_with_model(configs[place], study.corpus)
+    (run,) = study.trained_runs([configs[place]])
+    return run
 
 
 def window(study, length=20):
@@ -178,13 +178,14 @@ def test_nothing_is_compared_with_a_way_that_is_wrong():
 
 
 def test_a_diverged_run_is_left_out(study, table, monkeypatch):
-    own, bad, timed = run_with_model, study.configs("trained_decoding")[-2], []  # keep_8
+    own, bad, timed = study.trained_runs, study.configs("trained_decoding")[-2].key, []  # keep_8
 
-    def diverged(config, corpus):
-        run = own(config, corpus)
-        return replace(run, manifest={**run.manifest, "diverged": "It diverged."}) if config == bad else run
+    def diverged(configs):
+        runs = own(configs)
+        changed = [replace(run, manifest={**run.manifest, "diverged": "It diverged."}) for run in runs]
+        return [other if run.folder.name == bad else run for run, other in zip(runs, changed, strict=True)]
 
-    monkeypatch.setattr(module, "run_with_model", diverged)
+    monkeypatch.setattr(study, "trained_runs", diverged)
     monkeypatch.setattr(module, "trained_decoding", lambda runs, *others: timed.extend(runs))
     with pytest.warns(UserWarning, match=r"It diverged\. The study goes on without it"):
         module.MAKERS[0].make(study)

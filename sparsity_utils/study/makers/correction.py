@@ -6,6 +6,7 @@ read, the middle one: its first half is the prompt, and its second half the fres
 
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -33,8 +34,10 @@ from sparsity_utils.study.makers.pieces import Frames, Pieces, measurement_key
 from sparsity_utils.study.makers.pretrained import not_here, opened
 from sparsity_utils.study.opened_models import CorrectionConfig
 from sparsity_utils.study.plan import CORRECTION
+from sparsity_utils.study.profiles import Profile
 from sparsity_utils.text.windows import measurement_batches
 
+SPEEDS = "correction_speeds"  # the table that is of a machine
 VERSION = 1  # raise it when the same settings would measure other numbers
 TREE = 4  # a published width of a tree
 BATCH = 96  # documents decoded side by side, of all texts: a step reads the weights once
@@ -128,18 +131,18 @@ def corrected_drafts(subject: Subject, settings: CorrectionConfig, folder: Path)
 def drafting_speeds(subject: Subject, settings: CorrectionConfig, folder: Path) -> Frames:
     """The table correction_speeds of a model, after its first prompt of Python source, on the device that it is on.
 
-    It is one more piece in `folder`, measured once, as in `corrected_drafts`.
+    It is a piece in `folder`, of this device and number of threads.
     """
     documents = read_prompts(subject.tokenizer, subject.texts, settings)
     prompt = documents.prompts[(documents.about["text"] == "python").argmax()][None].to(subject.model.device)
 
     def measure() -> Frames:
-        return {"correction_speeds": speeds(subject.model, prompt, subject.thresholds, subject.densities, settings)}
+        return {SPEEDS: speeds(subject.model, prompt, subject.thresholds, subject.densities, settings)}
 
     cost = (PASS + 1) * (4 + 2 * settings.rounds) * 3 * len(subject.drafters) * settings.timed_tokens
-    return _together(
-        subject, documents, settings, folder, [(f"speeds-{settings.rounds}-{settings.timed_tokens}", cost, measure)]
-    )
+    sitting = f"{subject.model.device.type}-{torch.get_num_threads()}"
+    name = f"speeds-{sitting}-{settings.rounds}-{settings.timed_tokens}"
+    return _together(subject, documents, settings, folder, [(name, cost, measure)])
 
 
 def _together(
@@ -295,11 +298,9 @@ def _answer(text: str) -> str:
 
 
 def _subjects(study: Asked) -> Iterator[Subject]:
-    """The pretrained model where it is here, else a line says how to get it; and the study's own ReLU model."""
+    """The pretrained model where it is here, and the study's own ReLU model."""
     wanted, device = study.profile.correction.model, default_device()
-    if missing := not_here(wanted):
-        print(missing)
-    else:
+    if not not_here(wanted):
         model, tokenizer = opened(wanted)
         yield Subject(Path(wanted).name, model.to(device), tokenizer, ("english", "python", "arithmetic"))
     model, tokenizer = study.trained_model("relu")
@@ -315,11 +316,26 @@ def _subjects(study: Asked) -> Iterator[Subject]:
 
 def _tables(study: Asked) -> Frames:
     settings, folder = study.profile.correction, study.output / "correction"
-    parts = [
-        corrected_drafts(subject, settings, folder) | drafting_speeds(subject, settings, folder)
-        for subject in _subjects(study)
-    ]
-    return {name: pd.concat([part[name] for part in parts]) for name in CORRECTION}
+    if missing := not_here(settings.model):
+        print(missing)
+    parts = [corrected_drafts(subject, settings, folder) for subject in _subjects(study)]
+    return {name: pd.concat([part[name] for part in parts]) for name in CORRECTION if name != SPEEDS}
 
 
-MAKERS = [Maker(CORRECTION, _tables, missing=lambda profile: "")]  # our own model needs no fetching
+def _speeds(study: Asked) -> Frames:
+    """Measured in one sitting: a piece that an interruption left is deleted once the table is whole."""
+    settings, folder = study.profile.correction, study.output / "correction_speeds"
+    parts = [drafting_speeds(subject, settings, folder)[SPEEDS] for subject in _subjects(study)]
+    shutil.rmtree(folder)
+    return {SPEEDS: pd.concat(parts)}
+
+
+def _nothing(profile: Profile) -> str:
+    """Our own model needs no fetching."""
+    return ""
+
+
+MAKERS = [
+    Maker(tuple(name for name in CORRECTION if name != SPEEDS), _tables, _nothing),
+    Maker((SPEEDS,), _speeds, _nothing, of_machine=True),
+]

@@ -51,6 +51,9 @@ VERSION = 1  # raise it when the same settings would measure something else
 WHOLE = "nothing skipped"
 READS = 5  # of memory, before each round
 
+OpenedModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Opener = Callable[[str], OpenedModel]
+
 
 @dataclass(frozen=True, eq=False)
 class Way:
@@ -70,12 +73,16 @@ class Way:
         return {"prompt": before, "rest": after, "differing": differing, "wrong": wrong}
 
 
-def input_speeds(settings: InputSpeedConfig, pretrained: PretrainedConfig, folder: Path) -> pd.DataFrame:
+def input_speeds(
+    settings: InputSpeedConfig, pretrained: PretrainedConfig, folder: Path, opened: Opener | None = None
+) -> pd.DataFrame:
     """The table input_speeds (results/columns.csv) of the models of a profile. Pieces are kept in `folder`.
 
-    Raises InputError for a model that was not fetched, cannot be measured, or has too little text.
+    opened: gives a model by its name, and its tokenizer (default: `opened_here`). Raises InputError for a model that
+    was not fetched, cannot be measured, or has too little text.
     """
-    tables = [_Work(name, settings, pretrained, folder).table() for name in settings.models]
+    of = opened or opened_here
+    tables = [_Work(name, of(name), settings, pretrained, folder).table() for name in settings.models]
     return pd.concat(tables, ignore_index=True).assign(**machine(default_device().type))
 
 
@@ -89,6 +96,14 @@ def located(name: str) -> str | Path | None:
     return recorded if recorded.is_dir() else found_model(name)
 
 
+def opened_here(name: str) -> OpenedModel:
+    """A model of the recorded study, a fetched one, or one of one's own. Raises InputError for one not fetched."""
+    place = located(name)
+    if place is None:
+        raise InputError(not_here(name))
+    return open_checkpoint(place, dtype=torch.float32)
+
+
 def _key(model: nn.Module, text: Text, settings: InputSpeedConfig) -> str:
     """Digest of all that decides thresholds and texts: weights, token ids, settings."""
     decides = {name: getattr(settings, name) for name in ("prompt", "new_tokens")}
@@ -99,12 +114,10 @@ def _key(model: nn.Module, text: Text, settings: InputSpeedConfig) -> str:
 class _Work:
     """The pieces of one model."""
 
-    def __init__(self, name: str, settings: InputSpeedConfig, pretrained: PretrainedConfig, folder: Path) -> None:
-        place = located(name)
-        if place is None:
-            raise InputError(not_here(name))
-        tokenizer: PreTrainedTokenizerBase
-        self.model, tokenizer = open_checkpoint(place, dtype=torch.float32)
+    def __init__(
+        self, name: str, opened: OpenedModel, settings: InputSpeedConfig, pretrained: PretrainedConfig, folder: Path
+    ) -> None:
+        self.model, tokenizer = opened
         tokens = {part: getattr(settings, part) for part in ("window", "calibration_tokens", "evaluation_tokens")}
         self.text = read_texts(tokenizer, replace(pretrained, **tokens))[0]
         self.name, self.settings, self.device = name, settings, default_device()
@@ -264,12 +277,18 @@ def interval(name: str, values: np.ndarray) -> dict[str, float]:
 
 
 def _tables(study: Asked) -> Frames:
+    """Of an activation function that the profile trains, the model is the study's own, not that of the record."""
+
+    def opened(name: str) -> OpenedModel:
+        return study.trained_model(name) if name in study.profile.study.activations else opened_here(name)
+
     settings, given = study.profile.input_speeds, study.profile.pretrained
-    return {INPUT_SPEEDS: input_speeds(settings, given, study.output / INPUT_SPEEDS)}
+    return {INPUT_SPEEDS: input_speeds(settings, given, study.output / INPUT_SPEEDS, opened)}
 
 
 def _missing(profile: Profile) -> str:
-    return next((not_here(name) for name in profile.input_speeds.models if located(name) is None), "")
+    opened = set(profile.input_speeds.models) - set(profile.study.activations)
+    return next((not_here(name) for name in sorted(opened) if located(name) is None), "")
 
 
 MAKERS = [Maker((INPUT_SPEEDS,), _tables, _missing, of_machine=True)]

@@ -3,7 +3,7 @@
 Each module that measures such tables ends with its MAKERS. `study.MAKERS` holds them all by question.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsity_utils.study.makers.pieces import Frames
 from sparsity_utils.study.plan import Settings
 from sparsity_utils.study.profiles import Profile
-from sparsity_utils.study.runs import RunConfig
+from sparsity_utils.study.runs import Run, RunConfig
 from sparsity_utils.text.corpus import Corpus
 
 
@@ -35,6 +35,9 @@ class Asked(Protocol):
 
     def configs_of(self, settings: list[Settings]) -> list[RunConfig]:
         """Runs on the study's text with the given settings."""
+
+    def trained_runs(self, configs: Iterable[RunConfig]) -> list[Run]:
+        """Runs with their weights after the decay, trained where the study lacks those; a diverged one has none."""
 
     def trained_model(self, activation: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The study's own model of an activation function, and its tokenizer."""

@@ -36,7 +36,7 @@ from sparsity_utils.study.makers.maker import Asked, Maker
 from sparsity_utils.study.makers.pieces import Frames
 from sparsity_utils.study.plan import TRAINED_DECODING, decoded_runs
 from sparsity_utils.study.profiles import Profile
-from sparsity_utils.study.runs import Run, run_with_model
+from sparsity_utils.study.runs import Run
 from sparsity_utils.text.windows import measurement_batches
 
 ABOUT = ("run", "d_model", "n_layers", "d_ff", "seed")  # of `Run.checkpoints`
@@ -142,8 +142,7 @@ def _tables(study: Asked) -> Frames:
     profile, settings = study.profile, study.profile.trained_decoding
     arms, configs = decoded_runs(profile), study.configs(TRAINED_DECODING)
     runs = []
-    for arm, config in zip(arms, configs, strict=True):
-        run = run_with_model(config, study.corpus)
+    for arm, config, run in zip(arms, configs, study.trained_runs(configs), strict=True):
         if run.diverged:
             warnings.warn(f"{run.diverged} The study goes on without it.", stacklevel=2)
         else:

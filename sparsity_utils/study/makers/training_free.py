@@ -35,7 +35,6 @@ from sparsity_utils.study.makers.pretrained import middle_windows, not_here, ope
 from sparsity_utils.study.opened_models import TrainingFreeConfig
 from sparsity_utils.study.plan import TRAINING_FREE_TABLES, planned
 from sparsity_utils.study.profiles import Profile
-from sparsity_utils.study.runs import run_with_model
 from sparsity_utils.text.corpus import Corpus
 from sparsity_utils.text.overlap import distinct
 from sparsity_utils.text.windows import read_documents, split_documents
@@ -361,8 +360,8 @@ def _of_pretrained(study: Asked) -> Iterator[Frames]:
 
 def _of_decoders(study: Asked) -> Iterator[Frames]:
     settings = study.profile.training_free
-    for config in study.configs("training_free"):
-        run = run_with_model(config, study.corpus)
+    configs = study.configs("training_free")
+    for config, run in zip(configs, study.trained_runs(configs), strict=True):
         if run.diverged:
             warnings.warn(f"{run.diverged} The study goes on without it.", stacklevel=2)
             continue
