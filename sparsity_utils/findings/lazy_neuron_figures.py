@@ -49,7 +49,7 @@ def rates_table(rates: pd.DataFrame) -> pd.DataFrame:
 def runs_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Every arm, means over its seeds: shares in percent of both metrics, active neurons per layer, losses in nats.
 
-    The loss is that on what an arm is trained for. CETT-PPL-1% is empty where it is not solved: random targets.
+    The loss is that on what an arm is trained for. CETT-PPL, at the price of the profile, is empty where it is not solved: random targets.
     """
     means = runs.groupby("arm", sort=False)
     columns = ["d_model", "n_layers", "d_ff", "initial_share", "final_share", "activation_ratio", "validation_loss"]
@@ -57,7 +57,7 @@ def runs_table(runs: pd.DataFrame) -> pd.DataFrame:
     table[["d_model", "n_layers", "d_ff"]] = table[["d_model", "n_layers", "d_ff"]].astype(int)
     counts = {"non_zeros_per_layer": table["final_share"], "CETT_neurons_per_layer": table["activation_ratio"]}
     table[["initial_share", "final_share", "activation_ratio"]] *= 100
-    names = {"initial_share": "initial_%", "final_share": "final_%", "activation_ratio": "CETT-PPL-1%_%"}
+    names = {"initial_share": "initial_%", "final_share": "final_%", "activation_ratio": "CETT-PPL_%"}
     table = table.rename(columns=names).assign(**{name: share * table["d_ff"] for name, share in counts.items()})
     return table.assign(seeds=means.size()).round(2).reset_index()
 
@@ -172,7 +172,7 @@ def sizes_figure(points: pd.DataFrame) -> ShownFigure:
     about += (
         "published, of models that\ndiffer in all three dimensions at once, CETT-PPL as limits; they join the picture, "
     )
-    return captioned(figure, about + "not a line. CETT-PPL at 1%.")
+    return captioned(figure, about + "not a line. Published CETT-PPL: at 1%.")
 
 
 def along(points: pd.DataFrame, data: str, dimension: str) -> pd.DataFrame:

@@ -32,7 +32,7 @@ def arms_table(found: "Found") -> pd.DataFrame:
         cost = _interval(paired(found.runs, arm, base, "loss")) if base else ""
         shares = {
             "non-zero neurons %": _percent(found, arm, "final_share"),
-            "CETT-PPL-1% %": _percent(found, arm, "activation_ratio"),
+            "CETT-PPL %": _percent(found, arm, "activation_ratio"),
             "weights met by non-zeros %": _percent(found, arm, "weights_read"),
         }
         against = f"{cost} ({ARMS[base][0]})" if base else ""
@@ -148,7 +148,7 @@ def frontier_figure(found: "Found") -> ShownFigure:
         "ReLU², inputs kept by size": [*LEVELS],
         "ReLU with an L1 penalty": ["relu", "relu_l1_weak", "relu_l1_strong"],
     }
-    metrics = {"final_share": "non-zero neurons", "activation_ratio": "CETT-PPL-1%"}
+    metrics = {"final_share": "non-zero neurons", "activation_ratio": "CETT-PPL"}
     for number, (family, arms) in enumerate(families.items()):
         rows = found.runs[found.runs["arm"].isin(arms)]
         means = rows.groupby("arm")[["loss", *metrics]].mean().reindex([arm for arm in arms if arm in set(rows["arm"])])

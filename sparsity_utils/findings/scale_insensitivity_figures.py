@@ -90,7 +90,7 @@ def one_axis(scale: "Scale", pretrained: pd.DataFrame | None = None) -> ShownFig
     drawn |= {"nonzero": ("ReLU, not zero", NONZEROS)} if "nonzero" in scale.outcomes else {}
     for name, (about, look) in drawn.items():
         _sizes_of_lines(axes, scale, name, about, look)
-        _published(axes, name, about, look)
+        _published(axes, name, look)
     if pretrained is not None:
         _pretrained(axes, pretrained[pretrained["p"] == scale.lines[MAIN]["p"].iloc[0]])
     axes.set(xscale="log", xlim=(1e3, 1e10), ylim=(0, None), xlabel="Non-embedding parameters", ylabel=AXIS)
@@ -98,7 +98,9 @@ def one_axis(scale: "Scale", pretrained: pd.DataFrame | None = None) -> ShownFig
     about = (
         "Filled: mean of the runs of a size, lines join the sizes of a width-depth ratio. Hollow: published, limits "
     )
-    about += f"at {price};\nthe shares of 0.8B and 1.5B models that are not zero are calculated from printed numbers."
+    about += (
+        "at CETT-PPL-1%;\nthe shares of 0.8B and 1.5B models that are not zero are calculated from printed numbers."
+    )
     return captioned(shown, about)
 
 
@@ -110,8 +112,9 @@ def _sizes_of_lines(axes: Axes, scale: "Scale", name: str, about: str, look: Loo
         axes.plot(sizes["parameters"], 100 * sizes["value"], label=f"{about}, ratio {ratio:.3g}", **style)
 
 
-def _published(axes: Axes, name: str, about: str, look: Look) -> None:
-    """Published limits of an activation function, or shares of neurons that are not zero."""
+def _published(axes: Axes, name: str, look: Look) -> None:
+    """Published limits of an activation function, at CETT-PPL-1%, or shares of neurons that are not zero."""
+    about = "ReLU, not zero" if name == "nonzero" else f"{ACTIVATIONS[name]}, CETT-PPL-1%"
     if name == "nonzero":
         found = [(model.parameters, model.share) for model in PUBLISHED_NONZEROS]
     else:
