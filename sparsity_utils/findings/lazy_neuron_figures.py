@@ -49,7 +49,8 @@ def rates_table(rates: pd.DataFrame) -> pd.DataFrame:
 def runs_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Every arm, means over its seeds: shares in percent of both metrics, active neurons per layer, losses in nats.
 
-    The loss is that on what an arm is trained for. CETT-PPL, at the price of the profile, is empty where it is not solved: random targets.
+    The loss is that on what an arm is trained for. CETT-PPL has the price of the profile, and is empty where it is not
+    solved: random targets.
     """
     means = runs.groupby("arm", sort=False)
     columns = ["d_model", "n_layers", "d_ff", "initial_share", "final_share", "activation_ratio", "validation_loss"]
