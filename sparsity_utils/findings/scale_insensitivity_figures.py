@@ -96,9 +96,9 @@ def one_axis(scale: "Scale", pretrained: pd.DataFrame | None = None) -> ShownFig
     axes.set(xscale="log", xlim=(1e3, 1e10), ylim=(0, None), xlabel="Non-embedding parameters", ylabel=AXIS)
     shown.legend(loc="outside right upper", fontsize=7)
     about = (
-        "Filled: mean of the runs of a size; lines join the sizes of one width-depth ratio. Hollow: published; limits "
+        "Filled: means of sizes; lines join those of one width-depth ratio. Hollow: published; limits at CETT-PPL-1%,\n"
     )
-    about += "at CETT-PPL-1%,\nand shares of 0.8B and 1.5B models that are not zero, calculated from printed numbers."
+    about += "and shares of 0.8B and 1.5B models that are not zero, calculated from printed numbers."
     return captioned(shown, about)
 
 
