@@ -83,7 +83,7 @@ def points_table(points: pd.DataFrame) -> pd.DataFrame:
     table = points[["data", *AXES, "runs"]].copy()
     for metric in METRICS:
         table[f"{metric}_%"], table[f"{metric}_per_layer"] = 100 * points[metric], points[metric] * points["d_ff"]
-    return table.round(1)
+    return table.sort_values("data", key=lambda data: data.map(DATA.index), kind="stable").round(1)
 
 
 def _interval(estimate: Estimate, scale: float, digits: int) -> str:
@@ -162,9 +162,8 @@ def sizes_figure(points: pd.DataFrame) -> ShownFigure:
         lower.set(xscale="log", yscale="log", xlabel=AXES[dimension])
         for axis in (lower.xaxis, lower.yaxis):
             plain_log(axis)
-        upper.set(ylim=(0, None))
         upper.set_title({"n_layers": "Deeper", "d_model": "Wider", "d_ff": "More neurons per layer"}[dimension])
-    panels[0, 0].set(ylabel="Active neurons (% of d_ff)")
+    panels[0, 0].set(ylabel="Active neurons (% of d_ff)", ylim=(0, None))
     panels[1, 0].set(ylabel="Active neurons of a layer")
     found = {name: line for axes in panels.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=3, fontsize=8)
