@@ -75,7 +75,7 @@ notebooks: $(ENV)  ## execute every notebook at its defaults and store its outpu
 	$(PY) -m sparsity_utils notebooks
 
 record: $(ENV)  ## make results/, figures/, stored outputs and the book those of a study: PROFILE=long RUNS=results/runs
-	$(if $(PROFILE),,$(error Name the study: make record PROFILE=long RUNS=results/runs))
+	@test -n "$(PROFILE)" || { echo "Name the study: make record PROFILE=long RUNS=results/runs" >&2; exit 2; }
 	$(PY) -m sparsity_utils study --profile "$(PROFILE)" $(if $(RUNS),--tables "$(RUNS)")
 	$(PY) -m sparsity_utils reproduce --profile "$(PROFILE)"
 	$(PY) -m sparsity_utils record --profile "$(PROFILE)"

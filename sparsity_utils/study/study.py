@@ -234,8 +234,10 @@ class Study(Tables):
                 wanted.setdefault(config, {}).update({what: None} if what else {})
         for config in loaded:
             wanted.setdefault(config, {})
-        about = self.corpus.folder, self.profile.measure
-        return [Job(config, *about, tuple(what), config in loaded) for config, what in wanted.items()]
+        measure = self.profile.measure
+        return [  # without runs no text is asked for
+            Job(config, self.corpus.folder, measure, tuple(what), config in loaded) for config, what in wanted.items()
+        ]
 
     def complete(self, *questions: str) -> None:
         """Train and measure what some questions lack, in one pool of workers."""
