@@ -264,8 +264,8 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
         list(record.record(profile))
     study.file("relu_vs_silu").unlink()
     left_out = [QUESTIONS[question].file for question in ("equal_active", "pretrained")]
+    (tmp_path / "results").mkdir()
     for file in (*left_out, "power.csv"):
-        (tmp_path / "results").mkdir(exist_ok=True)
         (tmp_path / "results" / file).write_text("of the study before")
     written = {str(file.relative_to(tmp_path / "results")) for file in record.record(profile)}
     models = {

@@ -206,6 +206,7 @@ def test_what_doubling_does_is_told_by_both_metrics_at_equal_steps_and_at_equal_
     rows = table[table["data"] == tokens].set_index(["dimension", "metric"])
     assert rows.loc[("d_model", "non-zeros"), "from_to"] == "16 to 64"
     assert rows.loc[("n_layers", "CETT-PPL"), "points_per_doubling"].startswith("-2.5 (")
+    assert lazy_neuron_figures.points_table(found.points)["data"].unique().tolist() == [steps, tokens]
     points = lazy_neuron_figures.points_table(found.points).set_index(["data", "d_model", "n_layers", "d_ff"])
     widest = points.loc[(tokens, 64, 4, 80)]
     assert widest[["runs", "non-zeros_%", "CETT-PPL_%"]].tolist() == [2, 33, 16.5]

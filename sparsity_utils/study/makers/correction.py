@@ -38,6 +38,7 @@ from sparsity_utils.study.profiles import Profile
 from sparsity_utils.text.windows import measurement_batches
 
 SPEEDS = "correction_speeds"  # the table that is of a machine
+OTHERS = tuple(name for name in CORRECTION if name != SPEEDS)
 VERSION = 1  # raise it when the same settings would measure other numbers
 TREE = 4  # a published width of a tree
 BATCH = 96  # documents decoded side by side, of all texts: a step reads the weights once
@@ -319,7 +320,7 @@ def _tables(study: Asked) -> Frames:
     if missing := not_here(settings.model):
         print(missing)
     parts = [corrected_drafts(subject, settings, folder) for subject in _subjects(study)]
-    return {name: pd.concat([part[name] for part in parts]) for name in CORRECTION if name != SPEEDS}
+    return {name: pd.concat([part[name] for part in parts]) for name in OTHERS}
 
 
 def _speeds(study: Asked) -> Frames:
@@ -336,6 +337,6 @@ def _nothing(profile: Profile) -> str:
 
 
 MAKERS = [
-    Maker(tuple(name for name in CORRECTION if name != SPEEDS), _tables, _nothing),
+    Maker(OTHERS, _tables, _nothing),
     Maker((SPEEDS,), _speeds, _nothing, of_machine=True),
 ]

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kernels.bench import WEIGHTS, memory_works
 from kernels.timing import machine, median_interval, speedups, timed
 from sparsity_utils import paths
-from sparsity_utils.console import InputError, progress, short_number
+from sparsity_utils.console import progress, short_number
 from sparsity_utils.decoding.decode import ReadyKernels, head_kernel, ready_kernels, running
 from sparsity_utils.decoding.input_kernels import Stored
 from sparsity_utils.decoding.masked_text import CountedMask, MaskedText, masked_text, with_rounded_weights
@@ -39,8 +39,8 @@ from sparsity_utils.study.makers.pieces import Frames, Pieces, measurement_key
 from sparsity_utils.study.makers.pretrained import (
     SECONDS_PER_TOKEN_AND_PARAMETER,
     Text,
-    found_model,
     not_here,
+    opened,
     read_texts,
 )
 from sparsity_utils.study.opened_models import InputSpeedConfig, PretrainedConfig
@@ -73,35 +73,29 @@ class Way:
         return {"prompt": before, "rest": after, "differing": differing, "wrong": wrong}
 
 
+def opened_here(name: str) -> OpenedModel:
+    """A model of the recorded study; any other as `pretrained.opened`, which raises InputError for one not fetched."""
+    return open_checkpoint(_recorded(name), dtype=torch.float32) if _recorded(name).is_dir() else opened(name)
+
+
+def _recorded(name: str) -> Path:
+    return paths.RECORDED_MODELS / name
+
+
 def input_speeds(
-    settings: InputSpeedConfig, pretrained: PretrainedConfig, folder: Path, opened: Opener | None = None
+    settings: InputSpeedConfig, pretrained: PretrainedConfig, folder: Path, of: Opener = opened_here
 ) -> pd.DataFrame:
     """The table input_speeds (results/columns.csv) of the models of a profile. Pieces are kept in `folder`.
 
-    opened: gives a model by its name, and its tokenizer (default: `opened_here`). Raises InputError for a model that
-    was not fetched, cannot be measured, or has too little text.
+    of: gives a model by its name, and its tokenizer. Raises InputError for a model that was not fetched, cannot be
+    measured, or has too little text.
     """
-    of = opened or opened_here
     tables = [_Work(name, of(name), settings, pretrained, folder).table() for name in settings.models]
     return pd.concat(tables, ignore_index=True).assign(**machine(default_device().type))
 
 
 def _itself(model: PreTrainedModel) -> PreTrainedModel:
     return model
-
-
-def located(name: str) -> str | Path | None:
-    """What `open_checkpoint` opens for a model of the profile; None for one that can be fetched and was not."""
-    recorded = paths.RECORDED_MODELS / name
-    return recorded if recorded.is_dir() else found_model(name)
-
-
-def opened_here(name: str) -> OpenedModel:
-    """A model of the recorded study, a fetched one, or one of one's own. Raises InputError for one not fetched."""
-    place = located(name)
-    if place is None:
-        raise InputError(not_here(name))
-    return open_checkpoint(place, dtype=torch.float32)
 
 
 def _key(model: nn.Module, text: Text, settings: InputSpeedConfig) -> str:
@@ -279,16 +273,16 @@ def interval(name: str, values: np.ndarray) -> dict[str, float]:
 def _tables(study: Asked) -> Frames:
     """Of an activation function that the profile trains, the model is the study's own, not that of the record."""
 
-    def opened(name: str) -> OpenedModel:
+    def own(name: str) -> OpenedModel:
         return study.trained_model(name) if name in study.profile.study.activations else opened_here(name)
 
     settings, given = study.profile.input_speeds, study.profile.pretrained
-    return {INPUT_SPEEDS: input_speeds(settings, given, study.output / INPUT_SPEEDS, opened)}
+    return {INPUT_SPEEDS: input_speeds(settings, given, study.output / INPUT_SPEEDS, own)}
 
 
 def _missing(profile: Profile) -> str:
-    opened = set(profile.input_speeds.models) - set(profile.study.activations)
-    return next((not_here(name) for name in sorted(opened) if located(name) is None), "")
+    others = [name for name in profile.input_speeds.models if name not in profile.study.activations]
+    return next(filter(None, (not_here(name) for name in others if not _recorded(name).is_dir())), "")
 
 
 MAKERS = [Maker((INPUT_SPEEDS,), _tables, _missing, of_machine=True)]
