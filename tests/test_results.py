@@ -238,6 +238,32 @@ def test_the_committed_figures_are_those_of_the_tables(drawn):
             assert (was, at) == (now, to), name
 
 
+def check_kept(profile, shelf):
+    """A notebook that is kept stays with its verdicts and tables; one of another study's models may not."""
+    (shelf / "09_pretrained.ipynb").touch()
+    with pytest.raises(InputError, match=r"no recorded verdicts of 09_pretrained to keep"):
+        list(record.record(profile, ["09"]))
+    row = ["kept", "none", "1.0", "0.5 to 1.5", "supported", "", "09_pretrained"]
+    verdicts = pd.DataFrame([row], columns=pd.read_csv(paths.RESULTS / "verdicts.csv").columns)
+    verdicts.to_csv(paths.RESULTS / "verdicts.csv", index=False)
+    tables = {  # what is opened, what is of no model, and a run of this study; then a run of none
+        "pretrained.csv": pd.DataFrame({"model": ["smollm2", "smollm2"], "text": ["english", "python"]}),
+        "training_free.csv": pd.DataFrame({"model": ["example", "16x2 silu"], "seed": [None, 0]}),
+    }
+    for name, table in tables.items():
+        table.to_csv(paths.RESULTS / name, index=False)
+    assert not set(record.record(profile, ["9"])) & {paths.RESULTS / name for name in tables}
+    for name, table in tables.items():
+        pd.testing.assert_frame_equal(pd.read_csv(paths.RESULTS / name), table, check_dtype=False)
+    kept = pd.read_csv(paths.RESULTS / "verdicts.csv", dtype=str, keep_default_na=False)
+    pd.testing.assert_frame_equal(kept, verdicts)
+    assert json.loads((paths.RESULTS / "manifest.json").read_text())["kept"] == ["09_pretrained"]
+    pd.DataFrame({"model": ["smollm2", "relu"]}).to_csv(paths.RESULTS / "correction.csv", index=False)
+    with pytest.raises(InputError, match=r"correction\.csv holds relu, a model of another study"):
+        list(record.record(profile, ["09"]))
+    (shelf / "09_pretrained.ipynb").unlink()
+
+
 def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSITY_BUILD", str(tmp_path / "build"))
     for name in ("RESULTS", "RECORDED_MODELS"):
@@ -288,3 +314,5 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     assert {"02_relu_vs_silu", "verdicts"} <= figures and figures == {
         file.stem for file in (tmp_path / "figures").iterdir()
     }
+    monkeypatch.setattr(paths, "NOTEBOOKS", shelf)
+    check_kept(profile, shelf)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from sparsity_utils import paths
+from sparsity_utils.commands.notebooks import chosen
 from sparsity_utils.console import InputError
 from sparsity_utils.findings.deciding import FILE, cannot_tell, write_deciding
+from sparsity_utils.study.makers.training_free import EXAMPLE
 from sparsity_utils.study.plan import OF_MODELS, QUESTIONS, SCHEMA
 from sparsity_utils.study.runs import RECIPE, find_run
 from sparsity_utils.study.study import Study
@@ -21,45 +23,75 @@ from sparsity_utils.study.study import Study
 FOLDERS = (("corpus", "path"), ("pretrained", "english"), ("pretrained", "model"), ("correction", "model"))
 
 
-def record(profile: str) -> Iterator[Path]:
+def record(profile: str, keep: Iterable[str] = ()) -> Iterator[Path]:
     """Record the study of `profile` into results/ as `make reproduce` left it; yield the files written.
 
     Nothing is trained or measured anew, so that tables are those from which the verdicts came; a table that no notebook
     asked for is made of what was measured. Tables of questions that this study leaves out are removed, so that none of
     the study recorded before stands there.
-    The models are the largest size, first seed, after the decay, one per activation function. Raises InputError when
-    `make reproduce` has not left a table of verdicts to record, or when the profile asks for other runs since.
+    The models are the largest size, first seed, after the decay, one per activation function.
+
+    keep: numbers of notebooks on a pretrained model, such as 09, that were not reproduced: their verdicts stay as they
+    are recorded, and so do tables of such models. These numbers do not depend on the study, and take hours.
+
+    Raises InputError when `make reproduce` has not left the verdicts of every other notebook, when the profile asks
+    for other runs since, and when a table that would stay holds a model that this study does not train.
     """
     study = Study.from_profile(profile)
-    verdicts = study.folder.parent / "verdicts.csv"
-    if not verdicts.exists():
-        raise InputError(
-            f"There is no {verdicts.name} of profile {study.name}; run make reproduce PROFILE={profile} first."
-        )
-    judged = pd.read_csv(verdicts)
-    if judged["verdict"].isin(["failed", "none"]).any():
-        raise InputError(f"{verdicts.name} of profile {study.name} has failed notebooks; reproduce it again.")
-    left_out = [notebook.stem for notebook in paths.collection() if not _judged(notebook, verdicts.parent, judged)]
-    if left_out:
-        raise InputError(f"{verdicts.name} of profile {study.name} lacks {left_out[0]}; reproduce all notebooks.")
+    stay = [notebook.stem for notebook in chosen(keep)] if (keep := list(keep)) else []
+    verdicts = _verdicts(study, profile, stay)
     own = [question for question in filter(study.answers, QUESTIONS) if question not in OF_MODELS]
     questions = {QUESTIONS[question].file: question for question in own}
     _check_done(study, questions.values(), f"run make reproduce PROFILE={profile} again")
+    left = {file.name for file in map(study.file, OF_MODELS) if file.exists()}  # the text is a notebook's parameter
+    staying = {study.file(question).name for question in OF_MODELS if stay} - left
+    _check_staying(study, staying)
     for file, question in sorted(questions.items()):
         if not (study.folder / file).exists():
             study.table(question)
+    for file in sorted({*questions, *left}):
         yield _copy(study.folder / file, paths.RESULTS / file)
-    for left in filter(Path.exists, map(study.file, OF_MODELS)):  # as notebooks left them: the text is a parameter
-        yield _copy(left, paths.RESULTS / left.name)
-    yield _copy(verdicts, paths.RESULTS / "verdicts.csv")
-    yield _write(paths.RESULTS / "manifest.json", json.dumps(_manifest(study), indent=1) + "\n")
+    yield _write(paths.RESULTS / "verdicts.csv", verdicts.to_csv(index=False))
+    yield _write(paths.RESULTS / "manifest.json", json.dumps(_manifest(study) | {"kept": stay}, indent=1) + "\n")
     for activation in study.profile.study.activations:
         yield from _models(study, activation)
-    kept = {*questions, *(study.file(question).name for question in OF_MODELS if study.file(question).exists())}
-    for before in {FILE, *(question.file for question in QUESTIONS.values())} - kept:
+    for before in {FILE, *(question.file for question in QUESTIONS.values())} - {*questions, *left, *staying}:
         (paths.RESULTS / before).unlink(missing_ok=True)
     if not cannot_tell(study):
         yield write_deciding(paths.RESULTS)
+
+
+def _verdicts(study: Study, profile: str, stay: list[str]) -> pd.DataFrame:
+    """All verdicts in reading order: those of `make reproduce`, and the recorded ones of notebooks that `stay`."""
+    file, recorded = study.output / "verdicts.csv", paths.RESULTS / "verdicts.csv"
+    if not file.exists():
+        raise InputError(
+            f"There is no {file.name} of profile {study.name}; run make reproduce PROFILE={profile} first."
+        )
+    judged = pd.read_csv(file, dtype=str, keep_default_na=False)
+    judged = judged[~judged["notebook"].isin(stay)]
+    if judged["verdict"].isin(["failed", "none"]).any():
+        raise InputError(f"{file.name} of profile {study.name} has failed notebooks; reproduce it again.")
+    others = [notebook for notebook in paths.collection() if notebook.stem not in stay]
+    if left_out := [notebook.stem for notebook in others if not _judged(notebook, study.output, judged)]:
+        raise InputError(f"{file.name} of profile {study.name} lacks {left_out[0]}; reproduce all notebooks.")
+    before = pd.read_csv(recorded, dtype=str, keep_default_na=False) if stay and recorded.exists() else judged
+    if unknown := sorted(set(stay) - set(before["notebook"])):
+        raise InputError(f"There are no recorded verdicts of {unknown[0]} to keep; reproduce all notebooks.")
+    kept = before[before["notebook"].isin(stay)]
+    return pd.concat([judged, kept]).sort_values("notebook", kind="stable")
+
+
+def _check_staying(study: Study, files: Iterable[str]) -> None:
+    """Recorded tables that stay hold the pretrained model, what is of no model, and runs of this study."""
+    runs = {config.title for config in study.configs("training_free")}
+    given = {Path(study.profile.pretrained.model).name, EXAMPLE}
+    for file in filter(Path.exists, (paths.RESULTS / name for name in files)):
+        table = pd.read_csv(file)
+        own = table[~table["model"].isin(given)]
+        names = own["model"] + (own["seed"].map(" seed {:.0f}".format) if "seed" in own else "")
+        if others := sorted(set(names) - runs):
+            raise InputError(f"{file.name} holds {others[0]}, a model of another study; reproduce all notebooks.")
 
 
 def _check_done(study: Study, questions: Iterable[str], advice: str) -> None:

@@ -46,6 +46,7 @@ BEYOND = 0.05  # of a block: how far greedy paths go beyond the largest sparsity
 QUARTER = 0.25  # sparsity of TEAL that is measured in any case, for the claims on it
 HALF = 0.5  # block sparsity at which greedy and uniform allocation are compared block by block
 TRIALS = {"perplexity": 9, "sparsity": 2}  # passes over calibration text in which a setting is solved, about
+EXAMPLE = "example"  # a model of no weights: the counter-example among the checks of the printed theory
 TOP_K = [name for name, rule in INPUT_RULES.items() if rule.per_token]
 # A masked pass of SmolLM2-135M over 2,048 tokens on two quiet cores, as `Pieces` counts cost.
 SECONDS_PER_TOKEN_AND_PARAMETER = 2.5e-11
@@ -166,7 +167,7 @@ def measured(
 def example_table() -> pd.DataFrame:
     """The two-by-two counter-example to Theorem 3.2 as rows of training_free_theory."""
     found = check_stack(*counter_example(), share=0.5)
-    return pd.DataFrame([{"model": "example", "check": "stack", **found._asdict()}])
+    return pd.DataFrame([{"model": EXAMPLE, "check": "stack", **found._asdict()}])
 
 
 class _Work:
