@@ -35,6 +35,29 @@ def verdicts() -> str:
     return _table(("Chapter", "Verdict", "Claim", "Published", "Here", INTERVAL), rows)
 
 
+def changes() -> str:
+    """Verdicts of the first study beside the recorded ones that differ."""
+    found = ["here", "interval", "verdict"]
+    first, now = (
+        pd.read_csv(paths.RESULTS / name, dtype=str, keep_default_na=False).set_index("question")
+        for name in ("first_study.csv", "verdicts.csv")
+    )
+    both = first.join(now[found].add_suffix("_now"), how="inner")
+    rows = []
+    for claim, row in both.iterrows():
+        before, after = ([row[name + when] for name in found] for when in ("", "_now"))
+        if before != after:
+            chapter = f"[{row['notebook'][:2]}](../notebooks/{row['notebook']}.ipynb)"
+            rows.append([chapter, _escaped(claim), *map(_found, (before, after))])
+    return _table(("Chapter", "Claim", "First study", "Now"), rows) or "None yet: the recorded study is the first."
+
+
+def _found(verdict: Sequence[str]) -> str:
+    here, interval, word = verdict
+    numbers = f": {here} ({interval})" if interval not in ("", "none") else ""
+    return f"{SIGNS[word]} {word}{_escaped(numbers)}"
+
+
 def commands() -> str:
     """Every command, from its own help."""
     (every,) = (action for action in command_parser()._actions if isinstance(action, argparse._SubParsersAction))
@@ -91,7 +114,7 @@ def _bibtex(work: dict[str, Any]) -> str:
     return "\n".join(["```bibtex", f"@{kind}{{{key},", *lines, "}", "```"])
 
 
-PARTS = {"verdicts": verdicts, "commands": commands, "columns": columns, "citations": citations}
+PARTS = {"verdicts": verdicts, "changes": changes, "commands": commands, "columns": columns, "citations": citations}
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -36,6 +36,30 @@ def test_every_verdict_is_in_the_table_with_a_link_to_its_chapter():
         assert f"../notebooks/{row.notebook}.ipynb" in cells[0] and cells[1].split(maxsplit=1)[1].strip() == row.verdict
 
 
+def test_verdicts_that_changed_stand_beside_what_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    columns = ["question", "here", "interval", "verdict", "notebook"]
+    same = ["as before", "1.0 points", "0.5 to 1.5", "supported", "02_relu_vs_silu"]
+    fell = ["it falls", "2.0 points", "-1.0 to 5.0", "inconclusive", "04_scale_insensitivity"]
+    gone = ["asked once", "none", "none", "inconclusive", "05_activation_patterns"]
+    pd.DataFrame([same, fell, gone], columns=columns).to_csv(tmp_path / "first_study.csv", index=False)
+    now = pd.DataFrame([same, ["it falls", "2.0 points", "0.5 to 3.5", "supported", fell[-1]]], columns=columns)
+    now.assign(published="none", minutes="").to_csv(tmp_path / "verdicts.csv", index=False)
+    (cells,) = rows(book.changes())
+    assert [cell.strip() for cell in cells] == [
+        *("[04](../notebooks/04_scale_insensitivity.ipynb)", "it falls"),
+        *("◇ inconclusive: 2.0 points (-1.0 to 5.0)", "● supported: 2.0 points (0.5 to 3.5)"),
+    ]
+    now.iloc[:1].assign(published="none", minutes="").to_csv(tmp_path / "verdicts.csv", index=False)
+    assert book.changes().startswith("None yet")
+
+
+def test_the_verdicts_of_the_first_study_are_of_claims_that_stand():
+    first = pd.read_csv(paths.RESULTS / "first_study.csv", dtype=str, keep_default_na=False)
+    assert first["question"].is_unique and set(first["question"]) <= set(VERDICTS["question"])
+    assert set(first["verdict"]) == set(book.SIGNS) and len(first) > 40
+
+
 def test_every_option_of_every_command_is_there():
     text = book.commands()
     assert text.count("\n## ") + 1 == len(set(re.findall(r"^## (\w+)", text, re.MULTILINE))) > 8

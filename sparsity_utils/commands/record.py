@@ -13,7 +13,10 @@ import pandas as pd
 from sparsity_utils import paths
 from sparsity_utils.commands.notebooks import chosen
 from sparsity_utils.console import InputError
-from sparsity_utils.findings.deciding import FILE, cannot_tell, write_deciding
+from sparsity_utils.findings.deciding import FILE as DECIDING
+from sparsity_utils.findings.deciding import cannot_tell, write_deciding
+from sparsity_utils.findings.power import REACHED
+from sparsity_utils.findings.power_reached import write_reached
 from sparsity_utils.study.makers.training_free import EXAMPLE
 from sparsity_utils.study.plan import OF_MODELS, QUESTIONS, SCHEMA
 from sparsity_utils.study.runs import RECIPE, find_run
@@ -55,10 +58,15 @@ def record(profile: str, keep: Iterable[str] = ()) -> Iterator[Path]:
     yield _write(paths.RESULTS / "manifest.json", json.dumps(_manifest(study) | {"kept": stay}, indent=1) + "\n")
     for activation in study.profile.study.activations:
         yield from _models(study, activation)
-    for before in {FILE, *(question.file for question in QUESTIONS.values())} - {*questions, *left, *staying}:
+    for before in {DECIDING, REACHED, *(question.file for question in QUESTIONS.values())} - {
+        *questions,
+        *left,
+        *staying,
+    }:
         (paths.RESULTS / before).unlink(missing_ok=True)
     if not cannot_tell(study):
         yield write_deciding(paths.RESULTS)
+        yield write_reached(paths.RESULTS)
 
 
 def _verdicts(study: Study, profile: str, stay: list[str]) -> pd.DataFrame:

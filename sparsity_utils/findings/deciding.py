@@ -61,18 +61,19 @@ def cannot_tell(study: Tables) -> str:
     lacking = [name for name in TABLES if not study.answers(name)]
     if lacking:
         return f"The study has no table for {lacking[0]}."
-    return _unknown(spreads(*_tables(study)))
+    return _unknown(spreads(*lines_and_shapes(study)))
 
 
 def write_deciding(folder: Path) -> Path:
     """Write deciding.csv of the study recorded in `folder`; returns the file. See `deciding_table`."""
-    table = deciding_table(*_tables(Tables.recorded(folder)))
+    table = deciding_table(*lines_and_shapes(Tables.recorded(folder)))
     with paths.written_aside(folder / FILE) as aside:
         table.to_csv(aside, index=False, float_format="%.6g")
     return folder / FILE
 
 
-def _tables(study: Tables) -> tuple[Lines, pd.DataFrame]:
+def lines_and_shapes(study: Tables) -> tuple[Lines, pd.DataFrame]:
+    """The checkpoints of a study by line of sizes, and those of its shapes of one size."""
     main, second, shapes = map(study.table, TABLES)
     return {MAIN: main, SECOND: second}, shapes
 
@@ -89,9 +90,9 @@ def deciding_table(tables: Lines, shapes: pd.DataFrame, draws: int = DRAWS) -> p
     """
     spread = spreads(tables, shapes)
     check(not (why := _unknown(spread)), why)
-    lines = pd.concat([_runs(table).assign(line=line) for line, table in tables.items()], ignore_index=True)
+    lines = pd.concat([relu_runs(table).assign(line=line) for line, table in tables.items()], ignore_index=True)
     lines = lines[lines["n_layers"] >= 2].reset_index(drop=True)
-    one_size = _runs(shapes).assign(line="")
+    one_size = relu_runs(shapes).assign(line="")
     rows: list[tuple] = []
     for plan in progress(PLANS, "simulated plans", len(PLANS)):
         more, none = _planned(lines, plan), one_size.iloc[:0]
@@ -149,7 +150,7 @@ def _operations(runs: pd.DataFrame) -> float:
     return float((runs["parameters"].astype(float) ** 2).sum())
 
 
-def _runs(checkpoints: pd.DataFrame) -> pd.DataFrame:
+def relu_runs(checkpoints: pd.DataFrame) -> pd.DataFrame:
     """One row per ReLU run, with the columns of `Simulation.runs` but its line."""
     runs = checkpoints[checkpoints["activation"] == "relu"].drop_duplicates("run")
     return runs[[*SIZE[1:], "parameters", "width_depth_ratio", "seed"]].reset_index(drop=True)

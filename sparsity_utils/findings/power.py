@@ -31,6 +31,7 @@ from sparsity_utils.study.plan import Settings, planned
 from sparsity_utils.study.profiles import Profile
 
 DRAWS, SEED = 2000, 0
+REACHED = "power_reached.csv"  # of `power_reached`
 LINES = {"relu_vs_silu": MAIN, "second_line": SECOND}
 SIZE = ("line", "d_model", "n_layers", "d_ff")
 # Parameters grow as n_layers^3 at one width-depth ratio. If depth alone moves an outcome, then its slope per decade of
@@ -95,16 +96,27 @@ def write_power(profile: Profile, folder: Path) -> Path:
 
 
 def shown_power(question: str) -> pd.DataFrame:
-    """The recorded power.csv of a question, as notebooks show it: one row per claim and effect, verdicts in percent."""
-    table = pd.read_csv(paths.RESULTS / "power.csv").query("question == @question")
-    effects = [f"{row.effect}: {row.value:.3g} {row.unit}" for row in table.itertuples()]
-    verdicts_in_percent = (100 * table[["supported", "not_supported", "inconclusive"]]).round().astype(int)
-    shown = (
-        table[["claim", "rank"]]
-        .assign(effect=effects)
-        .join(verdicts_in_percent.rename(columns=lambda name: f"{name.replace('_', ' ')} %"))
-    )
+    """The recorded power.csv of a question, as notebooks show it: one row per claim and effect, verdicts in percent.
+
+    Where the recorded study has the power that it reached (`power_reached`), a second percentage follows each: the
+    first was promised before the study.
+    """
+    shown = _in_percent("power.csv", question)
+    if (paths.RESULTS / REACHED).exists():
+        reached = _in_percent(REACHED, question).drop(columns=["rank", "value", "unit"])
+        shown = shown.merge(reached, on=["claim", "effect"], how="left", suffixes=(" promised", " reached"))
+    effects = [f"{row.effect}: {row.value:.3g} {row.unit}" for row in shown.itertuples()]
+    shown = shown.assign(effect=effects).drop(columns=["value", "unit"])
     return shown.sort_values("claim", kind="stable", ignore_index=True)
+
+
+def _in_percent(file: str, question: str) -> pd.DataFrame:
+    """Claim, rank, effect, value, unit and the verdicts in percent, of a table of power in results/."""
+    table = pd.read_csv(paths.RESULTS / file).query("question == @question")
+    verdicts_in_percent = (100 * table[["supported", "not_supported", "inconclusive"]]).round().astype(int)
+    names = {name: f"{name.replace('_', ' ')} %" for name in verdicts_in_percent}
+    about = table[["claim", "rank", "effect", "value", "unit"]]
+    return about.join(verdicts_in_percent.rename(columns=names)).reset_index(drop=True)
 
 
 def power_table(profile: Profile) -> pd.DataFrame:

@@ -52,7 +52,7 @@ def shares(table, claim):
 
 
 def test_a_longer_line_goes_on_as_it_did():
-    runs = deciding._runs(planted()[MAIN])
+    runs = deciding.relu_runs(planted()[MAIN])
     longer = deciding._longer(runs, 2)
     assert longer["d_model"].unique().tolist() == [16, 32, 48, 64, 80]
     assert longer["n_layers"].unique().tolist() == [2, 4, 6, 8, 10] and longer["d_ff"].max() == 200
@@ -63,7 +63,7 @@ def test_a_longer_line_goes_on_as_it_did():
 
 
 def test_every_copy_of_a_run_has_a_seed_of_its_own():
-    runs = deciding._runs(planted()[MAIN])
+    runs = deciding.relu_runs(planted()[MAIN])
     more = deciding._more_seeds(runs, 4)
     assert len(more) == 24 and not more.duplicated().any()
     assert more.groupby("d_model")["seed"].apply(sorted).tolist() == [list(range(8))] * 3
@@ -150,7 +150,7 @@ def test_a_study_that_does_not_tell_is_refused_and_known_beforehand(kept, why, t
 
 
 def test_a_line_whose_last_step_drops_layers_goes_on_with_what_grows():
-    runs = deciding._runs(planted()[MAIN])
+    runs = deciding.relu_runs(planted()[MAIN])
     shrunk = runs.assign(n_layers=runs["n_layers"].replace(6, 3))
     assert deciding._longer(shrunk, 4).query("d_model == 112")["n_layers"].tolist() == [3, 3]
 
@@ -180,7 +180,7 @@ def test_open_claims_alone_are_shown_with_the_cheapest_plan_that_is_enough(tmp_p
 
 def test_the_recorded_table_is_that_of_the_recorded_study():
     """What all rows are about, and the shares of the first plan."""
-    stored, tables = pd.read_csv(paths.RESULTS / deciding.FILE), deciding._tables(deciding.Tables.recorded())
+    stored, tables = pd.read_csv(paths.RESULTS / deciding.FILE), deciding.lines_and_shapes(deciding.Tables.recorded())
     assert deciding.cannot_tell(deciding.Tables.recorded()) == ""
     shares = ["supported", "not_supported", "inconclusive"]
     few = deciding.deciding_table(*tables, draws=2)
