@@ -43,12 +43,10 @@ from sparsity_utils.laws.design import CURVES, joined
 from sparsity_utils.laws.holdout import held_out
 from sparsity_utils.laws.power_inputs import power_inputs
 from sparsity_utils.laws.published import PUBLISHED_LAWS
-from sparsity_utils.models.config import ModelConfig, TrainConfig
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.paths import collection
 from sparsity_utils.study.plan import OF_MODELS, PUBLISHED_TABLES, QUESTIONS, SCHEMA, planned
 from sparsity_utils.study.profiles import read_profile
-from sparsity_utils.study.runs import RunConfig
 from sparsity_utils.study.schedule import run_session
 from sparsity_utils.study.study import Study
 from sparsity_utils.text.sources import package_documents
@@ -84,22 +82,6 @@ def test_the_manifest_fits_the_tables():
     one_list = study.get("seeds")  # of the first study; since then every size has its own
     seeds = one_list or {seed for size in study["sizes"] for seed in size["seeds"]}
     assert set(table["activation"]) == set(study["activations"]) and set(table["seed"]) == set(seeds)
-
-
-def test_the_runs_of_the_first_study_have_the_keys_that_they_had():
-    """A run is found by its key: what decides its weights must be written as it was when it was trained."""
-    manifest = json.loads((paths.RESULTS / "manifest.json").read_text())
-    profile, text = manifest["profile"], manifest["corpus"]
-    sizes = {size["shape"]: size["tokens"] for size in profile["study"]["sizes"]}
-    runs = Study.recorded().table("relu_vs_silu").drop_duplicates("run")
-    for row in runs.itertuples():
-        model = ModelConfig(
-            row.d_model, row.n_layers, row.activation, profile["corpus"]["vocabulary"], **profile["model"]
-        )
-        train = TrainConfig(sizes[f"{row.d_model}x{row.n_layers}"], seed=row.seed, **profile["train"])
-        config = RunConfig(model, train, text["tokens_sha256"], text["tokenizer_sha256"], profile["threads"])
-        assert config.key == row.run, config.title
-    assert len(runs) == 18
 
 
 def test_the_power_of_the_second_study_is_that_of_its_design():

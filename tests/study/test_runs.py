@@ -96,6 +96,28 @@ def test_settings_that_joined_later_count_where_they_are_set_and_only_there(corp
     assert RunConfig.from_identity(base.identity()) == base
 
 
+FIRST_STUDY = {  # keys of its runs: shape, activation, tokens, seed
+    "2a822b821dbbe46a": (16, 1, "relu", 560_000, 0),
+    "d2a361d09cc818cc": (16, 2, "relu", 1_120_000, 0),
+    "1a0024333de422a8": (24, 3, "relu", 3_780_000, 1),
+    "3a139407474124c3": (48, 3, "silu", 15_100_000, 0),
+    "9124c92f879551fc": (64, 4, "silu", 35_800_000, 0),
+}
+ITS_TEXT = (
+    "44df982c3bb5fcea5ed0029dc6ec7ff0805f36304d41e566fb4fb98b4fbb88df",  # token ids
+    "c88abf483e35aeb260aaf0f7a6e5d2cbc54210aecf762d7a6bcb0f98998c435d",  # tokenizer
+)
+
+
+@pytest.mark.parametrize(("key", "settings"), FIRST_STUDY.items())
+def test_runs_of_the_first_study_have_the_keys_that_they_had(key, settings):
+    """A run is found by its key: what decides its weights must be written as it was when it was trained."""
+    d_model, n_layers, activation, tokens, seed = settings
+    model = ModelConfig(d_model, n_layers, activation, vocabulary=1024, context=256, head_size=16, base_width=64)
+    train = TrainConfig(tokens, seed=seed, batch_tokens=4096, learning_rate=0.01)
+    assert RunConfig(model, train, *ITS_TEXT, threads=1).key == key
+
+
 def test_a_finished_run_is_never_trained_again(corpus, monkeypatch):
     shares = []
     first = train_run(config(corpus), corpus, shares.append)
