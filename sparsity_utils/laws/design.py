@@ -5,6 +5,10 @@ each of N, D / N and r over its REFERENCE,
 
     link(outcome) = a + b log10 N + c log10(D / N) + s log10 r    (the loss: + q (log10 r)^2 + decay).
 
+A law must earn its place. Where it predicts the runs of an activation function, shapes left out in turn, with a larger
+mean error than the mean of that function's other runs does, it is dropped for that function: its mean is predicted, and
+`Design.extrapolates` says so.
+
 The link of a share is its log odds, that of the loss its logarithm. a, b and c belong to an activation function. s is
 shared, since often only ReLU is trained at several ratios: on the scale of log odds that is an assumption, and
 `Design.extrapolates` names the predictions that rest on it.
@@ -17,7 +21,8 @@ to either side. `unseen` is a quantile of the errors on runs whose shape was lef
 error of the grouped jackknife: how much the prediction moves when a shape is left out, which grows with the distance
 from the runs. A shape is left out with all its seeds and activation functions. In simulations of straight laws with 34
 runs, 90% intervals held 90 to 97% of new runs inside the fit, 88% one decade of parameters beyond it, and 89 to 94%
-four decades beyond. That the law stays straight there is an assumption that no interval can test.
+four decades beyond. That the law stays straight there is an assumption that no interval can test. The interval of a
+mean comes from the errors of that mean, and does not grow with the distance.
 """
 
 import math
@@ -72,43 +77,59 @@ NONZERO = Outcome("nonzero_share", _log_odds, expit)
 LOSS = Outcome("validation_loss", np.log, np.exp, bent=True, decayed=True)
 
 
+class Level(NamedTuple):
+    """The mean of an activation function's runs, on the scale of the link: what is predicted in place of a law."""
+
+    mean: float
+    without: Array  # (shapes,) the mean without that shape
+    errors: Array  # (its runs,) |link error| on each run of the mean without its shape
+
+
 @dataclass(frozen=True)
 class Law:
     """One outcome, fitted to all runs and once without each shape. `reason` says why it predicts nothing."""
 
     outcome: Outcome
-    activations: tuple[str, ...]
+    fitted: tuple[str, ...]  # activation functions, in the order of the coefficients
     reason: str
     coefficients: Array = field(repr=False)  # (terms,)
     without: Array = field(repr=False)  # (shapes, terms), fitted without that shape
     errors: Array = field(repr=False)  # (runs,) |link error| on each run by the fit without its shape
+    predicted: Array = field(default_factory=lambda: np.empty(0), repr=False)  # (runs,) the outcome by that same fit
+    levels: dict[str, Level] = field(default_factory=dict)  # by activation function: where the law was dropped
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        return tuple(sorted({*self.fitted, *self.levels}))
 
     def predict(self, parameters: float, tokens: float, width_depth_ratio: float, activation: str) -> Estimate:
         """The outcome of a run with its 90% interval; NaN with a reason where there is none."""
-        if self.reason or activation not in self.activations:
+        if level := self.levels.get(activation):
+            return _with_interval(self.outcome, level.mean, level.without, level.errors)
+        if self.reason or activation not in self.fitted:
             return no_estimate(self.reason or f"{ACTIVATIONS[activation]} was not fitted", self.errors.size)
         numbers = {"parameters": parameters, "tokens": tokens, "width_depth_ratio": width_depth_ratio}
         point = pd.DataFrame([numbers]).assign(activation=activation, role="final")
-        x = _terms(point, self.outcome, self.activations)[0]
-        rank = math.ceil(LEVEL * (self.errors.size + 1))  # at most their number, from FEWEST_RUNS on
-        unseen = np.sort(self.errors)[rank - 1]
-        moves = self.without @ x  # (shapes,)
-        jackknife = math.sqrt((moves.size - 1) * moves.var())  # standard error of the prediction (Efron 1982, ch. 3)
-        reach = math.hypot(unseen, ONE_SIDED * jackknife)
-        middle = float(self.coefficients @ x)
-        value, low, high = self.outcome.inverse(np.array([middle, middle - reach, middle + reach]))
-        return Estimate(float(value), float(low), float(high), self.errors.size)
+        x = _terms(point, self.outcome, self.fitted)[0]
+        return _with_interval(self.outcome, float(self.coefficients @ x), self.without @ x, self.errors)
 
     @property
     def table(self) -> pd.DataFrame:
-        """Columns term, activation, coefficient: one row per term and activation, "all" where they share the term."""
+        """Columns term, activation, coefficient: one row per term and activation, "all" where they share the term.
+
+        Where the law was dropped, the one row of an activation function is the mean of its runs.
+        """
         names = ["at the reference", "decade of parameters", "decade of tokens per parameter"]
-        rows = [(name, ACTIVATIONS[activation]) for activation in self.activations for name in names]
+        rows = [(name, ACTIVATIONS[activation]) for activation in self.fitted for name in names]
         rows += [("decade of width-depth ratio", "all")]
         rows += [("decade of width-depth ratio, squared", "all")] * self.outcome.bent
         rows += [("decay", "all")] * self.outcome.decayed
         known = math.nan if self.reason else self.coefficients
-        return pd.DataFrame(rows, columns=["term", "activation"]).assign(coefficient=known)
+        table = pd.DataFrame(rows, columns=["term", "activation"]).assign(coefficient=known)
+        means = [("mean of its runs", ACTIVATIONS[name], level.mean) for name, level in self.levels.items()]
+        dropped = table["activation"].isin([ACTIVATIONS[name] for name in self.levels])
+        dropped |= set(self.fitted) <= set(self.levels)
+        return pd.DataFrame([*table[~dropped].itertuples(index=False), *means], columns=table.columns)
 
 
 class Prediction(NamedTuple):
@@ -164,7 +185,10 @@ class Design:
     def extrapolates(
         self, parameters: float, tokens: float, width_depth_ratio: float, activation: str
     ) -> tuple[str, ...]:
-        """In words, each direction in which a run lies beyond the fitted ones, and by how much."""
+        """In words, each direction in which a run lies beyond the fitted ones, and by how much.
+
+        Words too where a mean is predicted in place of a law.
+        """
         own = self._ranges[activation]
         size, data, shape = REFERENCE
         words = [_beyond(size, parameters, *own[size]), _beyond(data, tokens / parameters, *own[data])]
@@ -173,6 +197,8 @@ class Design:
         if _beyond(shape, width_depth_ratio, low, high) and (low, high) != self._ranges["all"][shape]:
             trained = f"{low:.3g}" if high < NEAR * low else f"{low:.3g} to {high:.3g}"
             words += [f"effect of shape taken from others, {ACTIVATIONS[activation]} was trained at ratio {trained}"]
+        if activation in self.activation_ratio.levels:
+            words += [f"activation ratio is the mean of all {ACTIVATIONS[activation]} runs: no law was nearer"]
         return tuple(word for word in words if word)
 
     @cached_property
@@ -234,6 +260,55 @@ def _count_sizes(parameters: pd.Series) -> int:
 
 
 def _fit(checkpoints: pd.DataFrame, runs: pd.DataFrame, outcome: Outcome) -> Law:
+    """The law of an outcome. Functions for which it is dropped leave one by one, the worst first.
+
+    All share a slope, so that one without order may make the law err on another.
+    """
+    law, levels = _law(checkpoints, runs, outcome), dict[str, Level]()
+    while not law.reason and (worst := _worst(law, runs)):
+        levels[worst] = _level(outcome, runs[runs["activation"] == worst])
+        runs = runs[runs["activation"] != worst]
+        alone = _law(checkpoints, runs, outcome)
+        if alone.reason:  # too few alone: what was fitted to all of them stays
+            break
+        law = alone
+    return replace(law, levels=levels)
+
+
+def _worst(law: Law, runs: pd.DataFrame) -> str:
+    """The function on whose runs the law errs more than their mean does, by most; empty where there is none.
+
+    Both predict runs of a shape without that shape. runs: those that the law was fitted to.
+    """
+    excess = {"": 0.0}
+    for activation in law.fitted:
+        own = (runs["activation"] == activation).to_numpy()
+        measured = runs.loc[own, law.outcome.column].to_numpy(dtype=float)
+        off_law, off_mean = law.predicted[own] - measured, _means_of_others(law.outcome, runs[own]) - measured
+        if own.sum() >= FEWEST_RUNS:
+            excess[activation] = float(np.abs(off_law).mean() - np.abs(off_mean).mean())
+    return max(excess, key=excess.__getitem__)
+
+
+def _level(outcome: Outcome, runs: pd.DataFrame) -> Level:
+    """The mean of the runs of one function."""
+    others, measured = _means_of_others(outcome, runs), runs[outcome.column].to_numpy(dtype=float)
+    first = ~runs.duplicated(["d_model", "n_layers"]).to_numpy()
+    links = outcome.link(others)  # (runs,), one number for each shape
+    return Level(
+        float(outcome.link(measured.mean(keepdims=True))[0]), links[first], np.abs(links - outcome.link(measured))
+    )
+
+
+def _means_of_others(outcome: Outcome, runs: pd.DataFrame) -> Array:
+    """Of each run of one function, the mean outcome of those of other shapes. (runs,)"""
+    shapes = runs.groupby(["d_model", "n_layers"])[outcome.column]
+    values = runs[outcome.column]
+    others = (values.sum() - shapes.transform("sum")) / (len(runs) - shapes.transform("size"))
+    return others.to_numpy(dtype=float)
+
+
+def _law(checkpoints: pd.DataFrame, runs: pd.DataFrame, outcome: Outcome) -> Law:
     """Fit all runs, and again without each shape. Runs count equally: a checkpoint weighs 1 / (those of its run)."""
     activations = tuple(sorted(set(runs["activation"])))
     law = Law(outcome, activations, "", np.empty(0), np.empty(0), np.empty(len(runs)))
@@ -249,14 +324,24 @@ def _fit(checkpoints: pd.DataFrame, runs: pd.DataFrame, outcome: Outcome) -> Law
         kept = (shapes != shape).to_numpy()
         fits[shape] = _weighted(x[kept], y[kept], weights[kept])
         if fits[shape] is None and outcome.bent:  # too few width-depth ratios for a parabola
-            return _fit(checkpoints, runs, outcome._replace(bent=False))
+            return _law(checkpoints, runs, outcome._replace(bent=False))
         if fits[shape] is None:
             reason = f"without {shape[0]}x{shape[1]} the other shapes do not determine the {x.shape[1]} coefficients"
             return replace(law, reason=reason)
     unseen = np.sum(_terms(runs, outcome, activations) * np.array([fits[shape] for shape in own]), axis=1)  # (runs,)
     errors = np.abs(outcome.link(runs[outcome.column].to_numpy(dtype=float)) - unseen)
     without = np.array(list(fits.values()))  # (shapes, terms)
-    return replace(law, coefficients=_weighted(x, y, weights), without=without, errors=errors)
+    law = replace(law, errors=errors, predicted=outcome.inverse(unseen))
+    return replace(law, coefficients=_weighted(x, y, weights), without=without)
+
+
+def _with_interval(outcome: Outcome, middle: float, moves: Array, errors: Array) -> Estimate:
+    """A prediction on the scale of the link, and what it is without each shape, as the outcome with interval."""
+    rank = math.ceil(LEVEL * (errors.size + 1))  # at most their number, from FEWEST_RUNS on
+    jackknife = math.sqrt((moves.size - 1) * moves.var())  # standard error of the prediction (Efron 1982, ch. 3)
+    reach = math.hypot(np.sort(errors)[rank - 1], ONE_SIDED * jackknife)
+    value, low, high = outcome.inverse(np.array([middle, middle - reach, middle + reach]))
+    return Estimate(float(value), float(low), float(high), errors.size)
 
 
 def _points(checkpoints: pd.DataFrame, outcome: Outcome) -> pd.DataFrame:

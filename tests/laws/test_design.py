@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted_design import LINE, SECOND, SLOPES, study, truth
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from sparsity_utils.console import InputError
 from sparsity_utils.laws.design import fit_design, joined
@@ -74,6 +74,71 @@ def test_intervals_widen_beyond_the_fit():
     fitted = fit_design(study(noise=0.2))
     near, far = (fitted.predict(n, 100 * n, 16, "relu").loss for n in (1e5, 1e9))
     assert np.log(far.high / far.low) > 1.5 * np.log(near.high / near.low)
+
+
+# Where a law is dropped
+
+
+def without_order(table, activation="silu"):
+    """Shapes of one function in turn above and below a level, whatever their data; seeds nearly alike."""
+    own = table["activation"] == activation
+    shape = table.loc[own, "parameters"].rank(method="dense")
+    odds = -0.4 + 0.3 * (2 * (shape % 2) - 1) + 0.02 * table.loc[own, "seed"]
+    return table.assign(activation_ratio=expit(odds).reindex(table.index).fillna(table["activation_ratio"]))
+
+
+@pytest.fixture(scope="module")
+def level():
+    """Four shapes of SiLU more, so that runs of one half are enough for a mean."""
+    return without_order(study(silu=(*LINE, *SECOND, (80, 2), (64, 3), (40, 7))))
+
+
+def test_a_law_that_is_farther_off_than_the_mean_is_dropped_for_that_function_alone(level):
+    fitted = fit_design(level)
+    last = level[(level["role"] == "stable") & (level["activation"] == "silu")].groupby("run").tail(5)
+    runs = last.groupby(["d_model", "n_layers", "run"])["activation_ratio"].mean()
+    for parameters, ratio in ((1e4, 16), (1e9, 100)):
+        found = fitted.predict(parameters, 100 * parameters, ratio, "silu")
+        assert found.activation_ratio.value == pytest.approx(runs.mean(), rel=1e-12)
+        assert found.extrapolates[-1] == "activation ratio is the mean of all SiLU runs: no law was nearer"
+        assert found.loss.value == pytest.approx(0.95 * truth("silu", parameters, 100 * parameters, ratio)[1], rel=1e-6)
+        share, _ = truth("relu", parameters, 100 * parameters, ratio)
+        assert fitted.predict(parameters, 100 * parameters, ratio, "relu").activation_ratio.value == pytest.approx(
+            share, rel=1e-6
+        )
+    shapes = runs.groupby(["d_model", "n_layers"])
+    others = shapes.transform(lambda own: runs.drop(own.index).mean())
+    off = np.sort(np.abs(logit(others) - logit(runs)))
+    without = logit(others.groupby(["d_model", "n_layers"]).first())
+    reach = np.hypot(off[int(np.ceil(0.9 * 21)) - 1], 1.6449 * np.sqrt(9 * without.var(ddof=0)))
+    bounds = expit(logit(runs.mean()) + np.array([-reach, reach]))
+    assert (found.activation_ratio.low, found.activation_ratio.high) == pytest.approx(tuple(bounds), rel=1e-4)
+    table = fitted.activation_ratio.table.set_index("activation")
+    assert table.loc["SiLU", "term"] == "mean of its runs" and fitted.activations == ("relu", "silu")
+    assert table.loc["SiLU", "coefficient"] == pytest.approx(logit(runs.mean()))
+    assert set(fitted.loss.table["activation"]) == {"ReLU", "SiLU", "all"} and not fitted.loss.levels
+
+
+def test_held_out_runs_of_such_a_function_are_as_far_off_as_from_their_mean(level):
+    found = held_out(level).query("activation == 'silu' and quantity == 'activation ratio' and split != 'size'")
+    assert set(found["split"]) == {"shape", "seed"}
+    assert found["predicted"].to_numpy() == pytest.approx(found["mean_of_others"].to_numpy(), rel=1e-12)
+
+
+def test_every_law_may_be_dropped_and_the_others_need_not_stand_alone(level):
+    both = fit_design(without_order(level, "relu"))
+    assert set(both.activation_ratio.levels) == {"relu", "silu"} and not both.reason
+    assert len(both.activation_ratio.table) == 2
+    few = study(relu=LINE, silu=(*LINE, *SECOND, (80, 2), (64, 3), (40, 7)))
+    fitted = fit_design(without_order(few))  # ReLU alone has one ratio, which determines no effect of shape
+    assert set(fitted.activation_ratio.levels) == {"silu"} and not fitted.reason
+    assert np.isfinite(fitted.predict(1e5, 1e7, 16, "relu").activation_ratio.value)
+    assert "SiLU" not in set(fitted.activation_ratio.table.query("term != 'mean of its runs'")["activation"])
+
+
+def test_a_mean_of_too_few_runs_for_an_interval_drops_no_law():
+    few = study(silu=(*LINE, *SECOND), seeds=(0,), relu=(*LINE, *SECOND, (80, 2), (64, 3), (40, 7)))
+    assert not fit_design(without_order(few)).activation_ratio.levels
 
 
 # What a prediction says of itself
