@@ -75,12 +75,10 @@ test-slow: $(ENV)  ## the tests marked slow: whole processes, installation, the 
 notebooks: $(ENV)  ## execute every notebook at its defaults and store its outputs
 	$(PY) -m sparsity_utils notebooks
 
-NUMBERS = $(foreach name,$(notdir $(wildcard notebooks/*.ipynb)),$(firstword $(subst _, ,$(name))))
-
 record: $(ENV)  ## make results/, figures/, stored outputs and the book those of a study: PROFILE=long RUNS=results/runs
 	@test -n "$(PROFILE)" || { echo "Name the study: make record PROFILE=long RUNS=results/runs" >&2; exit 2; }
 	$(PY) -m sparsity_utils study --profile "$(PROFILE)" $(if $(RUNS),--tables "$(RUNS)")
-	$(PY) -m sparsity_utils reproduce --profile "$(PROFILE)" $(if $(KEEP),--notebooks $(filter-out $(KEEP),$(NUMBERS)))
+	$(PY) -m sparsity_utils reproduce --profile "$(PROFILE)" $(if $(KEEP),--without $(KEEP))
 	$(PY) -m sparsity_utils record --profile "$(PROFILE)" $(if $(KEEP),--keep $(KEEP))
 	rm -f figures/*.png figures/*.svg
 	$(PY) -m sparsity_utils figures

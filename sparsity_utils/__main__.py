@@ -65,6 +65,7 @@ def command_parser() -> argparse.ArgumentParser:
     reproduce = command("reproduce", _reproduce, "execute notebooks on a profile's own runs and print the verdicts")
     about = "only these notebooks, such as 02 03 (default: all)"
     reproduce.add_argument("--notebooks", help=about, nargs="+", default=[], metavar="NN")
+    reproduce.add_argument("--without", help="all but these notebooks", nargs="+", default=[], metavar="NN")
     record = command("record", _record, "copy a finished study of a profile into results/")
     about = "notebooks on pretrained models, such as 09 10, whose tables and verdicts stay as they are recorded"
     record.add_argument("--keep", help=about, nargs="+", default=[], metavar="NN")
@@ -228,7 +229,7 @@ def _power(options: argparse.Namespace) -> None:
 def _reproduce(options: argparse.Namespace) -> int:
     from sparsity_utils.commands.notebooks import reproduce
 
-    return reproduce(options.profile, options.notebooks)
+    return reproduce(options.profile, options.notebooks, options.without)
 
 
 def _record(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from itertools import product
 
 import matplotlib.pyplot as plt
@@ -45,13 +46,14 @@ from sparsity_utils.laws.power_inputs import power_inputs
 from sparsity_utils.laws.published import PUBLISHED_LAWS
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.paths import collection
-from sparsity_utils.study.plan import OF_MODELS, PUBLISHED_TABLES, QUESTIONS, SCHEMA, planned
+from sparsity_utils.study.plan import OF_MODELS, PRETRAINED, PUBLISHED_TABLES, QUESTIONS, SCHEMA, planned
 from sparsity_utils.study.profiles import read_profile
 from sparsity_utils.study.schedule import run_session
-from sparsity_utils.study.study import Study
+from sparsity_utils.study.study import MAKERS, Study
 from sparsity_utils.text.sources import package_documents
 from sparsity_utils.text.windows import split_documents, text_batches
 
+RECORDED = paths.RESULTS
 COLUMNS = pd.read_csv(paths.RESULTS / "columns.csv")
 NOTEBOOKS = paths.NOTEBOOKS
 OF_12 = ("q_sparse", "q_sparse_sizes", "equal_active", "gradient_flow")  # tables that the claims of notebook 12 rest on
@@ -221,30 +223,33 @@ def test_the_committed_figures_are_those_of_the_tables(drawn):
             assert (was, at) == (now, to), name
 
 
-def check_kept(profile, shelf):
-    """A notebook that is kept stays with its verdicts and tables; one of another study's models may not."""
-    (shelf / "09_pretrained.ipynb").touch()
-    with pytest.raises(InputError, match=r"no recorded verdicts of 09_pretrained to keep"):
+def check_kept(profile, study, shelf):
+    """A notebook on a pretrained model stays as it is recorded, with its tables; nothing else does."""
+    (shelf / "02_relu_vs_silu.ipynb").touch()
+    with pytest.raises(InputError, match=r"02_relu_vs_silu rests on runs of the study and cannot be kept"):
+        list(record.record(profile, ["02"]))
+    (shelf / "02_relu_vs_silu.ipynb").unlink()
+    notebooks = [shelf / "09_pretrained_model.ipynb", shelf / "10_training_free.ipynb"]
+    notebooks[0].touch()
+    with pytest.raises(InputError, match=r"no recorded verdicts of 09_pretrained_model to keep"):
         list(record.record(profile, ["09"]))
-    row = ["kept", "none", "1.0", "0.5 to 1.5", "supported", "", "09_pretrained"]
-    verdicts = pd.DataFrame([row], columns=pd.read_csv(paths.RESULTS / "verdicts.csv").columns)
-    verdicts.to_csv(paths.RESULTS / "verdicts.csv", index=False)
-    tables = {  # what is opened, what is of no model, and a run of this study; then a run of none
-        "pretrained.csv": pd.DataFrame({"model": ["smollm2", "smollm2"], "text": ["english", "python"]}),
-        "training_free.csv": pd.DataFrame({"model": ["example", "16x2 silu"], "seed": [None, 0]}),
-    }
-    for name, table in tables.items():
-        table.to_csv(paths.RESULTS / name, index=False)
+    for file in (*map(study.file, OF_MODELS), study.folder / "verdicts.csv"):
+        shutil.copy(RECORDED / file.name, paths.RESULTS)
+    tables = [study.file(question).name for question in PRETRAINED]
+    study.file(PRETRAINED[0]).write_text("measured before, and not what the verdicts rest on")
     assert not set(record.record(profile, ["9"])) & {paths.RESULTS / name for name in tables}
-    for name, table in tables.items():
-        pd.testing.assert_frame_equal(pd.read_csv(paths.RESULTS / name), table, check_dtype=False)
+    there = {file.name for file in paths.RESULTS.glob("*.csv")} & {study.file(name).name for name in OF_MODELS}
+    assert there == set(tables)
+    assert all((paths.RESULTS / name).read_bytes() == (RECORDED / name).read_bytes() for name in tables)
+    stored = pd.read_csv(RECORDED / "verdicts.csv", dtype=str, keep_default_na=False)
     kept = pd.read_csv(paths.RESULTS / "verdicts.csv", dtype=str, keep_default_na=False)
-    pd.testing.assert_frame_equal(kept, verdicts)
-    assert json.loads((paths.RESULTS / "manifest.json").read_text())["kept"] == ["09_pretrained"]
-    pd.DataFrame({"model": ["smollm2", "relu"]}).to_csv(paths.RESULTS / "correction.csv", index=False)
-    with pytest.raises(InputError, match=r"correction\.csv holds relu, a model of another study"):
-        list(record.record(profile, ["09"]))
-    (shelf / "09_pretrained.ipynb").unlink()
+    expected = stored[stored["notebook"] == "09_pretrained_model"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, expected)
+    assert json.loads((paths.RESULTS / "manifest.json").read_text())["kept"] == ["09_pretrained_model"]
+    notebooks[1].touch()
+    shutil.copy(RECORDED / "training_free.csv", paths.RESULTS)
+    with pytest.raises(InputError, match=r"training_free\.csv holds 32x4 silu seed 10, which is no run of this study"):
+        list(record.record(profile, ["09", "10"]))
 
 
 def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
@@ -272,6 +277,10 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"relu_vs_silu\.csv is not of the runs that profile tiny asks for"):
         list(record.record(profile))
     study.file("relu_vs_silu").unlink()
+    with pytest.raises(InputError, match=r"sparse_ffn\.csv of profile tiny is not measured; run make reproduce"):
+        list(record.record(profile))
+    for question in filter(study.answers, set(MAKERS) - set(OF_MODELS)):
+        study.table(question)
     left_out = [QUESTIONS[question].file for question in ("equal_active", "pretrained")]
     (tmp_path / "results").mkdir()
     for file in (*left_out, "power.csv"):
@@ -298,4 +307,4 @@ def test_a_tiny_study_is_drawn_and_recorded(tmp_path, monkeypatch):
         file.stem for file in (tmp_path / "figures").iterdir()
     }
     monkeypatch.setattr(paths, "NOTEBOOKS", shelf)
-    check_kept(profile, shelf)
+    check_kept(profile, study, shelf)

@@ -22,7 +22,7 @@ from sparsity_utils import paths
 from sparsity_utils.commands import verdicts
 from sparsity_utils.commands.expected import Expected, expect, keep_minutes
 from sparsity_utils.commands.report import write_report
-from sparsity_utils.console import UNATTENDED, InputError, progress
+from sparsity_utils.console import UNATTENDED, InputError, check, progress
 from sparsity_utils.findings import at_a_glance
 from sparsity_utils.study.engines import do_jobs
 from sparsity_utils.study.jobs import Job, longest_first
@@ -130,23 +130,27 @@ def jobs_of(notebooks: Iterable[Path], study: Study) -> list[Job]:
     return study.jobs(*asked, models=models)
 
 
-def reproduce(profile: str, numbers: Iterable[str] = ()) -> int:
+def reproduce(profile: str, numbers: Iterable[str] = (), without: Iterable[str] = ()) -> int:
     """Train and measure what notebooks need, then run them with `source="run"`; return 1 if a notebook failed, else 0.
 
-    `profile` is the name of a shipped profile or the path of a YAML file; `numbers` choose notebooks, as in `chosen`.
-    After the text the plan is printed (`expected`). All runs are done in one pool before the first notebook opens;
-    speeds are left to the notebooks, since nothing else may run meanwhile. A failed run or notebook does not stop the
-    notebooks that do not need it. At the end, and where Ctrl-C ends it after a notebook, one table is printed
-    (question, published, here, interval, verdict, minutes of its notebook) and the paths of the figures and of the
-    page on all of it, `build/<profile>/report.html`. The table is also stored as `build/<profile>/verdicts.csv`,
-    and drawn as `figures/verdicts`.
+    `profile` is the name of a shipped profile or the path of a YAML file; `numbers` choose notebooks, as in `chosen`,
+    less those of `without`. After the text the plan is printed (`expected`). All runs are done in one pool before the
+    first notebook opens; speeds are left to the notebooks, since nothing else may run meanwhile. A failed run or
+    notebook does not stop the notebooks that do not need it.
+
+    At the end, and where Ctrl-C ends it after a notebook, one table is printed (question, published, here, interval,
+    verdict, minutes of its notebook) and the paths of the figures and of the page on all of it,
+    `build/<profile>/report.html`. The table is also stored as `build/<profile>/verdicts.csv`, and drawn as
+    `figures/verdicts`.
     """
     study = Study.from_profile(profile)
     name, folder = study.name, study.folder.parent
     if profile.endswith((".yaml", ".yml")):
         profile = str(Path(profile).resolve())  # the notebooks run in their own folder
     parameters = {"source": "run", "profile": profile}
-    notebooks = chosen(numbers)
+    left_out = chosen(without) if (without := list(without)) else []
+    notebooks = [notebook for notebook in chosen(numbers) if notebook not in left_out]
+    check(len(notebooks) > 0, "Every notebook is left out; name fewer of them.")
     for notebook in notebooks:  # all of them before the first minute is spent
         check_parameters(notebook, parameters)
     taken: dict[str, float] = {}  # minutes of each step

@@ -11,16 +11,15 @@ from pathlib import Path
 import pandas as pd
 
 from sparsity_utils import paths
-from sparsity_utils.commands.notebooks import chosen
+from sparsity_utils.commands.kept import kept_notebooks, kept_tables, kept_verdicts
 from sparsity_utils.console import InputError
 from sparsity_utils.findings.deciding import FILE as DECIDING
 from sparsity_utils.findings.deciding import cannot_tell, write_deciding
 from sparsity_utils.findings.power import REACHED
 from sparsity_utils.findings.power_reached import write_reached
-from sparsity_utils.study.makers.training_free import EXAMPLE
 from sparsity_utils.study.plan import OF_MODELS, QUESTIONS, SCHEMA
 from sparsity_utils.study.runs import RECIPE, find_run
-from sparsity_utils.study.study import Study
+from sparsity_utils.study.study import MAKERS, Study
 
 # Settings of a profile that may be files or folders
 FOLDERS = (("corpus", "path"), ("pretrained", "english"), ("pretrained", "model"), ("correction", "model"))
@@ -34,36 +33,29 @@ def record(profile: str, keep: Iterable[str] = ()) -> Iterator[Path]:
     the study recorded before stands there.
     The models are the largest size, first seed, after the decay, one per activation function.
 
-    keep: numbers of notebooks on a pretrained model, such as 09, that were not reproduced: their verdicts stay as they
-    are recorded, and so do tables of such models. These numbers do not depend on the study, and take hours.
+    keep: numbers of notebooks that were not reproduced (see `kept`); their verdicts and tables stay as they are.
 
     Raises InputError when `make reproduce` has not left the verdicts of every other notebook, when the profile asks
-    for other runs since, and when a table that would stay holds a model that this study does not train.
+    for other runs since, and for a notebook that cannot be kept.
     """
     study = Study.from_profile(profile)
-    stay = [notebook.stem for notebook in chosen(keep)] if (keep := list(keep)) else []
-    verdicts = _verdicts(study, profile, stay)
+    stay = kept_notebooks(keep)
+    staying, verdicts = kept_tables(study, stay), _verdicts(study, profile, stay)
     own = [question for question in filter(study.answers, QUESTIONS) if question not in OF_MODELS]
     questions = {QUESTIONS[question].file: question for question in own}
-    _check_done(study, questions.values(), f"run make reproduce PROFILE={profile} again")
-    left = {file.name for file in map(study.file, OF_MODELS) if file.exists()}  # the text is a notebook's parameter
-    staying = {study.file(question).name for question in OF_MODELS if stay} - left
-    _check_staying(study, staying)
-    for file, question in sorted(questions.items()):
-        if not (study.folder / file).exists():
-            study.table(question)
+    _check_done(study, questions, f"run make reproduce PROFILE={profile} again")
+    left = {file.name for file in map(study.file, OF_MODELS) if file.exists()} - staying  # as notebooks left them
     for file in sorted({*questions, *left}):
+        if not (study.folder / file).exists():
+            study.table(questions[file])
         yield _copy(study.folder / file, paths.RESULTS / file)
     yield _write(paths.RESULTS / "verdicts.csv", verdicts.to_csv(index=False))
     yield _write(paths.RESULTS / "manifest.json", json.dumps(_manifest(study) | {"kept": stay}, indent=1) + "\n")
     for activation in study.profile.study.activations:
         yield from _models(study, activation)
-    for before in {DECIDING, REACHED, *(question.file for question in QUESTIONS.values())} - {
-        *questions,
-        *left,
-        *staying,
-    }:
-        (paths.RESULTS / before).unlink(missing_ok=True)
+    before = {DECIDING, REACHED, *(question.file for question in QUESTIONS.values())}
+    for file in before - {*questions, *left, *staying}:
+        (paths.RESULTS / file).unlink(missing_ok=True)
     if not cannot_tell(study):
         yield write_deciding(paths.RESULTS)
         yield write_reached(paths.RESULTS)
@@ -71,7 +63,7 @@ def record(profile: str, keep: Iterable[str] = ()) -> Iterator[Path]:
 
 def _verdicts(study: Study, profile: str, stay: list[str]) -> pd.DataFrame:
     """All verdicts in reading order: those of `make reproduce`, and the recorded ones of notebooks that `stay`."""
-    file, recorded = study.output / "verdicts.csv", paths.RESULTS / "verdicts.csv"
+    file = study.output / "verdicts.csv"
     if not file.exists():
         raise InputError(
             f"There is no {file.name} of profile {study.name}; run make reproduce PROFILE={profile} first."
@@ -83,37 +75,26 @@ def _verdicts(study: Study, profile: str, stay: list[str]) -> pd.DataFrame:
     others = [notebook for notebook in paths.collection() if notebook.stem not in stay]
     if left_out := [notebook.stem for notebook in others if not _judged(notebook, study.output, judged)]:
         raise InputError(f"{file.name} of profile {study.name} lacks {left_out[0]}; reproduce all notebooks.")
-    before = pd.read_csv(recorded, dtype=str, keep_default_na=False) if stay and recorded.exists() else judged
-    if unknown := sorted(set(stay) - set(before["notebook"])):
-        raise InputError(f"There are no recorded verdicts of {unknown[0]} to keep; reproduce all notebooks.")
-    kept = before[before["notebook"].isin(stay)]
-    return pd.concat([judged, kept]).sort_values("notebook", kind="stable")
+    return pd.concat([judged, kept_verdicts(stay, judged.columns)]).sort_values("notebook", kind="stable")
 
 
-def _check_staying(study: Study, files: Iterable[str]) -> None:
-    """Recorded tables that stay hold the pretrained model, what is of no model, and runs of this study."""
-    runs = {config.title for config in study.configs("training_free")}
-    given = {Path(study.profile.pretrained.model).name, EXAMPLE}
-    for file in filter(Path.exists, (paths.RESULTS / name for name in files)):
-        table = pd.read_csv(file)
-        own = table[~table["model"].isin(given)]
-        names = own["model"] + (own["seed"].map(" seed {:.0f}".format) if "seed" in own else "")
-        if others := sorted(set(names) - runs):
-            raise InputError(f"{file.name} holds {others[0]}, a model of another study; reproduce all notebooks.")
+def _check_done(study: Study, questions: dict[str, str], advice: str) -> None:
+    """Every run that the profile asks for is done, tables that notebooks left are of these runs and no others, and what
+    is not measured on runs one by one is there.
 
-
-def _check_done(study: Study, questions: Iterable[str], advice: str) -> None:
-    """Every run that the profile asks for is done, and tables that notebooks left are of these runs and no others."""
-    jobs = study.jobs(*questions, models=study.profile.study.activations)
+    questions: by the file of their table.
+    """
+    jobs = study.jobs(*questions.values(), models=study.profile.study.activations)
     undone = [job.config.title for job in jobs if not job.done()]
     if undone:
         raise InputError(f"{len(undone)} runs of profile {study.name} are not done, such as {undone[0]}; {advice}.")
-    for question in questions:
+    for file, question in questions.items():
+        if question in MAKERS and not study.file(question).exists():
+            raise InputError(f"{file} of profile {study.name} is not measured; {advice}.")
         runs = {config.key for config in study.configs(question) if not find_run(config).diverged}
         kept = study.kept(question)
         if kept is not None and "run" in kept and runs and set(kept["run"]) != runs:
-            table = study.file(question).name
-            raise InputError(f"{table} is not of the runs that profile {study.name} asks for; {advice}.")
+            raise InputError(f"{file} is not of the runs that profile {study.name} asks for; {advice}.")
 
 
 def _judged(notebook: Path, folder: Path, judged: pd.DataFrame) -> bool:

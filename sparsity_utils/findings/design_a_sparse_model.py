@@ -14,9 +14,10 @@ from sparsity_utils.findings.budget import RATIOS, Machine, machine, plan_budget
 from sparsity_utils.findings.claims import SLOPE_MARGIN, Claim, Verdict, Verdicts, stated
 from sparsity_utils.findings.style import AXIS, Look, ShownFigure, captioned, styled
 from sparsity_utils.laws.data_law import LEVEL
-from sparsity_utils.laws.design import CURVES, Design, Law, fit_design, joined
+from sparsity_utils.laws.design import CURVES, Design, fit_design, joined
 from sparsity_utils.laws.holdout import COLUMNS, errors, held_out
 from sparsity_utils.laws.limits import SHAPE, require
+from sparsity_utils.laws.outcome_law import Law
 from sparsity_utils.laws.trends import NOT_SUPPORTED, Estimate, mean_over_runs
 from sparsity_utils.models.config import ACTIVATIONS
 from sparsity_utils.study.tables import Tables
@@ -66,7 +67,7 @@ BETTER_THAN_MEAN = Claim(
     "none",
     "points nearer",
     "t interval over shapes and activation functions, each left out in turn, of the error of the mean less that of the "
-    "recipe (sizes of errors, mean over seeds)",
+    "recipe (sizes of errors, mean over seeds; 0 where the recipe is a mean)",
     scale=1.0,
 )
 COVERS = {quantity: cover_claim(quantity) for quantity in MARGINS}

@@ -98,13 +98,17 @@ def write_power(profile: Profile, folder: Path) -> Path:
 def shown_power(question: str) -> pd.DataFrame:
     """The recorded power.csv of a question, as notebooks show it: one row per claim and effect, verdicts in percent.
 
-    Where the recorded study has the power that it reached (`power_reached`), a second percentage follows each: the
-    first was promised before the study.
+    Where the recorded study has the power that it reached (`power_reached`), its percentages follow those that were
+    promised. They are empty where another effect was simulated, as of a study whose lines have other ratios.
     """
     shown = _in_percent("power.csv", question)
     if (paths.RESULTS / REACHED).exists():
-        reached = _in_percent(REACHED, question).drop(columns=["rank", "value", "unit"])
+        reached = _in_percent(REACHED, question).drop(columns=["rank", "unit"])
         shown = shown.merge(reached, on=["claim", "effect"], how="left", suffixes=(" promised", " reached"))
+        same = np.isclose(shown["value promised"], shown["value reached"], rtol=1e-4)
+        of_reached = [name for name in shown if name.endswith(" reached")]
+        shown.loc[~same, of_reached] = np.nan
+        shown = shown.drop(columns="value reached").rename(columns={"value promised": "value"})
     effects = [f"{row.effect}: {row.value:.3g} {row.unit}" for row in shown.itertuples()]
     shown = shown.assign(effect=effects).drop(columns=["value", "unit"])
     return shown.sort_values("claim", kind="stable", ignore_index=True)

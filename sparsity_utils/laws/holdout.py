@@ -12,8 +12,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from sparsity_utils.laws.data_law import FORMS, RIVAL_FORMS, fit_data_law
-from sparsity_utils.laws.design import LOSS, NEAR, RATIO, Design, fit_design
+from sparsity_utils.laws.design import NEAR, Design, fit_design
 from sparsity_utils.laws.limits import SHAPE, check_checkpoints, fit_points, published_form
+from sparsity_utils.laws.outcome_law import LOSS, RATIO
 from sparsity_utils.laws.published import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
 from sparsity_utils.models.shapes import non_embedding_parameters
 

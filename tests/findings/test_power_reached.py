@@ -72,13 +72,15 @@ def test_what_was_reached_is_shown_beside_what_was_promised(tmp_path, monkeypatc
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
     about = {"question": "relu_vs_silu", "claim": "it falls", "rank": "primary", "unit": "points", "value": 2.0}
     shares = pd.DataFrame({"supported": [0.804, 0.5], "not_supported": 0.0, "inconclusive": [0.196, 0.5]})
-    promised = shares.assign(**about, effect=["published", "margin"], runs=24, sizes=7)
+    shares = pd.concat([shares, shares.iloc[:1]], ignore_index=True)
+    promised = shares.assign(**about, effect=["published", "margin", "first study"], runs=24, sizes=7)
     promised.to_csv(tmp_path / "power.csv")
     alone = power.shown_power("relu_vs_silu")
     assert alone.columns.tolist() == ["claim", "rank", "effect", "supported %", "not supported %", "inconclusive %"]
-    promised.iloc[:1].assign(supported=0.3, inconclusive=0.7).to_csv(tmp_path / power.REACHED)
+    reached = promised.iloc[[0, 2]].assign(supported=0.3, inconclusive=0.7, value=[2.0, 1.9])  # the last is another
+    reached.to_csv(tmp_path / power.REACHED)
     shown = power.shown_power("relu_vs_silu")
-    assert shown["effect"].tolist() == ["published: 2 points", "margin: 2 points"]
-    assert shown["supported % promised"].tolist() == [80, 50]
-    assert shown["supported % reached"].tolist()[0] == 30 and np.isnan(shown["supported % reached"].iloc[1])
+    assert shown["effect"].tolist() == ["published: 2 points", "margin: 2 points", "first study: 2 points"]
+    assert shown["supported % promised"].tolist() == [80, 50, 80]
+    assert shown["supported % reached"].tolist()[0] == 30 and shown["supported % reached"].iloc[1:].isna().all()
     assert shown["inconclusive % reached"].iloc[0] == 70

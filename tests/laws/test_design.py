@@ -7,7 +7,7 @@ from planted_design import LINE, SECOND, SLOPES, study, truth
 from scipy.special import expit, logit
 
 from sparsity_utils.console import InputError
-from sparsity_utils.laws.design import fit_design, joined
+from sparsity_utils.laws.design import fit_design, joined, laws_and_means
 from sparsity_utils.laws.holdout import COLUMNS, accuracy, against_published, held_out
 
 
@@ -100,12 +100,11 @@ def test_a_law_that_is_farther_off_than_the_mean_is_dropped_for_that_function_al
     for parameters, ratio in ((1e4, 16), (1e9, 100)):
         found = fitted.predict(parameters, 100 * parameters, ratio, "silu")
         assert found.activation_ratio.value == pytest.approx(runs.mean(), rel=1e-12)
-        assert found.extrapolates[-1] == "activation ratio is the mean of all SiLU runs: no law was nearer"
+        assert found.by_mean == ("activation ratio",)
         assert found.loss.value == pytest.approx(0.95 * truth("silu", parameters, 100 * parameters, ratio)[1], rel=1e-6)
         share, _ = truth("relu", parameters, 100 * parameters, ratio)
-        assert fitted.predict(parameters, 100 * parameters, ratio, "relu").activation_ratio.value == pytest.approx(
-            share, rel=1e-6
-        )
+        other = fitted.predict(parameters, 100 * parameters, ratio, "relu")  # not spoilt by the shared effect of shape
+        assert other.activation_ratio.value == pytest.approx(share, rel=1e-6) and other.by_mean == ()
     shapes = runs.groupby(["d_model", "n_layers"])
     others = shapes.transform(lambda own: runs.drop(own.index).mean())
     off = np.sort(np.abs(logit(others) - logit(runs)))
@@ -125,15 +124,45 @@ def test_held_out_runs_of_such_a_function_are_as_far_off_as_from_their_mean(leve
     assert found["predicted"].to_numpy() == pytest.approx(found["mean_of_others"].to_numpy(), rel=1e-12)
 
 
-def test_every_law_may_be_dropped_and_the_others_need_not_stand_alone(level):
+def test_every_law_may_be_dropped(level):
     both = fit_design(without_order(level, "relu"))
     assert set(both.activation_ratio.levels) == {"relu", "silu"} and not both.reason
-    assert len(both.activation_ratio.table) == 2
-    few = study(relu=LINE, silu=(*LINE, *SECOND, (80, 2), (64, 3), (40, 7)))
-    fitted = fit_design(without_order(few))  # ReLU alone has one ratio, which determines no effect of shape
-    assert set(fitted.activation_ratio.levels) == {"silu"} and not fitted.reason
+    assert both.activation_ratio.table["term"].tolist() == ["mean of its runs"] * 2
+
+
+@pytest.mark.parametrize(
+    ("seeds", "spoil", "dropped"), [((0, 1), (), {"silu"}), ((0, 1, 2), ("relu",), {"relu", "silu"})]
+)
+def test_a_function_whose_runs_determine_no_law_alone_keeps_the_joint_one_while_it_is_nearer(seeds, spoil, dropped):
+    """ReLU at one ratio alone, so that its runs tell no effect of shape."""
+    table = without_order(study(relu=LINE, silu=(*LINE, *SECOND, (80, 2), (64, 3), (40, 7)), seeds=seeds))
+    for activation in spoil:
+        table = without_order(table, activation)
+    fitted = fit_design(table)
+    assert set(fitted.activation_ratio.levels) == dropped and not fitted.reason
     assert np.isfinite(fitted.predict(1e5, 1e7, 16, "relu").activation_ratio.value)
     assert "SiLU" not in set(fitted.activation_ratio.table.query("term != 'mean of its runs'")["activation"])
+
+
+def test_the_errors_of_laws_and_means_are_those_of_held_out_shapes(level):
+    table = laws_and_means(fit_design(level)).set_index(["quantity", "activation"])
+    found = accuracy(held_out(level)).query("split == 'shape'").set_index(["quantity", "activation"])
+    ratio = table.loc["activation ratio"]
+    assert ratio["predicted"].to_dict() == {"ReLU": "law", "SiLU": "mean"}
+    assert ratio.loc["ReLU", "error_of_law"] == pytest.approx(
+        found.loc[("activation ratio", "relu"), "error"], abs=1e-9
+    )
+    means = found.loc["activation ratio", "error_of_mean"]
+    assert ratio["error_of_mean"].to_numpy() == pytest.approx(means[["relu", "silu"]].to_numpy())
+    assert ratio.loc["SiLU", "error_of_law"] > ratio.loc["SiLU", "error_of_mean"]
+    assert set(table.loc["loss", "predicted"]) == {"law"} and len(table.loc["share of non-zero gates"]) == 1
+
+
+def test_a_function_without_order_in_another_quantity_is_named_there():
+    table = study()
+    spoilt = without_order(table, "relu")["activation_ratio"]
+    table["nonzero_share"] = table["nonzero_share"].where(table["activation"] == "silu", spoilt)
+    assert fit_design(table).predict(1e5, 1e7, 16, "relu").by_mean == ("share of non-zero gates",)
 
 
 def test_a_mean_of_too_few_runs_for_an_interval_drops_no_law():
