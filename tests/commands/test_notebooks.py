@@ -239,7 +239,7 @@ def test_reproduce_takes_the_notebooks_that_are_named(shelf, capfd):
     assert main(["reproduce", "--profile", "smoke", "--notebooks", "02", "3"]) == 2
     assert "There is no notebook 03; choose from 01, 02." in capfd.readouterr().err
     assert main(["reproduce", "--profile", "smoke", "--without", "1"]) == 0
-    assert "[1/1] 02_b.ipynb, profile smoke\n" in capfd.readouterr().out
+    assert "[1/1] 02_b.ipynb, profile smoke" in capfd.readouterr().out
     assert main(["reproduce", "--profile", "smoke", "--without", "01", "2"]) == 2
     assert "Every notebook is left out; name fewer of them." in capfd.readouterr().err
 
