@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from planted import study
+from planted import study, with_d_ff
 from scipy import stats
 
 from sparsity_utils import paths
@@ -20,10 +20,6 @@ from sparsity_utils.models.shapes import non_embedding_parameters
 SHAPES = {MAIN: ((16, 2), (32, 4), (48, 6)), SECOND: ((32, 2), (48, 3), (64, 4))}
 SPARSER = 0.05  # SiLU less ReLU
 WIDE = study(tuple((8 * d, 4) for d in range(2, 8)), ("relu",), limit=lambda a, ratio, size: 0.1 + 1e-3 * ratio)
-
-
-def with_d_ff(table):
-    return table.assign(d_ff=5 * table["d_model"] // 2)
 
 
 def planted(by_size=0.0, by_seed=0.0, second=0.0):

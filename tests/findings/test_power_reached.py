@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from planted import study
+from planted import study, with_d_ff
 from scipy import stats
 
 from sparsity_utils import paths
@@ -14,10 +14,6 @@ from sparsity_utils.laws.lines import MAIN, SECOND
 
 SHAPES = {MAIN: ((16, 2), (32, 4), (48, 6)), SECOND: ((32, 2), (48, 3), (64, 4))}
 EFFECT = 0.02  # of the plan, in every outcome
-
-
-def with_d_ff(table):
-    return table.assign(d_ff=5 * table["d_model"] // 2)
 
 
 def lines(by_seed):

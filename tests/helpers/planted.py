@@ -34,6 +34,11 @@ def study(
     return pd.concat(runs, ignore_index=True)
 
 
+def with_d_ff(table):
+    """`study` with the FFN of the profiles, two and a half times as wide as the model."""
+    return table.assign(d_ff=5 * table["d_model"] // 2)
+
+
 def by_claim(rows):
     """Verdicts by the sentence they judge."""
     return {row.claim.claim: row for row in rows}
