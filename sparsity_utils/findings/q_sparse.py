@@ -285,21 +285,21 @@ def arm_losses(runs: pd.DataFrame, *arms: str) -> dict[str, pd.Series]:
 def _interior_best(found: Found) -> Verdict:
     if found.active is None or found.sizes is None:
         return INTERIOR_BEST.undecided("this study has no runs of equal_active or of q_sparse_sizes")
-    worth = _size_slope(found.sizes, DENSE, "loss", np.log(found.sizes["read_parameters"]))
-    if worth.reason:
-        return INTERIOR_BEST.undecided(worth.reason)
+    size = np.log(found.sizes["read_parameters"])
+    slopes = _slopes(found.sizes, DENSE, "loss", size)  # nats per e-fold of what a token reads, by seed
     read = np.log(found.active.groupby("arm")["read_parameters"].first()).reindex(["dense", *NEAR_BEST])
-    more = -worth.value * (read[[*NEAR_BEST]].mean() - read["dense"])  # nats; what reading more may be worth
-    losses = arm_losses(found.active, "dense", *NEAR_BEST)
-    gain = over_seeds(losses, lambda dense, *wider: dense - np.mean(wider) - more)
-    return INTERIOR_BEST.counted(gain, "seeds", f"what they read beyond the dense one may be worth {more:.4f} nats")
+    beyond = read[[*NEAR_BEST]].mean() - read["dense"]
+    tables = {"three sizes": slopes, **arm_losses(found.active, "dense", *NEAR_BEST)}
+    gain = over_seeds(tables, lambda slope, dense, *wider: dense - np.mean(wider) + slope * beyond)
+    note = f"what they read beyond the dense one may be worth {-slopes.mean() * beyond:.4f} nats"
+    return INTERIOR_BEST.counted(gain, "seeds", note)
 
 
-def _size_slope(sizes: pd.DataFrame, kind: str, column: str, x: pd.Series) -> Estimate:
-    """The slope of `column` over `x` of the arms of a kind, a line per seed, mean over seeds."""
+def _slopes(sizes: pd.DataFrame, kind: str, column: str, x: pd.Series) -> pd.Series:
+    """The slope of `column` over `x` of the arms of a kind, for each seed that has three sizes."""
     rows = sizes.assign(x=x)[sizes["arm"].str.endswith(kind)].dropna(subset=[column])
-    lines = [np.polyfit(seed["x"], seed[column], 1)[0] for _, seed in rows.groupby("seed") if seed["x"].nunique() >= 3]
-    return mean_over_runs(lines) if lines else no_estimate("this study has no seed with three sizes")
+    seeds = {number: seed for number, seed in rows.groupby("seed") if seed["x"].nunique() >= 3}
+    return pd.Series({number: np.polyfit(seed["x"], seed[column], 1)[0] for number, seed in seeds.items()}, dtype=float)
 
 
 def _flow(claim: Claim, flow: pd.DataFrame | None, way: str) -> Verdict:
@@ -316,7 +316,7 @@ def _gap_shrinks(found: Found) -> Verdict:
     if (gaps["gap"] <= 0).any():
         return GAP_SHRINKS.undecided(f"{(gaps['gap'] <= 0).sum()} of {len(gaps)} gaps are not above zero")
     rows = gaps.assign(arm=KEPT, gap=np.log10(gaps["gap"]))
-    slope = _size_slope(rows, KEPT, "gap", np.log10(rows["parameters"]))
+    slope = over_seeds({"three sizes": _slopes(rows, KEPT, "gap", np.log10(rows["parameters"]))}, float)
     decades = np.log10(gaps["parameters"].max() / gaps["parameters"].min())
     return GAP_SHRINKS.counted(slope, "seeds", f"{gaps['shape'].nunique()} sizes over {decades:.1f} decades")
 
@@ -337,7 +337,8 @@ def _ternary(runs: pd.DataFrame) -> Verdict:
 def _larger_tolerates(found: Found) -> Verdict:
     if found.sizes is None:
         return LARGER_TOLERATES.undecided("this study has no runs of q_sparse_sizes")
-    slope = _size_slope(found.sizes, DENSE, "rise_untrained", np.log10(found.sizes["parameters"]))
+    slopes = _slopes(found.sizes, DENSE, "rise_untrained", np.log10(found.sizes["parameters"]))
+    slope = over_seeds({"three sizes": slopes}, float)
     return LARGER_TOLERATES.counted(slope, "seeds")
 
 

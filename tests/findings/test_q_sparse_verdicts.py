@@ -1,8 +1,11 @@
 """Claims of Q-Sparse on planted runs: each verdict, what is missing, and the law against its printed numbers."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import q_sparse
@@ -178,6 +181,25 @@ def test_what_larger_heads_may_be_worth_is_taken_off():
         verdict.claim.key: verdict for verdict in q_sparse.verdicts(q_sparse.analyse(table(good()), sizes(), more))
     }
     assert large["interior_best"].here < small["interior_best"].here - 0.05
+
+
+def test_what_the_heads_may_be_worth_varies_with_the_seed():
+    def judged(steeper: dict[int, float]):
+        """The verdict on the best S, where each seed's loss falls by so much more per e-fold of what is read."""
+        more = sizes().assign(
+            loss=lambda rows: rows["loss"] - rows["seed"].map(steeper) * np.log(rows["read_parameters"])
+        )
+        found = q_sparse.analyse(table({"other": 3.0}), more, active())
+        (verdict,) = [one for one in q_sparse.verdicts(found) if one.claim.key == "interior_best"]
+        return verdict
+
+    same, varied = judged(dict.fromkeys(SEEDS, 0.0)), judged({20: 0.1, 21: -0.1, 22: 0.0})
+    reads = np.log([1 + 0.1 * ACTIVE[arm] for arm in ("dense", "keep_10", "keep_7")])
+    beyond = reads[1:].mean() - reads[0]
+    assert varied.here == pytest.approx(same.here)
+    reach = stats.t.ppf(0.95, 2) * 0.1 * beyond / math.sqrt(3)  # 0.1 is the deviation of -0.1, 0, 0.1
+    assert np.diff(varied.interval) / 2 == pytest.approx(reach, rel=0.02)
+    assert np.diff(same.interval) < 0.1 * np.diff(varied.interval)
 
 
 def test_the_rate_that_counts_is_of_the_lowest_mean_loss_among_those_with_every_seed():
