@@ -97,8 +97,8 @@ TRAINED_GAIN = Claim(
     "The trained models of this study gain from sparse FFNs",
     "gains",
     "x dense",
-    "one sequence, CETT-PPL-1%, the masked model's own tokens: speed-up of whole decoding steps over the faster of "
-    "torch and the kernels with nothing skipped, each activation function; the lowest decides",
+    "one sequence, CETT-PPL at the study's price, the masked model's own tokens: speed-up of whole decoding "
+    "steps over the faster of torch and the kernels with nothing skipped, each activation function; the lowest decides",
     "90% interval of the median above 1 for each",
     region=(1.0, math.inf),
     scale=1.0,
@@ -339,7 +339,7 @@ def batches_figure(ffns: pd.DataFrame) -> ShownFigure:
     left.set(ylabel="Speed-up over the fastest full read", title="Speed")
     right.set(ylabel="Neurons active for some token (%)", title="Union of active neurons", ylim=(0, 100))
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=7)
-    note = "Dashed: what the unread bytes allow. Trained: CETT-PPL-1%, tokens of different texts."
+    note = "Dashed: what the unread bytes allow. Trained: CETT-PPL at the study's price, tokens of different texts."
     return captioned(figure, f"{rows['shape'].iloc[0]} shape, float32. {note}\n{_basis(rows)}")
 
 
