@@ -14,7 +14,7 @@ ARMS = {
     "keep_3": ("ReLU², reads 3 of 16", "dense"),
     "no_straight_through": ("8 of 16, no straight-through", "keep_8"),
     "ratio": ("8 of 16, norm restored", "keep_8"),
-    "unit": ("8 of 16, norm of 1", "keep_8"),
+    "unit": ("8 of 16, norm of √n", "keep_8"),
     "block": ("16 of every 32", "keep_8"),
     "ternary_dense": ("ternary, 8 bits, reads all", "dense"),
     "ternary": ("ternary, 8 bits, 8 of 16", "ternary_dense"),
