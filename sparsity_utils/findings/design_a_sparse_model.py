@@ -15,7 +15,7 @@ from sparsity_utils.findings.claims import SLOPE_MARGIN, Claim, Verdict, Verdict
 from sparsity_utils.findings.style import AXIS, Look, ShownFigure, captioned, styled
 from sparsity_utils.laws.data_law import LEVEL
 from sparsity_utils.laws.design import CURVES, Design, fit_design, joined
-from sparsity_utils.laws.holdout import COLUMNS, errors, held_out
+from sparsity_utils.laws.holdout import COLUMNS, RUN, errors, held_out
 from sparsity_utils.laws.limits import SHAPE, require
 from sparsity_utils.laws.outcome_law import Law
 from sparsity_utils.laws.trends import NOT_SUPPORTED, Estimate, mean_over_runs
@@ -90,9 +90,9 @@ def beyond_the_fit(held: pd.DataFrame) -> pd.DataFrame:
     held: as `holdout.held_out` gives it.
     """
     split = "size" if (held["split"] == "size").any() else "shape"
-    columns = ["activation", "d_model", "n_layers", "seed", "predicted", "low", "high", "measured", "inside"]
+    columns = ["activation", "d_model", "n_layers", "seed", "tokens", "predicted", "low", "high", "measured", "inside"]
     chosen = (held["split"] == split) & (held["quantity"] == "activation ratio")
-    return held.loc[chosen, [*columns, "extrapolates"]]
+    return held.loc[chosen, [*columns, "extrapolates"]].assign(tokens=lambda rows: rows["tokens"].map(short_number))
 
 
 def verdicts(held: pd.DataFrame) -> Verdicts:
@@ -102,7 +102,7 @@ def verdicts(held: pd.DataFrame) -> Verdicts:
     decided. Raises InputError for missing columns, duplicates and NaN.
     """
     if len(held):
-        key = ["split", "quantity", *SHAPE, "parameters", "seed"]
+        key = ["split", "quantity", *RUN]
         require(held, COLUMNS, key, ["predicted", "low", "high", "measured", "mean_of_others"], "held-out runs")
     table = held.assign(**errors(held))
     ratio, loss = (table[table["quantity"] == quantity] for quantity in MARGINS)
@@ -137,7 +137,7 @@ def _better(rows: pd.DataFrame) -> Verdict:
 
 
 def _reaches(rows: pd.DataFrame, claim: Claim) -> Verdict:
-    """One value per shape and activation function: their seeds share a prediction."""
+    """One value per shape and activation function, the mean over its runs, which err together."""
     off = rows[rows["split"] == "size"].groupby([*SHAPE, "parameters"])["error"].mean()
     estimate = mean_over_runs(off)
     if estimate.reason:

@@ -19,8 +19,10 @@ from sparsity_utils.laws.published import PUBLISHED_LAWS, TOKENS_PER_PARAMETER
 from sparsity_utils.models.shapes import non_embedding_parameters
 
 SMALLER = 0.5  # a size is predicted from runs of at most this part of it
+# What tells runs apart; two with the same seed and shape may differ in tokens.
+RUN = ("activation", "d_model", "n_layers", "parameters", "width_depth_ratio", "seed", "tokens")
 COLUMNS = [
-    *("split", "quantity", "activation", "d_model", "n_layers", "parameters", "width_depth_ratio", "seed"),
+    *("split", "quantity", *RUN),
     *("predicted", "low", "high", "measured", "inside", "mean_of_others", "extrapolates"),
 ]
 LAST_VALUE = "last value"  # the forecast that nothing changes any more
@@ -31,14 +33,15 @@ def held_out(checkpoints: pd.DataFrame) -> pd.DataFrame:
     """Every run of a study, predicted by designs that were fitted without it.
 
     The split "shape" leaves out all runs of a shape. "size" fits runs of at most half a size and predicts those runs of
-    the size whose width-depth ratio lies among theirs. "seed" leaves out all runs of a seed: new runs of known shapes.
+    the size whose width-depth ratio lies among theirs. "seed" leaves out all runs of a seed, and predicts those whose
+    shape and activation function have another: new runs of known shapes.
     Where the runs left determine no fit, there is no row.
 
     One row per split, run and quantity (activation ratio, loss in nats per token). Columns: split, quantity,
-    activation, d_model, n_layers, parameters, width_depth_ratio, seed, predicted with its 90% interval low to high,
-    measured, inside (whether in the interval), mean_of_others (mean of the fitted runs of that activation function: a
-    prediction that knows nothing of size, data and shape), extrapolates (in words). Raises InputError as
-    `design.fit_design` does.
+    activation, d_model, n_layers, parameters, width_depth_ratio, seed, tokens (of training, its decay
+    included), predicted with its 90% interval low to high, measured, inside (whether in the interval), mean_of_others
+    (mean of the fitted runs of that activation function: a prediction that knows nothing of size, data and shape),
+    extrapolates (in words). Raises InputError as `design.fit_design` does.
     """
     runs, rows = fit_design(checkpoints).runs, []
     for split, held, fitted in _splits(runs):
@@ -106,8 +109,10 @@ def _splits(runs: pd.DataFrame) -> Iterator[tuple[str, pd.Series, pd.Series]]:
             runs["width_depth_ratio"][fitted].min() / NEAR, runs["width_depth_ratio"][fitted].max() * NEAR
         )
         yield "size", (runs["parameters"] == size) & known, fitted
+    pairs = runs[SHAPE].apply(tuple, axis=1)
     for seed in sorted(set(runs["seed"])):
-        yield "seed", runs["seed"] == seed, runs["seed"] != seed
+        fitted = runs["seed"] != seed
+        yield "seed", ~fitted & pairs.isin(pairs[fitted]), fitted
 
 
 def _rows(split: str, run: dict, design: Design) -> Iterator[dict]:
@@ -117,7 +122,7 @@ def _rows(split: str, run: dict, design: Design) -> Iterator[dict]:
         "activation ratio": (RATIO.column, expected.activation_ratio),
         "loss": (LOSS.column, expected.loss),
     }.items():
-        yield {name: run[name] for name in COLUMNS[2:8]} | {
+        yield {name: run[name] for name in RUN} | {
             "split": split,
             "quantity": quantity,
             "predicted": estimate.value,

@@ -1,18 +1,21 @@
 """Verdicts of notebook 08 on made-up held-out runs whose answer is known, and its figure where nothing is predicted."""
 
+from functools import partial
 from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
-from planted_design import LINE, study
+from planted_design import LINE, designed, study
 
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import design_a_sparse_model
 from sparsity_utils.findings.budget import Machine
-from sparsity_utils.laws.design import fit_design
+from sparsity_utils.laws.design import CURVES, fit_design
 from sparsity_utils.laws.holdout import held_out
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
+from sparsity_utils.study.plan import planned
+from sparsity_utils.study.profiles import read_profile
 
 
 def verdict_rows(share=1.0, off=0.0, mean_off=0.1, split="shape", shapes=12):
@@ -25,6 +28,7 @@ def verdict_rows(share=1.0, off=0.0, mean_off=0.1, split="shape", shapes=12):
             "n_layers": 2,
             "seed": seed,
             "width_depth_ratio": 8 + 2 * number,
+            "tokens": 1e5 * (number + 1),
         }
         inside = (2 * number + seed) < share * 2 * shapes
         wobble = 0.001 * (number % 3 - 1)
@@ -66,6 +70,27 @@ def test_a_few_runs_inside_decide_nothing():
     one = judged(shapes=1)
     assert one["reaches"].verdict == one["better"].verdict == INCONCLUSIVE
     assert "at least 2 are needed" in one["reaches"].reason
+
+
+def test_a_shape_that_was_trained_at_two_lengths_counts_once():
+    rows = verdict_rows()
+    again = rows[rows["d_model"] == 16].assign(tokens=1e6)
+    found, before = (dict(zip("abcde", design_a_sparse_model.verdicts(one), strict=True)) for one in
+                     (pd.concat([rows, again], ignore_index=True), rows))  # fmt: skip
+    assert "26 of 26 runs of 12 shapes" in found["a"].reason and "24 of 24" in before["a"].reason
+    assert found["b"].reason == before["b"].reason and "12 pairs" in found["b"].reason
+
+
+def test_the_second_study_can_be_judged():
+    """Its design has one shape at two lengths with the same seeds, and sizes of one seed."""
+    profile = read_profile("long")
+    held = held_out(designed(profile, filter(partial(planned, profile), CURVES), noise=0.1))
+    shape = held.query("split == 'size' and quantity == 'loss' and d_model == 48 and n_layers == 6")
+    assert shape.groupby(["activation", "seed"]).size().unstack(0).max().to_dict() == {"relu": 2, "silu": 1}
+    found = dict(zip(design_a_sparse_model.CLAIMS, design_a_sparse_model.verdicts(held), strict=True))
+    assert all(np.isfinite([one.here, *one.interval]).all() for one in found.values())
+    rows = design_a_sparse_model.beyond_the_fit(held)
+    assert not rows.duplicated(["activation", "d_model", "n_layers", "seed", "tokens"]).any()
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def test_too_little_to_fit_is_a_reason_and_no_error(which, reason):
         (lambda t: t.head(0), "no rows"),
         (lambda t: pd.concat([t, t.tail(1)]), "two rows for run"),
         (lambda t: t.assign(validation_loss=np.nan), "no validation_loss"),
-        (lambda t: t.drop(index=t.index[-1]), "Run silu-32x4-1 has no checkpoint after its decay"),
+        (lambda t: t.drop(index=t.index[-1]), r"Run silu-32x4-1-\d+ has no checkpoint after its decay"),
     ],
     ids=["column", "empty", "double", "gap", "unfinished"],
 )
@@ -306,6 +306,13 @@ def test_every_split_holds_out_what_it_says(held):
     assert set(zip(sizes["d_model"], sizes["n_layers"], strict=True)) == {(32, 4), (48, 3), (64, 4)}
     assert sizes["extrapolates"].str.contains("parameters").all()
     assert held["inside"].eq(held["measured"].between(held["low"], held["high"])).all()
+
+
+def test_a_shape_without_another_seed_is_not_a_known_one():
+    table = study(noise=0.1)
+    lone = table[(table["d_model"] != 64) | (table["seed"] == 0)]
+    seeds = held_out(lone).query("split == 'seed' and quantity == 'loss'")
+    assert len(seeds) == 34 - 6 and not (seeds["d_model"] == 64).any()  # 64x4 of two functions, 64x3 of one
 
 
 def test_the_mean_of_the_others_is_that_of_the_fitted_runs(held):
