@@ -31,7 +31,7 @@ EXPLAIN_LITTLE = Claim(
     "0.35% dead, 3.4 points fall",
     "% of the fall",
     "t interval over ReLU runs of the share of the fall, from the first fitted to the last stable checkpoint, that "
-    "lies in neurons dead at the end",
+    "lies in neurons dead at the end; inconclusive if the ratio of a run did not fall",
     f"90% interval below {100 * LITTLE:.0f}%",
     region=(-math.inf, LITTLE),
 )
