@@ -85,9 +85,9 @@ def columns() -> str:
     """The column dictionary, a section for each table."""
     parts = []
     for table, rows in pd.read_csv(paths.RESULTS / "columns.csv", keep_default_na=False).groupby("table", sort=False):
-        file = f"[{table}.csv](../results/{table}.csv)" if (paths.RESULTS / f"{table}.csv").exists() else ""
+        files = [f"[{file.name}](../results/{file.name})" for file in paths.RESULTS.glob(f"{table}.csv*")]
         described = [(f"`{row.column}`", _escaped(row.unit), _escaped(row.meaning)) for row in rows.itertuples()]
-        parts += [f"## {table}", file, _table(("Column", "Unit", "Meaning"), described)]
+        parts += [f"## {table}", *files, _table(("Column", "Unit", "Meaning"), described)]
     return "\n\n".join(parts)
 
 

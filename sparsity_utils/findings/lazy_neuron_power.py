@@ -26,8 +26,8 @@ from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, E
 
 DRAWS, SEED = 1000, 0
 SEEDS, LAYERS, NEURONS, DOUBLINGS = 3, 4, 80, 2  # of the experiment in the profile long
-# Deviation between seeds of the share of one layer: ReLU runs of two layers or more in results/patterns_neurons.csv of
-# the first study, 7 degrees of freedom, at its CETT; the share of non-zeros of single layers was not stored there.
+# Deviation between seeds of the share of one layer: ReLU runs of two layers or more in the first study's table of
+# single neurons, 7 degrees of freedom, at its CETT; the share of non-zeros of single layers was not stored there.
 LAYER = 0.009
 WIDEST = math.sqrt(0.25 / NEURONS)  # of a layer before the first step: coins, one for each neuron
 STARTS = {"": LAYER, "; starts as far apart as chance allows": WIDEST}

@@ -8,7 +8,7 @@ from sparsity_utils.models.shapes import solve_shape
 from sparsity_utils.study.experiments import EXPERIMENTS, ArmRun
 from sparsity_utils.study.profiles import Profile, Size
 
-SCHEMA = 1  # of the tables; raise it when a column changes its meaning
+SCHEMA = 2  # of the tables; raise it when a column changes its meaning or a file its name
 # Of the runs of an experiment; arm and learning_rate are added to what a run says of itself.
 ARM = ("run", "arm", "learning_rate", "d_model", "n_layers", "d_ff", "parameters", "seed", "tokens", "validation_loss")
 IDENTITY = ("run", "activation", "d_model", "n_layers", "seed")
@@ -21,6 +21,7 @@ TRAINING_FREE_TABLES = ("training_free", "training_free_documents", "training_fr
 # Sparse drafts that are corrected: of a pretrained model, and of the profile's own largest ReLU model.
 CORRECTION = ("correction", "correction_prefixes", "correction_speeds", "correction_text")
 OF_MODELS = (*PRETRAINED, *TRAINING_FREE_TABLES, *CORRECTION)
+LONG = ("pretrained_positions", "training_free_documents")  # thousands of rows: compressed, as are those of neurons
 INPUT_SPEEDS = "input_speeds"  # of this machine and of models that need no run
 # Beside the experiment q_sparse: of its shapes before training, and of some of its runs, on this machine.
 GRADIENT_FLOW, TRAINED_DECODING = "gradient_flow", "trained_decoding"
@@ -47,8 +48,8 @@ QUESTIONS = {
     "second_line": Question("second_line.csv", "curve"),
     "one_dimension": Question("one_dimension.csv", "curve"),
     "data_limited": Question("data_limited.csv", "curve"),
-    "activation_patterns": Question("patterns_neurons.csv", "neurons", IDENTITY),
-    "token_patterns": Question("patterns_vocabulary.csv", "vocabulary", IDENTITY),
+    "activation_patterns": Question("patterns_neurons.csv.gz", "neurons", IDENTITY),
+    "token_patterns": Question("patterns_vocabulary.csv.gz", "vocabulary", IDENTITY),
     "dead_neurons": Question("dead_neurons.csv", "dead", (*IDENTITY, "step", "tokens", "fit")),
     "transfer": Question("transfer.csv", "transfer", IDENTITY),
     "tuning": Question("tuning.csv", None),
@@ -56,7 +57,10 @@ QUESTIONS = {
     "sparse_decoding": Question("sparse_decoding.csv", None),
     "depth_cost": Question("depth_cost.csv", None),
     **{name: Question(f"{name}.csv", "ends", ARM) for name in EXPERIMENTS},
-    **{name: Question(f"{name}.csv", None) for name in (*OF_MODELS, INPUT_SPEEDS, *UNTRAINED, TRAINED_DECODING)},
+    **{
+        name: Question(f"{name}.csv.gz" if name in LONG else f"{name}.csv", None)
+        for name in (*OF_MODELS, INPUT_SPEEDS, *UNTRAINED, TRAINED_DECODING)
+    },
 }
 COVERING = (  # questions that together need every run of a profile
     *("relu_vs_silu", "second_line", "width_depth_ratio", "one_dimension", "other_activations", "data_limited"),

@@ -38,7 +38,7 @@ from sparsity_utils.study.measurements import measurement
 from sparsity_utils.study.plan import PUBLISHED_TABLES, QUESTIONS, SPEEDS, Settings, planned
 from sparsity_utils.study.profiles import Profile, read_profile
 from sparsity_utils.study.runs import Run, RunConfig, find_run
-from sparsity_utils.study.tables import Tables, known
+from sparsity_utils.study.tables import Tables, known, write_table
 from sparsity_utils.text.corpus import Corpus, build_corpus
 from sparsity_utils.text.packed_text import unpack_text
 
@@ -137,9 +137,7 @@ class Study(Tables):
             # Runs have locks of their own, so that two studies share them.
             with paths.locked(self.file(maker.questions[0])) if maker else nullcontext():
                 if not (maker and maker.of_machine and file.exists()):
-                    table = self.made(question)
-                    with paths.written_aside(file) as aside:
-                        table.to_csv(aside, index=False, float_format="%.8g")
+                    write_table(self.made(question), file)
         return super().table(question)
 
     def made(self, question: str) -> pd.DataFrame:

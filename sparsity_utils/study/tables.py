@@ -16,6 +16,13 @@ def read_table(file: Path) -> pd.DataFrame:
     return pd.read_csv(file, keep_default_na=False, na_values=[""])
 
 
+def write_table(table: pd.DataFrame, file: Path) -> None:
+    """Store a table, compressed if `file` ends in .gz: the same table always as the same bytes."""
+    timeless = {"method": "gzip", "mtime": 0} if file.suffix == ".gz" else None
+    with paths.written_aside(file) as aside:
+        table.to_csv(aside, index=False, float_format="%.8g", compression=timeless)
+
+
 class Tables:
     """The tables that a study left in a folder."""
 

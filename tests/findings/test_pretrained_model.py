@@ -11,7 +11,7 @@ from tiny_llama import write_llama
 from sparsity_utils.console import InputError
 from sparsity_utils.findings import pretrained_figures, pretrained_model
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
-from sparsity_utils.study.tables import Tables
+from sparsity_utils.study.tables import Tables, write_table
 
 
 def analysed(tmp_path, prices=None, positions=None, table=None):
@@ -23,7 +23,7 @@ def analysed(tmp_path, prices=None, positions=None, table=None):
         "pretrained_positions": positions_table,
     }
     for name, given in stored.items():
-        (defaults[name]() if given is None else given).to_csv(tmp_path / f"{name}.csv", index=False)
+        write_table(defaults[name]() if given is None else given, Tables("planted", tmp_path).file(name))
     return pretrained_model.analyse(Tables("planted", tmp_path))
 
 

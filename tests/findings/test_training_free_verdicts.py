@@ -12,14 +12,14 @@ from sparsity_utils.console import InputError
 from sparsity_utils.findings import printed_numbers, training_free
 from sparsity_utils.findings import training_free_figures as shown
 from sparsity_utils.laws.trends import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED
-from sparsity_utils.study.tables import Tables
+from sparsity_utils.study.tables import Tables, write_table
 
 
 def analysed(tmp_path, **changes):
     """What follows from planted tables, stored and read as a study's."""
-    for name, table in tables(**changes).items():
-        table.to_csv(tmp_path / f"{name}.csv", index=False)
     study = Tables("planted", tmp_path)
+    for name, table in tables(**changes).items():
+        write_table(table, study.file(name))
     return training_free.analyse(study, study.table("training_free"))
 
 

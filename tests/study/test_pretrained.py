@@ -205,5 +205,5 @@ def test_a_study_keeps_the_tables_of_the_model_that_was_named(here, settings, ta
     profile = write_profile(tmp_path, content)
     study = Study.open("run", profile, model=settings.model, english=settings.english)
     table = study.table("pretrained_positions")
-    assert (study.folder / "pretrained_positions.csv").exists()
+    assert (study.folder / "pretrained_positions.csv.gz").exists()
     pd.testing.assert_frame_equal(table, tables["pretrained_positions"], rtol=1e-6)

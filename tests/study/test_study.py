@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,6 +23,7 @@ from sparsity_utils.console import InputError
 from sparsity_utils.study.plan import OF_MODELS, QUESTIONS, SPEEDS
 from sparsity_utils.study.schedule import run_session
 from sparsity_utils.study.study import MAKERS, Study
+from sparsity_utils.study.tables import read_table, write_table
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +162,19 @@ def test_a_makers_tables_are_made_by_one_process_at_a_time(tmp_path, text, monke
         pass
 
 
+def test_a_table_is_stored_with_the_same_bytes_whenever_it_is_written(tmp_path, monkeypatch):
+    table, files = pd.DataFrame({"token": ["None", "a"], "share": [1 / 3, np.nan]}), []
+    for name, suffix in product(("one", "other"), (".csv", ".csv.gz")):
+        monkeypatch.setattr(time, "time", lambda name=name: 1e9 * len(name))
+        write_table(table, file := tmp_path / name / f"table{suffix}")
+        pd.testing.assert_frame_equal(read_table(file), table, rtol=1e-7)
+        files.append(file.read_bytes())
+    assert files[:2] == files[2:] and files[1][:2] == b"\x1f\x8b"  # as gzip begins
+
+
 def test_tables_of_an_unknown_schema_are_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"schema": 99}')
-    with pytest.raises(InputError, match=r"have schema 99, this version reads 1; use the version of the project"):
+    with pytest.raises(InputError, match=r"have schema 99, this version reads 2; use the version of the project"):
         Study.recorded(tmp_path)
 
 
