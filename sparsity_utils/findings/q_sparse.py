@@ -291,8 +291,8 @@ def _interior_best(found: Found) -> Verdict:
     beyond = read[[*NEAR_BEST]].mean() - read["dense"]
     tables = {"three sizes": slopes, **arm_losses(found.active, "dense", *NEAR_BEST)}
     gain = over_seeds(tables, lambda slope, dense, *wider: dense - np.mean(wider) + slope * beyond)
-    note = f"what they read beyond the dense one may be worth {-slopes.mean() * beyond:.4f} nats"
-    return INTERIOR_BEST.counted(gain, "seeds", note)
+    worth = f"what they read beyond the dense one may be worth {-slopes.mean() * beyond:.4f} nats"
+    return INTERIOR_BEST.counted(gain, "seeds", *() if gain.reason else (worth,))
 
 
 def _slopes(sizes: pd.DataFrame, kind: str, column: str, x: pd.Series) -> pd.Series:

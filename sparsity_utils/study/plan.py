@@ -21,7 +21,7 @@ TRAINING_FREE_TABLES = ("training_free", "training_free_documents", "training_fr
 # Sparse drafts that are corrected: of a pretrained model, and of the profile's own largest ReLU model.
 CORRECTION = ("correction", "correction_prefixes", "correction_speeds", "correction_text")
 OF_MODELS = (*PRETRAINED, *TRAINING_FREE_TABLES, *CORRECTION)
-LONG = ("pretrained_positions", "training_free_documents")  # thousands of rows: compressed, as are those of neurons
+COMPRESSED = ("pretrained_positions", "training_free_documents")  # thousands of rows, as the tables of patterns
 INPUT_SPEEDS = "input_speeds"  # of this machine and of models that need no run
 # Beside the experiment q_sparse: of its shapes before training, and of some of its runs, on this machine.
 GRADIENT_FLOW, TRAINED_DECODING = "gradient_flow", "trained_decoding"
@@ -58,7 +58,7 @@ QUESTIONS = {
     "depth_cost": Question("depth_cost.csv", None),
     **{name: Question(f"{name}.csv", "ends", ARM) for name in EXPERIMENTS},
     **{
-        name: Question(f"{name}.csv.gz" if name in LONG else f"{name}.csv", None)
+        name: Question(f"{name}.csv.gz" if name in COMPRESSED else f"{name}.csv", None)
         for name in (*OF_MODELS, INPUT_SPEEDS, *UNTRAINED, TRAINED_DECODING)
     },
 }

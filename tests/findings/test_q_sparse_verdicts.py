@@ -158,6 +158,14 @@ def test_sizes_without_the_arms_that_leave_inputs_out_are_undecided_and_drawn():
     assert len(sizes_figure(found).axes) == 2
 
 
+def test_two_sizes_give_no_slope_and_no_number_of_it():
+    two = sizes()[lambda rows: ~rows["arm"].str.startswith("48x3")]
+    found = q_sparse.analyse(table({"other": 3.0}), two, active())
+    (verdict,) = [one for one in q_sparse.verdicts(found) if one.claim.key == "interior_best"]
+    assert verdict.verdict == INCONCLUSIVE
+    assert verdict.reason == "this study has no runs of three sizes with every seed"
+
+
 def test_arms_of_a_profile_of_ones_own_are_shown_under_their_names():
     assert list(arms_table(q_sparse.analyse(table({"dense": 3.0, "mine": 3.1}))).index) == ["ReLU², reads all", "mine"]
     one, other = (table({arm: 3.0}).assign(run=lambda rows, arm=arm: arm + rows["run"]) for arm in ("dense", "keep_8"))
