@@ -65,8 +65,9 @@ def test_a_model_and_a_text_give_a_number_a_table_and_files(capsys, text, tmp_pa
     )
     assert lines[3] == f"Model {found['settings']['opened']}."
     assert found["settings"]["opened"].startswith("GraniteForCausalLM, ") and lines[3].endswith(" parameters, float32.")
-    assert [line.split()[:2] for line in lines[6:10]] == [[str(n), f"model.layers.{n}.mlp"] for n in range(4)]
-    notes, files = lines[10 : -len(FILES)], lines[-len(FILES) :]
+    after = 6 + len(layers)
+    assert [line.split()[:2] for line in lines[6:after]] == [[str(n), f"model.layers.{n}.mlp"] for n in layers["layer"]]
+    notes, files = lines[after : -len(FILES)], lines[-len(FILES) :]
     assert {Path(line) for line in files} == {out / name for name in FILES}
     assert all(line.startswith("Note: ") for line in notes if line)  # whether there are any is up to the text
 

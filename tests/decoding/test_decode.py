@@ -62,7 +62,7 @@ def test_half_precision(dtype):
 def test_generate_gives_the_same_greedy_tokens(name, rule):
     model = load_weights(RECORDED_MODELS / name).eval()
     prompt = torch.randint(0, model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
-    chosen = Thresholds(rule, (0.05,) * 4)
+    chosen = Thresholds(rule, (0.05,) * model.config.num_hidden_layers)
     options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     with sparse_neurons(model, chosen):
         expected = model.generate(prompt, **options)

@@ -1,5 +1,6 @@
 """Decoding speeds: greedy tokens, parts of the time, bytes."""
 
+import json
 import time
 
 import numpy as np
@@ -17,7 +18,8 @@ from sparsity_utils.neurons.modes import forward_replaced
 from sparsity_utils.neurons.thresholds import Thresholds
 from sparsity_utils.paths import RECORDED_MODELS
 
-CETT = Thresholds("cett", (0.05,) * 4)
+LAYERS = json.loads((RECORDED_MODELS / "relu" / "config.json").read_text())["num_hidden_layers"]
+CETT = Thresholds("cett", (0.05,) * LAYERS)
 IDS = torch.ones(1, 3, dtype=torch.long)
 
 
@@ -82,7 +84,7 @@ def test_parts_count_the_time_after_the_prompt_alone(model, prompts):
             parts = parts_of(model, prompts[:, :1])  # of one token, as all others
     finally:
         slow.remove()
-    assert parts["ffn"] >= 3 * 0.02 and parts["attention"] > 0  # three passes, slept in one of four FFNs
+    assert parts["ffn"] >= 3 * 0.02 and parts["attention"] > 0  # three passes, slept in one of the FFNs
     assert 0 < parts["head"] < 0.3 and len(calls) == 4 and not left_behind(model)
 
 
@@ -106,7 +108,7 @@ def test_parts_are_those_of_the_way_that_the_model_runs(model, prompts, sequence
             speed.greedy(model, texts, 4)
         untimed = len(calls)
         parts = parts_of(model, texts)
-    assert len(calls) == 2 * untimed == (2 * 3 * 4 if sequences == 2 else 0)  # two runs, three passes, four layers
+    assert len(calls) == 2 * untimed == (2 * 3 * LAYERS if sequences == 2 else 0)  # two runs of three passes
     assert np.isnan([parts["ffn"], parts["attention"]]).all() == (sequences == 2) and parts["head"] > 0
 
 
@@ -128,7 +130,7 @@ def test_patterns_are_those_of_the_last_tokens(model):
     assert (pattern.nonzero | ~pattern.active).all() and 0 < pattern.active.mean() < pattern.nonzero.mean() < 1
     alone = speed.decode_pattern("trained relu", model, CETT, windows[1:2])
     assert (alone.active == pattern.active[1:2]).all()
-    gate = speed.decode_pattern("fat", model, Thresholds("fat", (0.1,) * 4), windows)
+    gate = speed.decode_pattern("fat", model, Thresholds("fat", (0.1,) * LAYERS), windows)
     assert gate.rule == "gate" and (gate.nonzero == gate.active).all()
 
 
