@@ -41,7 +41,8 @@ def weights_read_at(table: pd.DataFrame, p: float) -> pd.DataFrame:
     """Share of the FFN weights that each metric must read where it raises perplexity by `p` percent; mean over seeds.
 
     `table`: that of the question "metrics". Between two measured settings the share is interpolated linearly in the log
-    of the PPL ratio; NaN where a metric was not measured on both sides of `p`. One row per activation, d_model and
+    of the PPL ratio; NaN where a run was not measured on both sides of `p`, since a mean of the others would be one of
+    the cheaper or the dearer runs. One row per activation, d_model and
     n_layers, one column per metric with a knob.
     """
     target, rows = math.log1p(p / 100), []
@@ -54,4 +55,5 @@ def weights_read_at(table: pd.DataFrame, p: float) -> pd.DataFrame:
         rows.append((*key[:-1], read))
     found = pd.DataFrame(rows, columns=["activation", "d_model", "n_layers", "metric", "weights_read"])
     shape = ["activation", "d_model", "n_layers"]
-    return found.groupby([*shape, "metric"])["weights_read"].mean().unstack("metric")
+    of_runs = found.groupby([*shape, "metric"])["weights_read"]
+    return of_runs.agg(lambda runs: runs.mean(skipna=False)).unstack("metric")

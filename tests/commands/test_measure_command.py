@@ -75,7 +75,7 @@ def test_a_model_and_a_text_give_a_number_a_table_and_files(capsys, text, tmp_pa
     assert found["interval"][0] < found["activation_ratio"] < found["interval"][1]
     assert layers["activation_ratio"].mean() == pytest.approx(found["activation_ratio"])
     assert len(tokens) == found["tokens"] < 4500 and found["documents"] == 6  # two thirds of 6,000, whole documents
-    ratios = tokens[[f"layer_{layer}" for layer in range(4)]]
+    ratios = tokens[[f"layer_{layer}" for layer in layers["layer"]]]
     np.testing.assert_allclose(ratios.mean(), layers["activation_ratio"], rtol=1e-4)
     assert found["settings"]["length"] == 128 and found["settings"]["dtype"] == "float32"
     assert found["versions"]["torch"] == torch.__version__

@@ -48,3 +48,12 @@ def test_weights_read_at_a_rise_lie_between_the_measured_settings():
     assert found["fat"] == pytest.approx((1.6 - share * 0.4) / 3)
     assert math.isnan(found["cett"])  # never cost 5%
     assert list(found.index) == ["cett", "fat"]
+
+
+def test_weights_read_are_no_mean_of_the_runs_that_reach_the_price():
+    rows = [("a", "fat", 0.3, 1.02), ("a", "fat", 0.1, 1.08), ("b", "fat", 0.3, 1.06), ("b", "fat", 0.1, 1.08)]
+    rows += [(run, "relu", 0.5, 1.0) for run in "ab"]
+    table = pd.DataFrame(rows, columns=["run", "metric", "activation_ratio", "ppl_ratio"])
+    table = table.assign(activation="relu", d_model=8, n_layers=2)
+    assert math.isnan(weights_read_at(table, 5.0).loc[("relu", 8, 2), "fat"])  # b costs more at its mildest
+    assert weights_read_at(table, 7.0).loc[("relu", 8, 2), "fat"] < 0.6
