@@ -1,9 +1,9 @@
 """What would decide a claim that the recorded study leaves open: more seeds, or more sizes.
 
 The tests are those of `findings.power`, here on runs that vary as those of the recorded study, with the effects that it
-found, all of sizes of two layers or more. Simulated are its own sizes and seeds, several times its seeds, and larger
-sizes at the end of every line. Seeds make the mean of a size exact; what a size deviates by itself stays, and only more
-sizes average it out.
+found. On the lines both are of sizes of two layers or more; the shapes of one size keep their single layer. Simulated
+are its own sizes and seeds, several times its seeds, and larger sizes at the end of every line. Seeds make the mean of
+a size exact; what a size deviates by itself stays, and only more sizes average it out.
 
 A few runs tell poorly what seeds and sizes vary by, so every simulated study draws both from what its runs leave
 possible (`power_inputs.Squares.drawn`). An effect that was found is no truth either: a share says what more runs would
