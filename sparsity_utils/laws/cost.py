@@ -42,8 +42,7 @@ def weights_read_at(table: pd.DataFrame, p: float) -> pd.DataFrame:
 
     `table`: that of the question "metrics". Between two measured settings the share is interpolated linearly in the log
     of the PPL ratio; NaN where a run was not measured on both sides of `p`, since a mean of the others would be one of
-    the cheaper or the dearer runs. One row per activation, d_model and
-    n_layers, one column per metric with a knob.
+    the cheaper or the dearer runs. One row per activation, d_model and n_layers, one column per metric with a knob.
     """
     target, rows = math.log1p(p / 100), []
     knobs = with_weights_read(table[table["metric"] != "cett-ppl"]).query("metric != 'relu'")
