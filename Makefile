@@ -85,7 +85,7 @@ record: $(ENV)  ## make results/, figures/, stored outputs and the book those of
 	$(PY) -m sparsity_utils notebooks
 	$(MAKE) book SERVE=
 
-# Versions that are locked stay: the text of a study under way is the source of its packages. To upgrade one, delete its
+# Versions that are locked stay: the text of the recorded study is the source of locked packages. To upgrade one, delete its
 # line from requirements.lock first.
 lock: $(ENV)  ## resolve the dependencies of pyproject.toml, adding what is new to requirements.lock
 	$(PY) -m venv build/lock && build/lock/bin/python -m pip install --quiet uv

@@ -42,11 +42,10 @@ from sparsity_utils.findings.claims import Verdicts
 from sparsity_utils.laws import refit
 from sparsity_utils.laws.design import CURVES, joined
 from sparsity_utils.laws.holdout import held_out
-from sparsity_utils.laws.power_inputs import power_inputs
 from sparsity_utils.laws.published import PUBLISHED_LAWS
 from sparsity_utils.models.pretrained import load_weights
 from sparsity_utils.paths import collection
-from sparsity_utils.study.plan import OF_MODELS, PRETRAINED, PUBLISHED_TABLES, QUESTIONS, SCHEMA, planned
+from sparsity_utils.study.plan import COVERING, OF_MODELS, PRETRAINED, PUBLISHED_TABLES, QUESTIONS, SCHEMA, planned
 from sparsity_utils.study.profiles import read_profile
 from sparsity_utils.study.schedule import run_session
 from sparsity_utils.study.study import MAKERS, Study
@@ -86,9 +85,8 @@ def test_the_manifest_fits_the_tables():
     study = manifest["profile"]["study"]
     assert manifest["schema"] == SCHEMA and manifest["device"]
     assert {f"{row.d_model}x{row.n_layers}" for row in table.itertuples()} == {size["shape"] for size in study["sizes"]}
-    one_list = study.get("seeds")  # of the first study; since then every size has its own
-    seeds = one_list or {seed for size in study["sizes"] for seed in size["seeds"]}
-    assert set(table["activation"]) == set(study["activations"]) and set(table["seed"]) == set(seeds)
+    seeds = {seed for size in study["sizes"] for seed in size["seeds"]}
+    assert set(table["activation"]) == set(study["activations"]) and set(table["seed"]) == seeds
 
 
 def test_the_power_of_the_second_study_is_that_of_its_design():
@@ -103,10 +101,13 @@ def test_the_power_of_the_second_study_is_that_of_its_design():
     assert (stored.query("effect == 'zero' or effect == 'margin'")["not_supported"] < 0.11).mean() > 0.9
 
 
-def test_the_inputs_of_the_power_table_are_those_of_the_first_study():
-    study, stored = Study.recorded(), pd.read_csv(paths.RESULTS / "power_inputs.csv")
-    lines = {"": study.table("relu_vs_silu"), "second": study.table("second_line")}
-    pd.testing.assert_frame_equal(power_inputs(lines, study.table("width_depth_ratio")), stored, rtol=1e-5, atol=1e-8)
+def test_the_recorded_runs_are_those_of_the_archive():
+    study, manifest = Study.recorded(), json.loads((paths.RESULTS / "manifest.json").read_text())
+    named = {run for question in COVERING if study.answers(question) for run in study.table(question)["run"]}
+    archived = {file.stem for file in (paths.RESULTS / "runs").glob("*.zip")}
+    training = manifest["training"]
+    assert named <= archived and len(archived) == training["runs"]
+    assert len(named) == training["runs"] - training["diverged"]
 
 
 def test_the_recorded_verdicts_follow_from_the_tables():
