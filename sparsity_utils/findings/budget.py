@@ -2,10 +2,12 @@
 
 Decoding one token reads every weight that it needs once, so its time is taken to be
 
-    seconds = bytes of FFNs / rate of their kernels + other bytes / rate of torch + n_layers * fixed seconds of a layer.
+    seconds = bytes of FFNs / rate of their kernels + bytes of attention / rate of its maps
+              + bytes of the head / rate of torch + n_layers * fixed seconds of a layer.
 
-Rates and fixed seconds are those of a measured machine. The cache of keys and values, which grows with the text, is not
-counted.
+Where a whole layer was one call of the kernels, attention's maps are read at the rate of the kernel that skips nothing,
+elsewhere at torch's. Rates and fixed seconds are those of a measured machine. The cache of keys and values, which grows
+with the text, is not counted.
 """
 
 import math
@@ -27,6 +29,7 @@ from sparsity_utils.neurons.rules import METRICS
 
 RATIOS = (2, 4, 8, 16, 32, 64, 128)  # d_model / n_layers; those without an integer shape are skipped
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a weight
+ATTENTION = 4  # maps of a layer's attention, d_model x d_model each: query, key, value, output
 WAYS = (*DENSE, "sparse", "certified")
 COLUMNS = [
     *("activation", "shape", "d_model", "n_layers", "parameters", "width_depth_ratio"),
@@ -43,22 +46,26 @@ class Machine:
     dtype: str
     rates: pd.DataFrame  # rate of reading an FFN's weights over `bandwidth`: a row per d_model, a column per way
     layer_seconds: dict[str, float]  # per way: time per layer and token beyond that of reading bytes
+    whole_layers: frozenset[str]  # the ways in which a layer is one call of the kernels, attention included
 
-    def seconds(self, way: str, d_model: int, n_layers: int, ffn_bytes: float, other_bytes: float) -> float:
-        """Time of one token whose FFNs read `ffn_bytes` and whose attention and head read `other_bytes`.
+    def seconds(self, way: str, d_model: int, n_layers: int, ffn_bytes: float, head_bytes: float) -> float:
+        """Time of one token whose FFNs read `ffn_bytes` and whose output head reads `head_bytes`.
 
-        ffn_bytes / rate of the way + other_bytes / rate of "dense" + n_layers * layer_seconds: attention and head run
-        in torch whatever the way. The rates are those measured at the nearest d_model.
+        All of attention's weights are read too, by torch or, in whole layers, by the kernel that skips nothing. The
+        head runs in torch whatever the way. The rates are those measured at the nearest d_model.
         """
         nearest = self.rates.index[np.abs(np.log(self.rates.index / d_model)).argmin()]
         rate = 1e9 * self.bandwidth * self.rates.loc[nearest]  # bytes per second
-        return ffn_bytes / rate[way] + other_bytes / rate["dense"] + n_layers * self.layer_seconds[way]
+        attention = BYTES[self.dtype] * ATTENTION * n_layers * d_model**2
+        attention_rate = rate["all rows" if way in self.whole_layers else "dense"]
+        seconds = ffn_bytes / rate[way] + attention / attention_rate + head_bytes / rate["dense"]
+        return seconds + n_layers * self.layer_seconds[way]
 
     def speeds(self, d_model: int, n_layers: int, vocabulary: int, shares: dict[str, float]) -> dict[str, float]:
         """{way: tokens per second of one sequence}; `shares` is {way: share of the FFN weights that it reads}."""
         ffn = n_layers * 3 * d_model * d_ff(d_model) * BYTES[self.dtype]
-        other = (non_embedding_parameters(d_model, n_layers) + vocabulary * d_model) * BYTES[self.dtype] - ffn
-        return {way: 1 / self.seconds(way, d_model, n_layers, share * ffn, other) for way, share in shares.items()}
+        head = vocabulary * d_model * BYTES[self.dtype]
+        return {way: 1 / self.seconds(way, d_model, n_layers, share * ffn, head) for way, share in shares.items()}
 
 
 def machine(ffns: pd.DataFrame, decoding: pd.DataFrame, bandwidth: float, dtype: str = "float32") -> Machine:
@@ -66,6 +73,7 @@ def machine(ffns: pd.DataFrame, decoding: pd.DataFrame, bandwidth: float, dtype:
 
     Rates are medians over single FFNs with one token and random patterns. The fixed time of a layer is the time of a
     decoding step of the trained models less that of reading their few bytes, per layer, mean over activation functions.
+    A way ran in whole layers if its steps could not be divided into parts (ffn_time is NaN).
 
     Args:
         ffns, decoding: tables of the questions sparse_ffn and sparse_decoding (results/columns.csv).
@@ -78,16 +86,18 @@ def machine(ffns: pd.DataFrame, decoding: pd.DataFrame, bandwidth: float, dtype:
         raise InputError(f"bandwidth is {bandwidth}; give the GB/s of reading memory, a positive number.")
     rates, sizes = ["gb_per_s", "read_gb_per_s"], ["ffn_megabytes", "megabytes"]
     require(ffns, [*FFN_CASE, "d_model", *rates], FFN_CASE, rates, "FFN speeds")
-    require(decoding, [*DECODING_CASE, "tokens_per_second", *sizes], DECODING_CASE, sizes, "decoding speeds")
+    require(decoding, [*DECODING_CASE, "tokens_per_second", "ffn_time", *sizes], DECODING_CASE, sizes, "decoding speeds")
     by_dtype = {name: _rates(ffns, name) for name in BYTES}
     if dtype not in BYTES or by_dtype[dtype].empty:
         known = ", ".join(name for name, rates in by_dtype.items() if len(rates))
         raise InputError(f"There are no speeds of FFNs with {dtype!r} weights; choose one of {known or 'none'}.")
-    reading = Machine(recorded_bandwidth(ffns), "float32", by_dtype["float32"], dict.fromkeys(WAYS, 0.0))
-    trained = decoding[(decoding["model"] == "trained") & (decoding["sequences"] == 1)]
+    single = decoding[decoding["sequences"] == 1]
+    whole = frozenset(single.loc[single["ffn_time"].isna(), "way"])
+    reading = Machine(recorded_bandwidth(ffns), "float32", by_dtype["float32"], dict.fromkeys(WAYS, 0.0), whole)
+    trained = single[single["model"] == "trained"]
     beyond = 1 / trained["tokens_per_second"] - _step_seconds(reading, trained)
     fixed = (beyond / _shapes(trained)["n_layers"]).clip(lower=0).groupby(trained["way"]).mean()
-    return Machine(bandwidth, dtype, by_dtype[dtype], fixed.reindex(list(WAYS)).to_dict())
+    return Machine(bandwidth, dtype, by_dtype[dtype], fixed.reindex(list(WAYS)).to_dict(), whole)
 
 
 def recorded_bandwidth(ffns: pd.DataFrame) -> float:
@@ -197,12 +207,10 @@ def _rates(ffns: pd.DataFrame, dtype: str) -> pd.DataFrame:
 
 def _step_seconds(on: Machine, steps: pd.DataFrame) -> pd.Series:
     """Predicted time of each row of a table of decoding speeds, from the megabytes that it says were read."""
-    shapes, ffn, rest = (
-        _shapes(steps),
-        1e6 * steps["ffn_megabytes"],
-        1e6 * (steps["megabytes"] - steps["ffn_megabytes"]),
-    )
-    rows = zip(steps["way"], shapes["d_model"], shapes["n_layers"], ffn, rest, strict=True)
+    shapes, ffn = _shapes(steps), 1e6 * steps["ffn_megabytes"]
+    attention = BYTES["float32"] * ATTENTION * shapes["n_layers"] * shapes["d_model"] ** 2
+    head = 1e6 * steps["megabytes"] - ffn - attention
+    rows = zip(steps["way"], shapes["d_model"], shapes["n_layers"], ffn, head, strict=True)
     return pd.Series([on.seconds(*row) for row in rows], index=steps.index, dtype=float)
 
 

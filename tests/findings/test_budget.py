@@ -28,27 +28,36 @@ def ffns(dtypes=("float32",), widths=(64, 1024)):
     return pd.DataFrame(rows)
 
 
-def decoding(layer_seconds=2e-4):
-    """Trained models of next to no bytes, and a published shape with random weights that takes what bytes take."""
+def decoding(layer_seconds=2e-4, whole=False):
+    """A trained model that reads no FFN, and a published shape with random weights that takes what its bytes take.
+
+    whole: in all ways but "dense" a layer is one call, attention included.
+    """
     rows = []
     for way in RATES:
+        undivided = whole and way != "dense"
+        attention = 1e9 * MEMORY * RATES["all rows" if undivided else "dense"]  # bytes per second
         about = {"activation": "relu", "setting": 1, "sequences": 1, "way": way, "sparsity": 0.9, "rule": "cett"}
-        small = {"model": "trained", "shape": "64x2", "ffn_megabytes": 0.0, "megabytes": 0.0}
-        rows.append(about | small | {"tokens_per_second": 1 / (2 * layer_seconds), "strict_speedup": 1.0})
-        read = 200.0 if way in ("dense", "all rows") else 80.0
-        seconds = read / 1e3 / (MEMORY * RATES[way]) + 0.1 / (MEMORY * RATES["dense"]) + 10 * layer_seconds
-        large = {"model": "random weights", "shape": "1024x10", "ffn_megabytes": read, "megabytes": read + 100}
+        about["ffn_time"] = np.nan if undivided else 0.5
+        read = 4 * 4 * 2 * 64**2
+        seconds = read / (attention / 2) + 2 * layer_seconds  # kernels of the first width reach half the rate
+        small = {"model": "trained", "shape": "64x2", "ffn_megabytes": 0.0, "megabytes": read / 1e6}
+        rows.append(about | small | {"tokens_per_second": 1 / seconds, "strict_speedup": 1.0})
+        ffn, maps, head = 200.0 if way in ("dense", "all rows") else 80.0, 4 * 4 * 10 * 1024**2, 0.1
+        seconds = ffn / 1e3 / (MEMORY * RATES[way]) + maps / attention + head / (MEMORY * RATES["dense"])
+        seconds += 10 * layer_seconds
+        large = {"model": "random weights", "shape": "1024x10", "ffn_megabytes": ffn, "megabytes": ffn + maps / 1e6 + 100}
         rows.append(about | large | {"tokens_per_second": 1 / seconds, "strict_speedup": np.nan, "setting": 90})
     return pd.DataFrame(rows)
 
 
-def literal_seconds(d_model, n_layers, vocabulary, bandwidth, width, *, way, gate, up, down):
-    """Count every matrix of a decoder, float32."""
+def literal_seconds(d_model, n_layers, vocabulary, bandwidth, width, *, way, gate, up, down, attention="dense"):
+    """Count every matrix of a decoder, float32; `attention`: the way whose rate its maps have."""
     rate = {name: 1e9 * bandwidth * RATES[name] * (0.5 if width == 64 else 1) for name in RATES}
     seconds = vocabulary * d_model * 4 / rate["dense"]
     for _ in range(n_layers):
         for _ in ("query", "key", "value", "output"):
-            seconds += d_model * d_model * 4 / rate["dense"]
+            seconds += d_model * d_model * 4 / rate[attention]
         neurons = int(2.5 * d_model)
         for share in (gate, up, down):
             seconds += neurons * d_model * share * 4 / rate[way]
@@ -70,6 +79,15 @@ def test_a_step_takes_its_bytes_and_its_layers():
     assert 1 / found["sparse"] == pytest.approx(literal_seconds(96, 3, 500, 20.0, 64, way="sparse", **part))
 
 
+def test_where_a_layer_is_one_call_attention_has_the_rate_of_the_kernels():
+    on = machine(ffns(), decoding(whole=True), 20.0)
+    found = on.speeds(96, 3, 500, {"dense": 1.0, "sparse": (1 + 0.4 + 0.1) / 3})
+    part = {"gate": 1, "up": 0.4, "down": 0.1, "attention": "all rows"}
+    assert 1 / found["sparse"] == pytest.approx(literal_seconds(96, 3, 500, 20.0, 64, way="sparse", **part))
+    whole = {"gate": 1, "up": 1, "down": 1, "attention": "dense"}
+    assert 1 / found["dense"] == pytest.approx(literal_seconds(96, 3, 500, 20.0, 64, way="dense", **whole))
+
+
 def test_the_rates_are_those_of_the_nearest_width():
     on = machine(ffns(), decoding(), 20.0)
     whole = {"gate": 1, "up": 1, "down": 1}
@@ -87,8 +105,9 @@ def test_half_the_bytes_take_half_the_time_beyond_the_layers():
     assert long == pytest.approx(2 * short)
 
 
-def test_decoding_that_takes_its_bytes_is_predicted_exactly():
-    table = decoding_check(ffns(), decoding()).set_index("way")
+@pytest.mark.parametrize("whole", [False, True])
+def test_decoding_that_takes_its_bytes_is_predicted_exactly(whole):
+    table = decoding_check(ffns(), decoding(whole=whole)).set_index("way")
     assert table["predicted"].to_numpy() == pytest.approx(table["tokens_per_second"].to_numpy())
     speedup = table["tokens_per_second"] / table.loc["all rows", "tokens_per_second"]
     assert table["predicted_speedup"].to_numpy() == pytest.approx(speedup.to_numpy())
