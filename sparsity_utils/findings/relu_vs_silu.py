@@ -329,9 +329,10 @@ def _percent(checkpoints: pd.DataFrame) -> pd.Series:
 def _losses(axes: Axes, checkpoints: pd.DataFrame) -> None:
     for number, (_, size) in enumerate(checkpoints.groupby("parameters", sort=True)):
         look = Look(number)
-        for activation, line in (("relu", "-"), ("silu", "--")):
+        for activation, line, fill, marker_size in (("relu", "-", "full", 3), ("silu", "--", "none", 6)):
             means = size[size["activation"] == activation].groupby("tokens")["validation_loss"].mean()
-            style = {"color": look.colour, "marker": look.marker, "linestyle": line, "markersize": 3}
+            style = {"color": look.colour, "marker": look.marker, "linestyle": line, "linewidth": 1}
+            style |= {"fillstyle": fill, "markersize": marker_size}  # the curves all but coincide
             label = ACTIVATIONS[activation] if number == 0 else None
             axes.plot(means.index / 1e6, means, label=label, **style)
     token_axis(axes)

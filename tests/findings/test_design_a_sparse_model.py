@@ -125,6 +125,6 @@ def test_the_claims_are_stated_beforehand():
 
 def test_a_study_too_small_to_predict_is_drawn_with_its_reason():
     tiny = study(seeds=(0,), relu=LINE, silu=LINE)
-    on = Machine(50.0, "float32", pd.DataFrame(), {})
+    on = Machine(50.0, "float32", pd.DataFrame(), {}, frozenset())
     figure = design_a_sparse_model.figure(fit_design(tiny), held_out(tiny), pd.DataFrame(), on, 100_000, 1e7)
     assert "No prediction: only 8 runs" in figure.texts[0].get_text()
