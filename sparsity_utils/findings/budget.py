@@ -86,7 +86,8 @@ def machine(ffns: pd.DataFrame, decoding: pd.DataFrame, bandwidth: float, dtype:
         raise InputError(f"bandwidth is {bandwidth}; give the GB/s of reading memory, a positive number.")
     rates, sizes = ["gb_per_s", "read_gb_per_s"], ["ffn_megabytes", "megabytes"]
     require(ffns, [*FFN_CASE, "d_model", *rates], FFN_CASE, rates, "FFN speeds")
-    require(decoding, [*DECODING_CASE, "tokens_per_second", "ffn_time", *sizes], DECODING_CASE, sizes, "decoding speeds")
+    columns = [*DECODING_CASE, "tokens_per_second", "ffn_time", *sizes]
+    require(decoding, columns, DECODING_CASE, sizes, "decoding speeds")
     by_dtype = {name: _rates(ffns, name) for name in BYTES}
     if dtype not in BYTES or by_dtype[dtype].empty:
         known = ", ".join(name for name, rates in by_dtype.items() if len(rates))

@@ -46,7 +46,8 @@ def decoding(layer_seconds=2e-4, whole=False):
         ffn, maps, head = 200.0 if way in ("dense", "all rows") else 80.0, 4 * 4 * 10 * 1024**2, 0.1
         seconds = ffn / 1e3 / (MEMORY * RATES[way]) + maps / attention + head / (MEMORY * RATES["dense"])
         seconds += 10 * layer_seconds
-        large = {"model": "random weights", "shape": "1024x10", "ffn_megabytes": ffn, "megabytes": ffn + maps / 1e6 + 100}
+        read = ffn + maps / 1e6 + 100
+        large = {"model": "random weights", "shape": "1024x10", "ffn_megabytes": ffn, "megabytes": read}
         rows.append(about | large | {"tokens_per_second": 1 / seconds, "strict_speedup": np.nan, "setting": 90})
     return pd.DataFrame(rows)
 
