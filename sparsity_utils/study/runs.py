@@ -235,8 +235,9 @@ def _damaged(run: Run) -> list[str]:
 def train_run(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], None] = lambda share: None) -> Run:
     """The run of `config` with its weights, trained if the store lacks it; another process doing so is waited for.
 
-    A run that was brought without its weights keeps what was measured on it: findings rest on that already. Trained on
-    another kind of machine, its weights may differ from those that were measured in their last bits.
+    A run that was brought without its weights keeps what was measured on it, the losses of its training included:
+    findings rest on that already. Trained on another kind of machine, its weights may differ from those that were
+    measured.
 
     on_progress is called with the share of steps done. Raises InputError for a corpus that is too small.
     """
@@ -298,7 +299,7 @@ def _train(config: RunConfig, corpus: Corpus, on_progress: Callable[[float], Non
         },
         "commit": commit(),
         "diverged": diverged,
-        "checkpoints": rows,
+        "checkpoints": brought.manifest["checkpoints"] if brought and rows else rows,
         "files": {str(file.relative_to(working)): _sha256(file) for file in stored},
     }
     if config.train.devices > 1 and rows:

@@ -62,8 +62,12 @@ def test_tables_travel_and_the_first_seed_of_the_largest_size_with_its_weights(k
     assert first.last_weights.exists() and not second.last_weights.exists()
     model, _ = study.trained_model("relu")  # without training
     assert model.config.hidden_size == 8 and not first.has_weights
+    manifest = json.loads((first.folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["checkpoints"][0]["validation_loss"] += 0.01  # as of another kind of machine
+    (first.folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     trained = train_run(study.configs("relu_vs_silu")[0], study.corpus)
     assert trained.has_weights  # all checkpoints in hand take training again
+    assert trained.manifest["checkpoints"] == manifest["checkpoints"]
     assert {file.name for file in first.folder.glob("*.csv")} >= measured  # what findings rest on stays
     assert all((trained.load(trained.checkpoints["step"].max()).state_dict()[n] == w).all() for n, w in
                model.state_dict().items())  # fmt: skip
