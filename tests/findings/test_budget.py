@@ -36,15 +36,15 @@ def decoding(layer_seconds=2e-4, whole=False):
     rows = []
     for way in RATES:
         undivided = whole and way != "dense"
-        attention = 1e9 * MEMORY * RATES["all rows" if undivided else "dense"]  # bytes per second
+        attention_rate = 1e9 * MEMORY * RATES["all rows" if undivided else "dense"]  # bytes per second
         about = {"activation": "relu", "setting": 1, "sequences": 1, "way": way, "sparsity": 0.9, "rule": "cett"}
         about["ffn_time"] = np.nan if undivided else 0.5
         read = 4 * 4 * 2 * 64**2
-        seconds = read / (attention / 2) + 2 * layer_seconds  # kernels of the first width reach half the rate
+        seconds = read / (attention_rate / 2) + 2 * layer_seconds  # kernels of the first width reach half the rate
         small = {"model": "trained", "shape": "64x2", "ffn_megabytes": 0.0, "megabytes": read / 1e6}
         rows.append(about | small | {"tokens_per_second": 1 / seconds, "strict_speedup": 1.0})
         ffn, maps, head = 200.0 if way in ("dense", "all rows") else 80.0, 4 * 4 * 10 * 1024**2, 0.1
-        seconds = ffn / 1e3 / (MEMORY * RATES[way]) + maps / attention + head / (MEMORY * RATES["dense"])
+        seconds = ffn / 1e3 / (MEMORY * RATES[way]) + maps / attention_rate + head / (MEMORY * RATES["dense"])
         seconds += 10 * layer_seconds
         read = ffn + maps / 1e6 + 100
         large = {"model": "random weights", "shape": "1024x10", "ffn_megabytes": ffn, "megabytes": read}
